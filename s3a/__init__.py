@@ -1,0 +1,18 @@
+"""Sparse Scan Self-Attention and the vision transformers built on it.
+
+Importing this registers the models with timm: `timm.create_model("ssvit_tiny")`.
+"""
+
+from s3a.attention import neighborhood_attention, sparse_scan_attention
+from s3a.geometry import Neighborhood, sparse_scan
+from s3a.layers import S3A
+from s3a.models import SSViT
+
+__all__ = [
+    "S3A",
+    "Neighborhood",
+    "SSViT",
+    "neighborhood_attention",
+    "sparse_scan",
+    "sparse_scan_attention",
+]

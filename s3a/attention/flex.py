@@ -1,0 +1,54 @@
+"""The plan's BlockMask through flex_attention: the CUDA path, and CPU inference."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from types import FunctionType
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from s3a.plan import BlockPass
+
+
+def run(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
+    """flex_attention on [batch, heads, padded tokens, head_dim]."""
+    return flex_attention(query, key, value, block_mask=block_mask, scale=scale)
+
+
+@lru_cache(maxsize=256)
+def compiled(layout: BlockPass, num_heads: int, head_dim: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The compiled `run` of one pass, under a code object of its own.
+
+    Dynamo counts recompilations per code object and gives up after eight. With one code object a pass, only
+    the batch size varies under it, which dynamo makes dynamic at the second one.
+    """
+    own = FunctionType(run.__code__.replace(), run.__globals__, "run_flex")
+    return torch.compile(own, fullgraph=True)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: BlockPass, scale: float) -> Tensor:
+    """One pass. Shapes: query, key, value and the result [batch, tokens, heads, head_dim]."""
+    ordered = [tensor.index_select(1, layout.order).transpose(1, 2) for tensor in (query, key, value)]
+    if torch.compiler.is_compiling():  # inside someone's graph, which fuses it
+        attended = run(*ordered, layout.block_mask, scale)
+    else:
+        for tensor in ordered:
+            torch._dynamo.mark_static(tensor, [1, 2, 3])
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # dynamo's own way is dense and silent
+            attended = compiled(layout, *query.shape[2:], query.dtype)(*ordered, layout.block_mask, scale)
+    return attended.transpose(1, 2).index_select(1, layout.inverse)  # [batch, tokens, heads, head_dim]
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+    """Why flex_attention cannot run such tensors, or None if it can."""
+    if device.type not in ("cpu", "cuda", "xpu"):
+        return f"FlexAttention has no kernels for {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"FlexAttention takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if head_dim < 16:
+        return f"FlexAttention takes head dims of 16 and more, not {head_dim}"
+    if device.type == "cpu" and needs_grad:
+        return "FlexAttention has no backward on the CPU"
+    return None

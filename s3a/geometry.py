@@ -1,0 +1,161 @@
+"""Which keys a query sees: plain integers, computed once per map size.
+
+Three ideas, each on top of the one before:
+
+- an *axis* of tokens falls into dilation groups, and every token has a window of its group (`AxisWindows`);
+- a `Neighborhood` is such a window on the rows times one on the columns;
+- a scan is a tuple of neighborhoods, attended one after the other (`sparse_scan` gives the two of S3A).
+
+Everything is numpy on purpose: geometry must not depend on the device, the dtype or the tracing mode
+that torch happens to be in.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+Fixed: TypeAlias = Literal["window", "anchors"]
+FIXED = ("window", "anchors")
+
+
+def pair(value: int | tuple[int, int], name: str, rule: str = "a positive integer") -> tuple[int, int]:
+    """An int for both axes, or a (row, column) pair, as a (row, column) pair of positive ints.
+
+    Raises:
+        ValueError: where it is neither, or an entry is below 1.
+    """
+    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    integers = all(isinstance(entry, (int, np.integer)) and not isinstance(entry, bool) for entry in both)
+    if len(both) != 2 or not integers or min(both) < 1:
+        raise ValueError(f"{name} is {value!r}: it must be {rule}, or a (row, column) pair of them")
+    return int(both[0]), int(both[1])
+
+
+@dataclass(frozen=True, eq=False)
+class AxisWindows:
+    """One axis of `length` tokens in *group order*: dilation group after dilation group.
+
+    In this order every window is a contiguous range of places that stays inside its group, so a dilated
+    neighborhood is a dense one on a permuted axis.
+
+    Attributes (all int64):
+        position: [length] the token at each place.
+        group: [length] the dilation group (the residue of the position) of each place.
+        start, stop: [length] the window of the token at each place, as places `start .. stop - 1`.
+    """
+
+    position: np.ndarray
+    group: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    @cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        """The places `first .. last + 1` of every group."""
+        edges = np.flatnonzero(np.diff(self.group, prepend=-1, append=-1))
+        return [(int(first), int(last)) for first, last in pairwise(edges)]
+
+
+@lru_cache(maxsize=256)
+def axis_windows(length: int, kernel_size: int, dilation: int) -> AxisWindows:
+    """The windows of an axis, by NATTEN's rule: full size, shifted inwards at the borders, never cut.
+
+    Only the tokens with the same residue modulo the dilation count. A group with fewer tokens than the
+    kernel is seen whole.
+    """
+    token = np.arange(length)
+    position = token[np.lexsort((token, token % dilation))]
+    group = position % dilation
+    index = position // dilation  # within the group
+    group_length = -(-(length - group) // dilation)
+    group_start = np.arange(length) - index
+    start = group_start + np.clip(index - kernel_size // 2, 0, np.maximum(group_length - kernel_size, 0))
+    stop = start + np.minimum(kernel_size, group_length)
+    return AxisWindows(position=position, group=group, start=start, stop=stop)
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """A (dilated) window of keys around every query of a map.
+
+    Args:
+        kernel_size: keys per axis, odd; an int or a (row, column) pair.
+        dilation: distance between neighboring keys, in tokens; an int or a (row, column) pair.
+
+    Raises:
+        ValueError: for a kernel that is even or below 1, or a dilation below 1.
+    """
+
+    kernel_size: tuple[int, int]
+    dilation: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        rule = "a positive odd integer"
+        kernel_size = pair(self.kernel_size, "kernel_size", rule)
+        if not all(size % 2 for size in kernel_size):
+            odd = tuple(size + 1 - size % 2 for size in kernel_size)
+            raise ValueError(
+                f"kernel_size is {self.kernel_size!r}: it must be {rule}, or a (row, column) pair of them; use {odd}"
+            )
+        object.__setattr__(self, "kernel_size", kernel_size)
+        object.__setattr__(self, "dilation", pair(self.dilation, "dilation"))
+
+    def axes(self, height: int, width: int) -> tuple[AxisWindows, AxisWindows]:
+        """The windows of the rows and of the columns of a map."""
+        rows = axis_windows(height, self.kernel_size[0], self.dilation[0])
+        columns = axis_windows(width, self.kernel_size[1], self.dilation[1])
+        return rows, columns
+
+    def keys(self, row: int, column: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows and the columns that the query at (row, column) sees; it sees their product."""
+        seen = []
+        for windows, token in zip(self.axes(height, width), (row, column), strict=True):
+            place = int(np.flatnonzero(windows.position == token)[0])
+            seen.append(windows.position[windows.start[place] : windows.stop[place]])
+        return seen[0], seen[1]
+
+    def count_pairs(self, height: int, width: int) -> int:
+        """How many (query, key) pairs the neighborhood has on a map: the cost of one pass."""
+        rows, columns = self.axes(height, width)
+        return int((rows.stop - rows.start).sum() * (columns.stop - columns.start).sum())
+
+
+Scan: TypeAlias = tuple[Neighborhood, ...]
+
+
+def odd(number: int) -> int:
+    """The number, or the next one if it is even."""
+    return number if number % 2 else number + 1
+
+
+def sparse_scan(height: int, width: int, size: int = 7, fixed: Fixed = "window") -> Scan:
+    """The chained passes of S3A on a map (paper, section 3.2; kernels and dilations as in the official code).
+
+    The local pass comes first and the anchor pass second; a pass of a single token is left out. Where the
+    map is smaller than the window, the kernel covers it whole.
+
+    Args:
+        height, width: the map, in tokens.
+        size: what is fixed, in tokens per axis.
+        fixed: "window" fixes the reference window and lets the number of anchors follow the map;
+            "anchors" fixes the number of anchors and lets the window follow.
+
+    Raises:
+        ValueError: for a size below 1 or another word for `fixed`.
+    """
+    if fixed not in FIXED:
+        raise ValueError(f'fixed is {fixed!r}: it must be "window" or "anchors"')
+    size, _ = pair(size, "size")
+    shorter = min(height, width)
+    window, anchors = (size, shorter // size) if fixed == "window" else (shorter // size, size)
+
+    scan = []
+    if window > 1:
+        scan.append(Neighborhood(odd(window)))
+    if anchors > 1:
+        dilation = max(1, min(window, shorter // odd(anchors)))
+        scan.append(Neighborhood(odd(anchors), dilation))
+    return tuple(scan)

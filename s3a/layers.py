@@ -1,0 +1,202 @@
+"""The building blocks, on channels-last tokens.
+
+Shapes: [batch, height, width, dim] between layers; inside S3A [batch, tokens, heads, head_dim] with the
+tokens in row-major order. Pointwise layers are nn.Linear; convolutions see the same memory as a
+channels-last image and hand it back.
+"""
+
+import operator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from s3a.attention import attend_plan, choose_backend
+from s3a.errors import unknown
+from s3a.geometry import FIXED, Fixed, pair, sparse_scan
+from s3a.plan import BACKENDS, Backend, ScanPlan, plain_tensors, plan_scan
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A depthwise convolution with bias that keeps the map's size, on [batch, height, width, dim]."""
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Stem(nn.Sequential):
+    """Images [batch, channels, height, width] to tokens [batch, height / 4, width / 4, dim], sizes rounded up."""
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        widths = (in_chans, dim // 2, dim // 2, dim, dim)
+        layers: list[nn.Module] = []
+        for index, stride in enumerate((2, 1, 2, 1)):
+            layers += [nn.Conv2d(widths[index], widths[index + 1], 3, stride=stride, padding=1)]
+            layers += [nn.BatchNorm2d(widths[index + 1]), nn.GELU()]
+        super().__init__(*layers[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+
+
+class Downsample(nn.Module):
+    """Halves the map (rounded up) and changes the width of the tokens: strided convolution, BatchNorm."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.reduction(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+
+
+class ConvFFN(nn.Module):
+    """A pointwise expansion, a residual depthwise convolution, a pointwise projection."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.dwconv = DepthwiseConv(hidden_dim, 3)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.fc1(x))  # [batch, height, width, hidden_dim]
+        return self.fc2(x + self.dwconv(x))
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """All that S3A needs to know of a map size.
+
+    Attributes:
+        scan: the plan of the two passes.
+        cosine, sine: [tokens, 1, head_dim / 2], the rotation of every pair of channels.
+    """
+
+    scan: ScanPlan
+    cosine: Tensor
+    sine: Tensor
+
+
+def rotary_angles(height: int, width: int, head_dim: int) -> Tensor:
+    """The 2-D rotary embedding's angles (official code: RoPE): [tokens, head_dim / 2], float32.
+
+    The first half of the pairs turns with the row index, the second half with the column index; frequencies
+    fall geometrically from 1 to 1 / 10000, both included.
+    """
+    frequencies = 10000.0 ** -torch.linspace(0, 1, head_dim // 4)
+    rows = (torch.arange(height)[:, None] * frequencies)[:, None].expand(-1, width, -1)
+    columns = (torch.arange(width)[:, None] * frequencies)[None].expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotates neighboring pairs of channels of [batch, tokens, heads, head_dim]; keeps the dtype."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=256)
+def plan_attention(
+    height: int,
+    width: int,
+    head_dim: int,
+    size: int,
+    fixed: Fixed,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: Backend,
+) -> AttentionPlan:
+    """The plan of S3A on a map; built at the first call for its arguments, looked up at the next.
+
+    A tracer takes the result as a constant, so a plan is never built inside a graph.
+
+    Args:
+        height, width: the map, in tokens.
+        dtype: of the rotary tables.
+        backend: who runs it; already checked.
+    """
+    with plain_tensors():
+        angles = rotary_angles(height, width, head_dim)[:, None]
+        cosine, sine = (table.to(device=device, dtype=dtype) for table in (angles.cos(), angles.sin()))
+    return AttentionPlan(
+        scan=plan_scan(sparse_scan(height, width, size, fixed), height, width, device, backend),
+        cosine=cosine,
+        sine=sine,
+    )
+
+
+class S3A(nn.Module):
+    """Sparse Scan Self-Attention (paper, section 3.2), to drop into any network.
+
+    Projects tokens to queries, keys and values, rotates queries and keys by their place in the map, attends
+    first to a reference window and then to anchors spread over the map, adds a depthwise convolution of the
+    values (LePE), and projects back.
+
+    Args:
+        dim: channels of a token.
+        num_heads: attention heads; head_dim = dim / num_heads, a multiple of 4.
+        size: tokens per axis of what is fixed.
+        fixed: "window" fixes the reference window and lets the number of anchors follow the map, "anchors"
+            the other way round. Networks alternate the two.
+        backend: None chooses (flex on CUDA, tiled elsewhere); "flex", "tiled" or "reference" is run as
+            said or refused.
+
+    Shape:
+        [batch, height, width, dim] to the same.
+
+    Raises:
+        ValueError: for heads that do not divide the dim or leave a head_dim that is no multiple of 4, a size
+            below 1, an unknown `fixed` or backend.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, *, size: int = 7, fixed: Fixed = "window", backend: Backend | None = None
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads or (dim // num_heads) % 4:
+            raise ValueError(
+                f"dim is {dim} and num_heads is {num_heads}: the heads must divide the dim into head dims "
+                "that are multiples of 4 (the rotary embedding needs pairs for rows and for columns)"
+            )
+        if fixed not in FIXED:
+            raise unknown("fixed", fixed, FIXED)
+        if backend is not None and backend not in BACKENDS:
+            raise unknown("backend", backend, BACKENDS)
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.size, self.fixed, self.backend = pair(size, "size")[0], fixed, backend
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.lepe = DepthwiseConv(dim, 5)
+        self.proj = nn.Linear(dim, dim)
+
+    def plan(self, x: Tensor) -> AttentionPlan:
+        """The plan for tokens of x's map size, device and dtype; cached for the process."""
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.qkv.weight.requires_grad)
+        return plan_attention(
+            operator.index(x.shape[1]),  # a plan belongs to one map size, also where a tracer varies it
+            operator.index(x.shape[2]),
+            self.head_dim,
+            self.size,
+            self.fixed,
+            x.device,
+            torch.promote_types(x.dtype, torch.float32),
+            choose_backend(self.backend, x.device, x.dtype, self.head_dim, needs_grad),
+        )
+
+    def forward(self, x: Tensor, plan: AttentionPlan | None = None) -> Tensor:
+        """Attends. `plan` is what `self.plan(x)` returns; None looks it up."""
+        plan = plan or self.plan(x)
+        qkv = self.qkv(x)  # [batch, height, width, 3 * dim]
+        heads = qkv.flatten(1, 2).unflatten(2, (3, self.num_heads, self.head_dim))
+        query, key, value = heads.unbind(2)  # [batch, tokens, heads, head_dim]
+        query, key = (rotate(tensor, plan.cosine, plan.sine) for tensor in (query, key))
+        attended = attend_plan(query, key, value, plan.scan)
+        return self.proj(attended.reshape(x.shape) + self.lepe(qkv[..., 2 * self.dim :]))

@@ -1,0 +1,351 @@
+"""Weights folders, the Hub, and conversion of official checkpoints.
+
+A weights folder holds `config.json` (timm's format) and `model.safetensors`; pickles are read by
+`read_checkpoint` alone, for conversion. Loading is strict: a key too many, a key too few or another shape is
+an error that names it.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, TypeVar
+
+import timm
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+from s3a.errors import unknown
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "README.md"
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Folders
+# --------------------------------------------------------------------------------------------------------
+
+
+def save_folder(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    data_config: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
+    card: str | None = None,
+) -> None:
+    """Writes a weights folder that `from_pretrained` and `timm.create_model("local-dir:...")` both load.
+
+    Args:
+        model: made by timm's factory, so that it knows its name and arguments.
+        folder: created where it does not exist; files of the same names are replaced.
+        data_config: timm's preprocessing keys (input_size, mean, std, crop_pct, interpolation) where they
+            differ from the model's defaults.
+        config: more entries for `config.json`, such as label_names.
+        card: text of the model card, `README.md`.
+    """
+    if "architecture" not in getattr(model, "pretrained_cfg", {}):
+        raise ValueError(
+            f"a {type(model).__name__} built by hand has no name to save: build it with timm.create_model(NAME, ...)"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # safetensors takes neither strided views nor tensors that share memory
+    state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
+    replace(folder / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    replace(folder / CONFIG_NAME, lambda path: write_config(model, path, data_config, config))
+    if card is not None:
+        replace(folder / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file beside its place and renames it, so that an interrupted write leaves the old one."""
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    partial.replace(path)
+
+
+def write_config(
+    model: nn.Module, path: Path, data_config: dict[str, Any] | None, config: dict[str, Any] | None
+) -> None:
+    """timm's config.json; the number of classes stands at its top level alone (transformers passes it too)."""
+    save_config_for_hf(model, path, model_config=config, data_config=data_config)
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written["model_args"].pop("num_classes", None)
+    path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def load_folder(folder: Path, **model_args: Any) -> nn.Module:
+    """Builds the model that a weights folder describes and fills it, strictly.
+
+    Args:
+        model_args: more arguments for the model, such as drop_path_rate.
+
+    Raises:
+        FileNotFoundError: where a file is missing.
+        ValueError: where one cannot be read, or the weights are not those of the model.
+    """
+    config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"weights folder {str(folder)!r} has no {path.name}: it must hold {CONFIG_NAME} and {WEIGHTS_NAME}; "
+                "write it with save_pretrained or tools/convert_official.py"
+            )
+    config = read_config(config_path)
+    state = read_safetensors(weights_path)
+    with torch.device("meta"):
+        model = timm.create_model(
+            config["architecture"],
+            pretrained_cfg=config["pretrained_cfg"],
+            **{**config.get("model_args", {}), "num_classes": config["num_classes"], **model_args},
+        )
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    described = f"the {config['architecture']} with {config['num_classes']} classes that {CONFIG_NAME} describes"
+    check_state(state, expected, f"{weights_path} does not hold {described}")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A timm config.json, checked for what loading needs."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): write the folder again with save_pretrained") from error
+    missing = [key for key in ("architecture", "num_classes", "pretrained_cfg") if key not in config]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: write the folder again with save_pretrained")
+    if not timm.is_model(config["architecture"]):
+        raise unknown(f"{path}: architecture", config["architecture"], timm.list_models())
+    return config
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError where it is truncated or something else."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}): copy or download it again") from error
+
+
+def check_state(state: dict[str, Tensor], expected: dict[str, tuple[int, ...]], problem: str) -> None:
+    """Raises ValueError unless the state has exactly the expected keys and shapes."""
+    faults = []
+    missing, surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing:
+        faults.append(f"missing: {shortened(missing)}")
+    if surplus:
+        faults.append(f"surplus: {shortened(surplus)}")
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, must be {shape}"
+        for key, shape in expected.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    if shapes:
+        faults.append(f"shapes: {shortened(shapes)}")
+    if faults:
+        raise ValueError(f"{problem}: {'; '.join(faults)}")
+
+
+def shortened(names: list[str], most: int = 3) -> str:
+    """The first few of many, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# --------------------------------------------------------------------------------------------------------
+# The Hub
+# --------------------------------------------------------------------------------------------------------
+
+
+def download_folder(repo: str, **options: Any) -> Path:
+    """The local folder of a Hub repository's config and weights, downloaded where the cache lacks them.
+
+    Args:
+        options: revision, token, cache_dir, local_files_only, as in `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        FileNotFoundError: where the repository, the revision or one of the two files does not exist or
+            cannot be reached.
+    """
+    asked = f"{repo!r} is no local folder, and as a Hub repository"
+    revision = options.get("revision") or "main"
+    try:
+        hf_hub_download(repo, CONFIG_NAME, **options)
+        return Path(hf_hub_download(repo, WEIGHTS_NAME, **options)).parent
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{repo!r} is neither a local folder nor a Hub repository ORG/NAME") from error
+    except GatedRepoError as error:
+        raise FileNotFoundError(f"{asked} it is gated: ask for access on its page and pass token=") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"{asked} it does not exist or is private: check the name, or pass token=") from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{asked} it has no revision {revision!r}: pass one that exists") from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{asked} it is not in the cache and the Hub cannot be reached: check the path, or the network"
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{asked} it lacks {CONFIG_NAME} or {WEIGHTS_NAME} at {revision!r}: only safetensors weights are loaded"
+        ) from error
+
+
+class PretrainedMixin:
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` for models of timm's factory."""
+
+    save_pretrained = save_folder
+
+    @classmethod
+    def from_pretrained(
+        cls: type[ModelT],
+        folder_or_repo: str | Path,
+        revision: str | None = None,
+        *,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        num_classes: int | None = None,
+        **model_args: Any,
+    ) -> ModelT:
+        """Loads a weights folder or a Hub repository, in evaluation mode on the CPU.
+
+        Args:
+            folder_or_repo: a folder, or ORG/NAME on the Hub.
+            revision: branch, tag or commit of the repository.
+            token, cache_dir, local_files_only: as in `huggingface_hub.hf_hub_download`.
+            num_classes: another number of classes: the head is made anew, all else is loaded.
+            model_args: more arguments for the model, such as drop_path_rate.
+
+        Raises:
+            FileNotFoundError: where the folder, the repository or a file in it does not exist.
+            ValueError: where the weights are not whole or not those of the model in `config.json`.
+        """
+        folder = Path(folder_or_repo)
+        if not folder.is_dir():
+            folder = download_folder(
+                str(folder_or_repo),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        model = load_folder(folder, **model_args)
+        if not isinstance(model, cls):
+            raise ValueError(
+                f"{str(folder_or_repo)!r} holds a {type(model).__name__}, not a {cls.__name__}: "
+                f"load it with {type(model).__name__}.from_pretrained"
+            )
+        if num_classes is not None and num_classes != model.num_classes:
+            model.reset_classifier(num_classes)
+        return model
+
+    def push_to_hub(self, repo: str, *, token: str | None = None, private: bool = False, folder: str | Path) -> str:
+        """Publishes a saved weights folder as a Hub repository (created if absent); returns its URL."""
+        api = HfApi(token=token)
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload model"))
+
+
+# --------------------------------------------------------------------------------------------------------
+# Official checkpoints
+# --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """How an official checkpoint's keys become ours.
+
+    Attributes:
+        renamed: (pattern of the whole official key, our key as `re.sub` takes it), the first match counts.
+        dropped: patterns of official keys that hold nothing learned.
+    """
+
+    renamed: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
+    dropped: tuple[str, ...] = ()
+
+    def knows(self, key: str) -> bool:
+        """Whether a row is for the key."""
+        return self.drops(key) or any(re.fullmatch(pattern, key) for pattern, _ in self.renamed)
+
+    def drops(self, key: str) -> bool:
+        """Whether the key holds nothing learned."""
+        return any(re.fullmatch(pattern, key) for pattern in self.dropped)
+
+    def rename(self, key: str) -> str:
+        """Our key."""
+        pattern, ours = next(row for row in self.renamed if re.fullmatch(row[0], key))
+        return re.sub(pattern, ours, key)
+
+
+def convert_state(state: dict[str, Tensor], model: nn.Module, table: KeyTable) -> dict[str, Tensor]:
+    """An official state dict under our keys and shapes, every key accounted for on both sides.
+
+    Axes of length 1 come and go: pointwise layers are 1x1 convolutions there and nn.Linear here.
+
+    Raises:
+        ValueError: naming the keys that are unknown, missing or of another shape.
+    """
+    strange = sorted(key for key in state if not table.knows(key))
+    if strange:
+        raise ValueError(f"the checkpoint has keys that the official model has not: {shortened(strange)}")
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    converted = {table.rename(key): tensor for key, tensor in state.items() if not table.drops(key)}
+    for key, tensor in converted.items():
+        shape = expected.get(key)
+        if shape is not None and [n for n in shape if n > 1] == [n for n in tensor.shape if n > 1]:
+            converted[key] = tensor.reshape(shape)
+    check_state(converted, expected, "the checkpoint is not of this model")
+    return converted
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The state dict of a `.pth` file, bare or under "model"; nothing but tensors is unpickled.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is no checkpoint.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist: give the path of a downloaded .pth file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is no PyTorch checkpoint ({reason})") from error
+    state = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f'{path} holds no state dict: it must be a dict of tensors, or one under "model"')
+    return state
+
+
+def matching_models(state: dict[str, Tensor], table: KeyTable, names: Iterable[str]) -> list[str]:
+    """Which of the models an official state dict belongs to."""
+    matches = []
+    for name in names:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        try:
+            convert_state(state, model, table)
+        except ValueError:
+            continue
+        matches.append(name)
+    return matches
