@@ -3,10 +3,13 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MOST_SHOWN = 16
+
 
 def unknown(kind: str, value: object, known: Iterable[str]) -> ValueError:
     """The error for a `value` that is none of the `known` names of its `kind`."""
     names = sorted(known)
-    near = get_close_matches(str(value), names, n=1, cutoff=0.4)
+    near = get_close_matches(str(value), names, n=3, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"{kind} {value!r} is unknown: it must be one of {', '.join(names)}{hint}")
+    shown = names if len(names) <= MOST_SHOWN else [*near, f"{len(names) - len(near)} more"]
+    return ValueError(f"{kind} {value!r} is unknown: it must be one of {', '.join(shown)}{hint}")

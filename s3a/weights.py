@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import timm
@@ -209,6 +210,39 @@ def download_folder(repo: str, **options: Any) -> Path:
         ) from error
 
 
+def load_pretrained(
+    folder_or_repo: str | Path,
+    revision: str | None = None,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    num_classes: int | None = None,
+    **model_args: Any,
+) -> nn.Module:
+    """Loads a weights folder or a Hub repository of any registered model, in evaluation mode on the CPU.
+
+    Args:
+        folder_or_repo: a folder, or ORG/NAME on the Hub.
+        revision: branch, tag or commit of the repository.
+        token, cache_dir, local_files_only: as in `huggingface_hub.hf_hub_download`.
+        num_classes: another number of classes: the head is made anew, all else is loaded.
+        model_args: more arguments for the model, such as drop_path_rate.
+
+    Raises:
+        FileNotFoundError: where the folder, the repository or a file in it does not exist.
+        ValueError: where the weights are not whole or not those of the model in `config.json`.
+    """
+    folder = Path(folder_or_repo)
+    if not folder.is_dir():
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = download_folder(str(folder_or_repo), **options)
+    model = load_folder(folder, **model_args)
+    if num_classes is not None and num_classes != model.num_classes:
+        model.reset_classifier(num_classes)
+    return model
+
+
 class PretrainedMixin:
     """`from_pretrained`, `save_pretrained` and `push_to_hub` for models of timm's factory."""
 
@@ -216,53 +250,29 @@ class PretrainedMixin:
 
     @classmethod
     def from_pretrained(
-        cls: type[ModelT],
-        folder_or_repo: str | Path,
-        revision: str | None = None,
-        *,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        num_classes: int | None = None,
-        **model_args: Any,
+        cls: type[ModelT], folder_or_repo: str | Path, revision: str | None = None, **options: Any
     ) -> ModelT:
-        """Loads a weights folder or a Hub repository, in evaluation mode on the CPU.
-
-        Args:
-            folder_or_repo: a folder, or ORG/NAME on the Hub.
-            revision: branch, tag or commit of the repository.
-            token, cache_dir, local_files_only: as in `huggingface_hub.hf_hub_download`.
-            num_classes: another number of classes: the head is made anew, all else is loaded.
-            model_args: more arguments for the model, such as drop_path_rate.
-
-        Raises:
-            FileNotFoundError: where the folder, the repository or a file in it does not exist.
-            ValueError: where the weights are not whole or not those of the model in `config.json`.
-        """
-        folder = Path(folder_or_repo)
-        if not folder.is_dir():
-            folder = download_folder(
-                str(folder_or_repo),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-            )
-        model = load_folder(folder, **model_args)
+        """`load_pretrained`, with its options and errors; ValueError too for the weights of another family."""
+        model = load_pretrained(folder_or_repo, revision, **options)
         if not isinstance(model, cls):
             raise ValueError(
                 f"{str(folder_or_repo)!r} holds a {type(model).__name__}, not a {cls.__name__}: "
                 f"load it with {type(model).__name__}.from_pretrained"
             )
-        if num_classes is not None and num_classes != model.num_classes:
-            model.reset_classifier(num_classes)
         return model
 
-    def push_to_hub(self, repo: str, *, token: str | None = None, private: bool = False, folder: str | Path) -> str:
-        """Publishes a saved weights folder as a Hub repository (created if absent); returns its URL."""
+    def push_to_hub(self, repo: str, *, token: str | None = None, private: bool = False, **options: Any) -> str:
+        """Publishes the model as a Hub repository, created if absent; returns the commit's URL.
+
+        Args:
+            repo: ORG/NAME.
+            options: of `save_pretrained`.
+        """
         api = HfApi(token=token)
         api.create_repo(repo, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload model"))
+        with TemporaryDirectory() as folder:
+            save_folder(self, folder, **options)
+            return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload model"))
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,50 @@
+"""Evaluates a weights folder or Hub repository: `python recipes/evaluate.py --weights FOLDER_OR_REPO --data ...`.
+
+Prints one JSON object on stdout: top1 and top5 (fractions of 1), loss, images, images_per_second.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from s3a import cli
+from s3a.data import Source, load_data
+from s3a.engine import evaluate_weights
+from s3a.recipe import Precision
+from s3a.weights import load_pretrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Evaluates weights on the validation images of a data source."""
+
+    weights: str
+    """A weights folder, or ORG/NAME on the Hub."""
+    data: Source
+    """Where the images come from."""
+    data_dir: Path | None = None
+    """For imagefolder: the folder with train/CLASS/* and val/CLASS/*."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub repository."""
+    batch_size: int = 64
+    """Images at a time, over all processes."""
+    precision: Precision = "no"
+    """Mixed precision: no, bf16 or fp16."""
+    num_workers: int = 0
+    """Processes that decode; 0 does it in the main process."""
+
+
+def main(options: Options) -> None:
+    model = load_pretrained(options.weights, options.revision)
+    metrics = evaluate_weights(
+        model,
+        load_data(options.data, options.data_dir),
+        batch_size=options.batch_size,
+        precision=options.precision,
+        num_workers=options.num_workers,
+    )
+    print(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    cli.run(Options, main)

@@ -1,0 +1,23 @@
+"""Trains a recipe: `accelerate launch recipes/train.py [RECIPE] [--option value ...]`.
+
+Without arguments it trains `digits`. Running the same command again resumes.
+"""
+
+import sys
+
+import s3a  # noqa: F401 - registers the models with timm
+from s3a import cli
+from s3a.engine import train
+from s3a.recipe import Recipe, named_recipe
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    named = bool(arguments) and not arguments[0].startswith("-")
+    with cli.one_line_errors():
+        recipe = named_recipe(arguments[0] if named else "digits")
+        train(cli.parse(Recipe, arguments[named:], default=recipe))
+
+
+if __name__ == "__main__":
+    main()

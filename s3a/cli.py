@@ -1,0 +1,65 @@
+"""How every command of the project is parsed and how it fails: one line on stderr, exit status 2."""
+
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from typing import TypeVar
+
+import tyro
+
+OptionsT = TypeVar("OptionsT")
+PARSING = re.compile(r"^Error parsing \w+: ")
+BOX = str.maketrans("", "", "╭╮╰╯│─")
+
+
+def run(options_type: type[OptionsT], main: Callable[[OptionsT], object]) -> None:
+    """Parses the command line into `options_type` (a dataclass with docstrings as help) and calls `main` with it."""
+    with one_line_errors():
+        main(parse(options_type))
+
+
+def parse(
+    options_type: type[OptionsT], arguments: Sequence[str] | None = None, default: OptionsT | None = None
+) -> OptionsT:
+    """tyro's parsing, with its framed error folded into the message of a ValueError.
+
+    Args:
+        arguments: None takes those of the process.
+        default: where options that are not given come from; None for the type's own defaults.
+    """
+    defaults = {} if default is None else {"default": default}
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            return tyro.cli(options_type, args=arguments, config=(tyro.conf.FlagConversionOff,), **defaults)
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+        raise ValueError(unframed(printed.getvalue())) from None
+
+
+def unframed(message: str) -> str:
+    """tyro's framed error as one line: what is wrong, and the options it thinks were meant."""
+    lines = [line.translate(BOX).strip() for line in message.splitlines()[1:]]
+    help_starts = [i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full helptext"))]
+    lines = [line for line in lines[: min(help_starts, default=None)] if line]
+    wrong, *meant = " ".join(lines).split("Perhaps you meant:")
+    options = re.findall(r"--[\w-]+", meant[0]) if meant else []
+    hint = f"; did you mean {' or '.join(options)}?" if options else ""
+    return f"{PARSING.sub('', wrong).strip()}{hint} (--help lists the options)"
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process with `error: ...` and status 2 for what the user can mend; all else keeps its traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("RANK", "0") == "0":  # one voice for all processes of a launch
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
