@@ -34,7 +34,7 @@ def parse(
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):
-            return tyro.cli(options_type, args=arguments, config=(tyro.conf.FlagConversionOff,), **defaults)
+            return tyro.cli(options_type, args=arguments, config=(tyro.conf.FlagCreatePairsOff,), **defaults)
     except SystemExit as stop:
         if stop.code != 2:
             raise
@@ -46,6 +46,9 @@ def unframed(message: str) -> str:
     lines = [line.translate(BOX).strip() for line in message.splitlines()[1:]]
     help_starts = [i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full helptext"))]
     lines = [line for line in lines[: min(help_starts, default=None)] if line]
+    if any(line.startswith("Missing from") for line in lines):  # the help of every missing option follows
+        names = [line.split()[0] for line in lines[1:] if re.match(r"--\w|[A-Z]{2}", line)]
+        return f"{', '.join(names)} must be given (--help lists the options)"
     wrong, *meant = " ".join(lines).split("Perhaps you meant:")
     options = re.findall(r"--[\w-]+", meant[0]) if meant else []
     hint = f"; did you mean {' or '.join(options)}?" if options else ""
@@ -57,7 +60,7 @@ def one_line_errors() -> Iterator[None]:
     """Ends the process with `error: ...` and status 2 for what the user can mend; all else keeps its traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":  # one voice for all processes of a launch
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

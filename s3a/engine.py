@@ -165,6 +165,8 @@ def prepare(recipe: Recipe) -> Run:
     model = timm.create_model(recipe.model, num_classes=len(data.label_names), **drop_path)
     data_config = resolve_model_data_config(model)
     channels = data_config["input_size"][0]
+    if hasattr(model, "check_images"):
+        model.check_images(torch.empty(1, channels, recipe.image_size, recipe.image_size, device="meta"))
     data_config |= {"input_size": (channels, recipe.image_size, recipe.image_size), "crop_pct": recipe.crop_pct}
     common = {"channels": channels, "batch_size": recipe.batch_size, "num_workers": recipe.num_workers}
     training = train_loader(data.train, train_transform(recipe, data_config), seed=recipe.seed, **common)
@@ -237,7 +239,7 @@ def run_epoch(run: Run, bar: Any) -> None:
 def train_epoch(run: Run, bar: Any) -> tuple[float, float]:
     """One pass over the training images; returns the mean loss and the last learning rate."""
     run.model.train()
-    run.train_loader.batch_sampler.sampler.set_epoch(run.epoch)
+    run.train_loader.set_epoch(run.epoch)  # Accelerate's loader hands it on; left alone it would count from 0 again
     done = run.epoch * len(run.train_loader)
     total_loss = torch.zeros((), dtype=torch.float64)
     started = time.perf_counter()

@@ -7,7 +7,8 @@ an error that names it.
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -328,7 +329,7 @@ def convert_state(state: dict[str, Tensor], model: nn.Module, table: KeyTable) -
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict of a `.pth` file, bare or under "model"; nothing but tensors is unpickled.
+    """The state dict of a `.pth` file, bare or under "model"; nothing but tensors and trainers' options is unpickled.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -336,26 +337,13 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist: give the path of a downloaded .pth file")
+    arbitrary_bytes = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is no PyTorch checkpoint ({reason})") from error
+        with torch.serialization.safe_globals([Namespace]):  # DeiT's trainers keep their options beside the weights
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except arbitrary_bytes as error:
+        raise ValueError(f"{path} is no PyTorch checkpoint: it must be a .pth file with a state dict") from error
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f'{path} holds no state dict: it must be a dict of tensors, or one under "model"')
     return state
-
-
-def matching_models(state: dict[str, Tensor], table: KeyTable, names: Iterable[str]) -> list[str]:
-    """Which of the models an official state dict belongs to."""
-    matches = []
-    for name in names:
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        try:
-            convert_state(state, model, table)
-        except ValueError:
-            continue
-        matches.append(name)
-    return matches

@@ -1,0 +1,295 @@
+"""Training and evaluation as a user runs them, on images small enough for a test."""
+
+import dataclasses
+import json
+import math
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from image_folder import make_image_folder
+from PIL import Image
+from safetensors.torch import load_file
+
+import s3a
+from s3a import engine
+from s3a.recipe import RECIPES, Recipe, named_recipe
+
+RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_image_folder(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture
+def recipe(images, tmp_path):
+    return dataclasses.replace(
+        named_recipe("digits"),
+        data="imagefolder",
+        data_dir=images,
+        image_size=32,
+        batch_size=16,
+        epochs=3,
+        warmup_epochs=1,
+        drop_path=0.2,
+        output_dir=tmp_path / "run",
+    )
+
+
+def command(name: str, *arguments: object) -> None:
+    """Runs a command of recipes/ in this process."""
+    before = sys.argv
+    sys.argv = [str(RECIPES_FOLDER / name), *map(str, arguments)]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def fails(capsys, name: str, *arguments: object) -> str:
+    """Runs a command that must fail as the commands do; returns its one line."""
+    with pytest.raises(SystemExit) as stop:
+        command(name, *arguments)
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_leaves_all_that_it_promises(recipe, capsys):
+    folder = engine.train(recipe)
+    lines = metrics_of(folder)
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    keys = "epoch train_loss val_loss val_top1 val_top5 learning_rate images_per_second"
+    assert all(set(line) == set(keys.split()) for line in lines)
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert lines[-1]["val_top5"] == 1
+    assert json.loads((folder / "recipe.json").read_text())["epochs"] == 3
+    with Image.open(folder / "curves.png") as picture:
+        assert picture.width > 600
+    assert {path.name for path in (folder / "model").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert len(list((folder / "checkpoints").iterdir())) == recipe.keep_checkpoints
+    said = capsys.readouterr().err
+    assert f"{folder / 'model'}" in said
+    assert "recipes/evaluate.py" in said
+
+
+def test_the_weights_evaluate_to_what_training_said(recipe, capsys, images):
+    folder = engine.train(recipe)
+    capsys.readouterr()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    command("evaluate.py", "--weights", folder / "model", "--data", "imagefolder", "--data-dir", images)
+    result = json.loads(capsys.readouterr().out)
+    last = metrics_of(folder)[-1]
+    assert set(result) == {"top1", "top5", "loss", "images", "images_per_second"}
+    assert (result["top1"], result["images"]) == (last["val_top1"], 18)
+    assert result["loss"] == pytest.approx(last["val_loss"], rel=1e-5)
+
+
+def test_evaluation_counts_what_plain_code_counts(recipe, images):
+    folder = engine.train(dataclasses.replace(recipe, epochs=2))
+    model = s3a.SSViT.from_pretrained(folder / "model")
+    config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**config, is_training=False)
+    right = 0
+    for label, name in enumerate(["dark", "light"]):
+        for path in sorted((images / "val" / name).iterdir()):
+            with Image.open(path) as image, torch.no_grad():
+                right += int(model(transform(image.convert("RGB"))[None]).argmax() == label)
+    assert right / 18 == metrics_of(folder)[-1]["val_top1"]
+
+
+def test_the_weights_folder_carries_preprocessing_and_labels(recipe):
+    folder = engine.train(dataclasses.replace(recipe, epochs=2)) / "model"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["label_names"] == ["dark", "light"]
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert config["pretrained_cfg"]["crop_pct"] == recipe.crop_pct
+    card = (folder / "README.md").read_text()
+    assert "license: mit" in card
+    assert "18 validation images" in card
+    assert str(recipe.data_dir) not in card
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def train_until(recipe: Recipe, epoch: int, monkeypatch) -> None:
+    """Trains until the middle of an epoch, where the process ends."""
+    step = engine.train_step
+
+    def dying_step(run, *arguments):
+        if run.epoch == epoch:
+            raise Killed
+        return step(run, *arguments)
+
+    monkeypatch.setattr(engine, "train_step", dying_step)
+    with pytest.raises(Killed):
+        engine.train(recipe)
+    monkeypatch.undo()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_run_that_was_killed_ends_with_the_same_bytes(recipe, tmp_path, monkeypatch, capsys):
+    undisturbed = engine.train(recipe)
+    killed = dataclasses.replace(recipe, output_dir=tmp_path / "killed")
+    for epoch in (1, 2):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_until(killed, epoch, monkeypatch)
+    capsys.readouterr()
+    engine.train(killed)
+    assert f"resuming {killed.output_dir} after epoch 2 of 3" in capsys.readouterr().err
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (undisturbed, killed.output_dir)]
+    assert weights[0] == weights[1]
+    assert [line["epoch"] for line in metrics_of(killed.output_dir)] == [1, 2, 3]
+
+
+def test_a_finished_run_says_so_and_trains_no_more(recipe, monkeypatch, capsys):
+    folder = engine.train(recipe)
+    before = metrics_of(folder)
+    capsys.readouterr()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(engine, "train_epoch", None)
+    engine.train(recipe)
+    assert f"{folder} is finished: 3 epochs" in capsys.readouterr().err
+    assert metrics_of(folder) == before
+
+
+def test_a_folder_of_another_recipe_is_left_alone(recipe):
+    folder = engine.train(dataclasses.replace(recipe, epochs=2))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match=r"--epochs 2 \(now 3\).*--output-dir"):
+        engine.train(recipe)
+    assert len(metrics_of(folder)) == 2
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_last_checkpoint(recipe, monkeypatch):
+    step = engine.train_step
+
+    def poisoned_step(run, images, labels, number):
+        return step(run, images * (float("nan") if number == 5 else 1), labels, number)
+
+    monkeypatch.setattr(engine, "train_step", poisoned_step)
+    with pytest.raises(engine.NonFiniteLossError, match=r"nan at step 5 \(epoch 2,.*epoch-00001"):
+        engine.train(recipe)
+    assert len(metrics_of(recipe.output_dir)) == 1
+
+
+def test_a_learning_rate_that_explodes_is_a_non_finite_loss(recipe):
+    with pytest.raises(engine.NonFiniteLossError, match="last good checkpoint: none yet"):
+        engine.train(dataclasses.replace(recipe, learning_rate=1e25))
+
+
+def test_the_learning_rate_follows_batch_size_warm_up_and_cosine(recipe):
+    lines = metrics_of(engine.train(dataclasses.replace(recipe, epochs=4, warmup_epochs=2)))
+    peak, lowest = recipe.learning_rate * 16 / 512, recipe.min_learning_rate
+    cosine = [lowest + (peak - lowest) * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in (1, 2, 3, 4)]
+    expected = [1e-6 + (peak - 1e-6) / 2, *cosine[1:]]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(expected, rel=1e-6)
+
+
+def test_weight_decay_spares_biases_and_vectors(recipe):
+    run = engine.prepare(dataclasses.replace(recipe, weight_decay=0.3))
+    for group in run.optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.3 if parameter.ndim > 1 else 0)
+    assert sum(len(group["params"]) for group in run.optimizer.param_groups) == len(list(run.model.parameters()))
+
+
+def test_drop_path_reaches_the_model(recipe):
+    run = engine.prepare(recipe)
+    assert run.bare_model.stages[-1].blocks[-1].drop_path.drop_prob == recipe.drop_path
+
+
+def test_bf16_trains(recipe):
+    lines = metrics_of(engine.train(dataclasses.replace(recipe, epochs=2, precision="bf16")))
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+
+
+def test_the_command_line_overrides_a_named_recipe(images, tmp_path):
+    folder = tmp_path / "run"
+    small = ("--image-size", 32, "--batch-size", 16, "--epochs", 1, "--warmup-epochs", 0, "--seed", 3)
+    source = ("--data", "imagefolder", "--data-dir", images)
+    command("train.py", "digits", *source, *small, "--output-dir", folder)
+    written = json.loads((folder / "recipe.json").read_text())
+    assert (written["name"], written["seed"], written["epochs"]) == ("digits", 3, 1)
+    assert load_file(folder / "model" / "model.safetensors")["head.weight"].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["digts"], "recipe 'digts' is unknown.*did you mean 'digits'"),
+        (["--epoch", "3"], "--epoch.*did you mean --epochs"),
+        (["--data", "imagefoldr"], "imagefoldr.*imagefolder"),
+        (["--model", "ssvit_tny"], "model 'ssvit_tny' is unknown.*did you mean 'ssvit_tiny'"),
+        (["--epochs", "0"], "--epochs is 0: it must be above 0"),
+        (["--epochs", "many"], "--epochs.*'many'"),
+        (["--warmup-epochs", "99"], "--warmup-epochs is 99"),
+        (["--label-smoothing", "2"], "--label-smoothing is 2.0: it must be between 0 and 1"),
+        (["--image-size", "16"], "16 x 16 pixels: each side must be at least 32"),
+        (["--data", "imagefolder"], "--data-dir DIR"),
+        (["--data", "imagefolder", "--data-dir", "nowhere"], "'nowhere' does not exist"),
+    ],
+)
+def test_bad_options_are_one_line(capsys, tmp_path, arguments, expected):
+    line = fails(capsys, "train.py", *arguments, "--output-dir", tmp_path / "run")
+    assert re.search(expected, line), line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_evaluation_refuses_data_of_other_classes(recipe, capsys):
+    folder = engine.train(dataclasses.replace(recipe, epochs=2)) / "model"
+    capsys.readouterr()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    line = fails(capsys, "evaluate.py", "--weights", folder, "--data", "digits")
+    assert "know 2 classes and the data has 10" in line
+
+
+def test_evaluation_refuses_damaged_weights(recipe, capsys):
+    folder = engine.train(dataclasses.replace(recipe, epochs=2)) / "model"
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    capsys.readouterr()
+    assert "no whole safetensors file" in fails(capsys, "evaluate.py", "--weights", folder, "--data", "digits")
+    weights.unlink()
+    assert "has no model.safetensors" in fails(capsys, "evaluate.py", "--weights", folder, "--data", "digits")
+    shutil.rmtree(folder)
+    assert "neither a local folder" in fails(capsys, "evaluate.py", "--weights", folder, "--data", "digits")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_named_recipes_name_models_that_exist(name):
+    recipe = named_recipe(name)
+    assert recipe.name == name
+    assert timm.is_model(recipe.model)
+
+
+@pytest.mark.slow
+def test_the_default_recipe_reads_digits(tmp_path, capsys):
+    command("train.py", "--output-dir", tmp_path)
+    assert metrics_of(tmp_path)[-1]["val_top1"] >= 0.99
+    capsys.readouterr()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    command("evaluate.py", "--weights", tmp_path / "model", "--data", "digits")
+    assert json.loads(capsys.readouterr().out)["top1"] == metrics_of(tmp_path)[-1]["val_top1"]

@@ -1,0 +1,100 @@
+"""Turns an official checkpoint into a weights folder: convert_official.py SOURCE.pth --model NAME --output FOLDER."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import timm
+import torch
+import tyro
+from torch import Tensor, nn
+
+from s3a import cli
+from s3a.errors import unknown
+from s3a.weights import KeyTable, convert_state, read_checkpoint, save_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Converts an official checkpoint into a weights folder, every key accounted for."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE.pth")]
+    """The official checkpoint: a state dict, bare or under "model"."""
+    model: str
+    """Which model it holds the weights of, such as ssvit_tiny."""
+    output: Path
+    """The folder to write; created where it does not exist."""
+
+
+def main(options: Options) -> None:
+    """Reads, converts and writes."""
+    table = key_table(options.model)
+    model = convert(read_checkpoint(options.source), options.model, table)
+    save_folder(model, options.output)
+
+    folder, parameters = str(options.output), sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"wrote {options.model} with {parameters:,} parameters and {model.num_classes} classes to {folder}; load it "
+        f'with s3a.{type(model).__name__}.from_pretrained("{folder}") '
+        f'or timm.create_model("local-dir:{folder}", pretrained=True)'
+    )
+
+
+def key_tables() -> dict[str, KeyTable]:
+    """For every model that has official checkpoints, its family's table of their keys."""
+    modules = {name: sys.modules[timm.model_entrypoint(name).__module__] for name in timm.list_models()}
+    return {name: module.OFFICIAL_KEYS for name, module in modules.items() if hasattr(module, "OFFICIAL_KEYS")}
+
+
+def key_table(name: str) -> KeyTable:
+    """The model's table; ValueError where there is no such model, or no official checkpoint of it."""
+    tables = key_tables()
+    if name in tables:
+        return tables[name]
+    if timm.is_model(name):
+        raise ValueError(
+            f"model {name!r} has no official checkpoints to convert: it must be one of {', '.join(tables)}"
+        )
+    raise unknown("model", name, tables)
+
+
+def convert(state: dict[str, Tensor], name: str, table: KeyTable) -> nn.Module:
+    """The named model with the weights of the official state dict, and with its number of classes.
+
+    Raises:
+        ValueError: for the weights of something else; where another size of the family fits, it is named.
+    """
+    model = build(name, state, table)
+    try:
+        converted = convert_state(state, model, table)
+    except ValueError as error:
+        fitting = [
+            other for other, its_table in key_tables().items() if its_table is table and fits(state, other, table)
+        ]
+        remedy = f": it fits {' and '.join(fitting)}; pass --model {fitting[0]}" if fitting else f" ({error})"
+        raise ValueError(f"the checkpoint does not fit {name}{remedy}") from error
+    model.load_state_dict(converted, assign=True)
+    return model.eval()
+
+
+def build(name: str, state: dict[str, Tensor], table: KeyTable) -> nn.Module:
+    """The model without memory for its weights, with as many classes as the state dict's classifier."""
+    classifier = f"{timm.get_pretrained_cfg(name).classifier}.weight"
+    known = (key for key in state if table.knows(key) and not table.drops(key))
+    key = next((key for key in known if table.rename(key) == classifier), None)
+    with torch.device("meta"):
+        return timm.create_model(name, **({} if key is None else {"num_classes": len(state[key])}))
+
+
+def fits(state: dict[str, Tensor], name: str, table: KeyTable) -> bool:
+    """Whether the state dict holds the model's weights."""
+    try:
+        convert_state(state, build(name, state, table), table)
+    except ValueError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    cli.run(Options, main)

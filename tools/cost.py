@@ -1,0 +1,71 @@
+"""Parameters and cost of models at any image size, by both conventions: python tools/cost.py ssvit_tiny."""
+
+import json
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Annotated
+
+import timm
+import torch
+import tyro
+
+from s3a import cli
+from s3a.cost import Cost, count_cost
+from s3a.errors import unknown
+
+LEGEND = """\
+published: GMACs as papers print them ("FLOPs"): convolutions and pointwise layers alone, in units of 2^30
+whole:     GMACs with the scores and values of attention, in units of 10^9"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Counts parameters and multiply-accumulates of models, for one image."""
+
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[MODEL ...]")] = ()
+    """Names in timm's registry; none for all models of this library."""
+    height: int = 224
+    """Of the image, in pixels."""
+    width: int = 224
+    """Of the image, in pixels."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def main(options: Options) -> None:
+    """Prints the costs of the models."""
+    costs = {name: count_cost(build(name), options.height, options.width) for name in options.models or own_models()}
+    if options.json:
+        size = {"height": options.height, "width": options.width}
+        print(json.dumps([{"model": name, **size, **asdict(cost)} for name, cost in costs.items()], indent=2))
+    else:
+        print(table(costs, options.height, options.width))
+
+
+def own_models() -> list[str]:
+    """The names that this library registers, family by family in the order of their files."""
+    entries = {name: timm.model_entrypoint(name) for name in timm.list_models()}
+    own = {name: entry.__code__ for name, entry in entries.items() if entry.__module__.startswith("s3a.")}
+    return sorted(own, key=lambda name: (own[name].co_filename, own[name].co_firstlineno))
+
+
+def build(name: str) -> torch.nn.Module:
+    """The model without memory for its weights; ValueError for an unknown name."""
+    if not timm.is_model(name):
+        raise unknown("model", name, {*own_models(), *get_close_matches(name, timm.list_models(), n=1)})
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+def table(costs: dict[str, Cost], height: int, width: int) -> str:
+    """The costs for a person."""
+    longest = max(map(len, [*costs, "model"]))
+    lines = [f"One image of {height} x {width} pixels.", ""]
+    lines += [f"{'model':{longest}}  {'parameters':>12}  {'published':>9}  {'whole':>7}"]
+    for name, cost in costs.items():
+        lines += [f"{name:{longest}}  {cost.parameters:12,}  {cost.published_gmacs:9.2f}  {cost.gmacs:7.2f}"]
+    return "\n".join([*lines, "", LEGEND])
+
+
+if __name__ == "__main__":
+    cli.run(Options, main)

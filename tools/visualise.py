@@ -1,0 +1,197 @@
+"""Draws what one token sees in both kinds of sparse scan: python tools/visualise.py --output docs/scan.png."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from PIL import Image
+
+from s3a import cli
+from s3a.geometry import FIXED, Neighborhood, Scan, sparse_scan
+
+# Okabe and Ito's colours, which every kind of colour vision tells apart.
+QUERY, ANCHOR, WINDOW, OWN = "#D55E00", "#0072B2", "#56B4E9", "#E69F00"
+INK, SOFT_INK, TOKEN, PAPER = "#1F2328", "#59636E", "#ECEEF1", "#FFFFFF"
+FIGURE_WIDTH, DPI = 9.0, 200  # inches, and pixels per inch: twice the width of a README
+ABOVE, BELOW, MARGIN, GAP, HIGHEST = 1.5, 0.85, 0.25, 0.34, 6.0  # inches around and between panels, and of a panel
+STORY = "First every token looks at its window. Then it looks at its anchors, which pass on what they saw."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Draws what one token sees in both kinds of sparse scan."""
+
+    output: Path
+    """The PNG to write, such as docs/scan.png."""
+    height: int = 56
+    """Of the map, in tokens."""
+    width: int = 56
+    """Of the map, in tokens."""
+    size: int = 7
+    """Tokens per axis of what is fixed."""
+    row: int | None = None
+    """Of the query; none for a little above the middle."""
+    column: int | None = None
+    """Of the query; none for a little right of the middle."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sight:
+    """What one query of a scan sees on a map.
+
+    Attributes:
+        query: its (row, column).
+        anchors: [anchors, 2] int64, the (row, column) tokens that it sees in the anchor pass.
+        times: [height, width] int64, how many of the anchors saw each token in the local pass.
+        own: the rows and the columns that the query saw in the local pass.
+    """
+
+    query: tuple[int, int]
+    anchors: np.ndarray
+    times: np.ndarray
+    own: tuple[np.ndarray, np.ndarray]
+
+
+def main(options: Options) -> None:
+    """Draws and writes."""
+    if options.output.suffix != ".png":
+        raise ValueError(f"output is {str(options.output)!r}: its name must end in .png")
+    figure = draw(options)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, options.output)
+    print(f"wrote {options.output}")
+
+
+def query_of(options: Options) -> tuple[int, int]:
+    """The query's row and column; ValueError for a map or a query that there cannot be."""
+    if min(options.height, options.width) < 1:
+        raise ValueError(f"the map is {options.height} x {options.width} tokens: height and width must be positive")
+    row = options.height * 3 // 8 if options.row is None else options.row
+    column = options.width * 5 // 8 if options.column is None else options.column
+    for name, value, length in (("row", row, options.height), ("column", column, options.width)):
+        if not 0 <= value < length:
+            raise ValueError(f"{name} is {value}: it must be from 0 to {length - 1} on this map")
+    return row, column
+
+
+def look(scan: Scan, row: int, column: int, height: int, width: int) -> Sight:
+    """What the query at (row, column) sees. Where a scan has no anchor pass, the query is its only anchor."""
+    itself = Neighborhood(1)
+    local, anchor = (*scan, itself, itself)[:2]
+    rows, columns = anchor.keys(row, column, height, width)
+    row_times, column_times = np.zeros(height, dtype=np.int64), np.zeros(width, dtype=np.int64)
+    for anchor_row in rows:
+        row_times[local.keys(anchor_row, column, height, width)[0]] += 1
+    for anchor_column in columns:
+        column_times[local.keys(row, anchor_column, height, width)[1]] += 1
+    return Sight(
+        query=(row, column),
+        anchors=np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2),
+        times=np.outer(row_times, column_times),
+        own=local.keys(row, column, height, width),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------
+# The picture
+# --------------------------------------------------------------------------------------------------------
+
+
+def draw(options: Options) -> Figure:
+    """A panel for each kind of scan, side by side."""
+    height, width, query = options.height, options.width, query_of(options)
+    slot = (FIGURE_WIDTH - 2 * MARGIN - GAP) / 2
+    token = min(slot / width, HIGHEST / height)  # inches
+    paper = np.array([FIGURE_WIDTH, ABOVE + height * token + BELOW])
+    figure = Figure(figsize=tuple(paper), dpi=DPI, facecolor=PAPER)
+
+    for index, fixed in enumerate(FIXED):
+        scan = sparse_scan(height, width, options.size, fixed)
+        corner, extent = (MARGIN + index * (slot + GAP), BELOW), (width * token, height * token)
+        axes = figure.add_axes((*(corner / paper), *(extent / paper)), xlim=(0, width), ylim=(height, 0))
+        axes.set_axis_off()
+        sight = look(scan, *query, height, width)
+        draw_map(axes, sight, 72 * token)
+        write_panel(axes, f'fixed="{fixed}"', scan, sight)
+
+    left = MARGIN / FIGURE_WIDTH
+    heights = {"title": 1 - 0.34 / paper[1], "story": 1 - 0.68 / paper[1], "legend": 0.13 / paper[1]}
+    figure.text(left, heights["title"], "What one token sees", size=17, weight="bold", color=INK, va="center")
+    figure.text(left, heights["story"], STORY, size=11.5, color=SOFT_INK, va="center")
+    style = {"ncol": 4, "frameon": False, "fontsize": 11, "labelcolor": INK, "borderpad": 0}
+    spacing = {"handlelength": 1.4, "handletextpad": 0.5, "columnspacing": 1.8}
+    figure.legend(handles=legend(), loc="lower left", bbox_to_anchor=(left, heights["legend"]), **style, **spacing)
+    return figure
+
+
+def draw_map(axes: Axes, sight: Sight, token: float) -> None:
+    """The tokens, tinted by who saw them, and the query's rays to its anchors; `token` is one's side in points."""
+    height, width = sight.times.shape
+    colors = tinted(WINDOW, 1 - 0.62 ** sight.times[..., None])
+    colors[np.ix_(*sight.own)] = tinted(OWN, 0.6)
+    axes.imshow(colors, extent=(0, width, height, 0), aspect="auto", interpolation="nearest")
+    rows = [[(0, row), (width, row)] for row in range(height + 1)]
+    columns = [[(column, 0), (column, height)] for column in range(width + 1)]
+    axes.add_collection(LineCollection([*rows, *columns], colors=PAPER, linewidths=min(0.14 * token, 1.5)))
+
+    own_rows, own_columns = sight.own
+    corner = (own_columns[0], own_rows[0])
+    axes.add_patch(
+        Rectangle(corner, len(own_columns), len(own_rows), fill=False, edgecolor=OWN, linewidth=1.8, zorder=2)
+    )
+    query, anchors = np.array(sight.query)[::-1] + 0.5, sight.anchors[:, ::-1] + 0.5
+    rays = [(query, anchor) for anchor in anchors]
+    alpha = min(0.25, 20 / len(rays))
+    axes.add_collection(LineCollection(rays, colors=ANCHOR, linewidths=0.6, alpha=alpha, zorder=3))
+    apart = token * min(height, width) / len(rays) ** 0.5
+    axes.scatter(*anchors.T, s=min(4.5, 0.3 * apart) ** 2, color=ANCHOR, edgecolor=PAPER, linewidth=0.5, zorder=4)
+    axes.scatter(*query, s=100, color=QUERY, edgecolor=PAPER, linewidth=1.3, zorder=5)
+
+
+def write_panel(axes: Axes, title: str, scan: Scan, sight: Sight) -> None:
+    """What the scan is, above its map; what it costs and what it sees, below."""
+    height, width = sight.times.shape
+    passes = ", then ".join(f"kernel {step.kernel_size[0]}, dilation {step.dilation[0]}" for step in scan)
+    keys = " + ".join(f"{step.count_pairs(height, width) / (height * width):,.0f}" for step in scan)
+    seen = np.count_nonzero(sight.times) / sight.times.size
+    where = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    code = {"family": "monospace", "weight": "bold", "size": 13, "color": INK}
+    axes.annotate(title, (0, 1), (0, 24), va="bottom", **code, **where)
+    axes.annotate(passes, (0, 1), (0, 5), va="bottom", size=11, color=SOFT_INK, **where)
+    summary = f"{keys} of {height * width:,} keys reach {seen:.0%} of the map"
+    axes.annotate(summary, (0, 0), (0, -6), va="top", size=11, color=INK, **where)
+
+
+def legend() -> list[Line2D | Patch]:
+    """What the marks mean."""
+    return [
+        Line2D([], [], marker="o", linestyle="", color=QUERY, markersize=9, label="query"),
+        Line2D([], [], marker="o", linestyle="", color=ANCHOR, markersize=5.5, label="its anchors of interest"),
+        Patch(facecolor=tinted(WINDOW, 0.45), label="what the anchors saw"),
+        Patch(facecolor=tinted(OWN, 0.6), edgecolor=OWN, linewidth=1.5, label="what the query saw"),
+    ]
+
+
+def tinted(color: str, share: float | np.ndarray) -> np.ndarray:
+    """The colour of a token with a share of another colour in it."""
+    return share * np.array(to_rgb(color)) + (1 - share) * np.array(to_rgb(TOKEN))
+
+
+def save(figure: Figure, output: Path) -> None:
+    """Writes the figure as a PNG of at most 256 colours, a third of the size of all of them."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    palette = {"colors": 256, "method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
+    picture.quantize(**palette).save(output, optimize=True)
+
+
+if __name__ == "__main__":
+    cli.run(Options, main)
