@@ -4,6 +4,8 @@ Importing this registers the models with timm: `timm.create_model("ssvit_tiny")`
 """
 
 from s3a.attention import neighborhood_attention, sparse_scan_attention
+from s3a.compile import compile_model
+from s3a.explain import explain
 from s3a.geometry import Neighborhood, sparse_scan
 from s3a.layers import S3A
 from s3a.models import SSViT
@@ -12,6 +14,8 @@ __all__ = [
     "S3A",
     "Neighborhood",
     "SSViT",
+    "compile_model",
+    "explain",
     "neighborhood_attention",
     "sparse_scan",
     "sparse_scan_attention",

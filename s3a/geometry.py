@@ -34,6 +34,13 @@ def pair(value: int | tuple[int, int], name: str, rule: str = "a positive intege
     return int(both[0]), int(both[1])
 
 
+def check_size(size: int) -> int:
+    """The size of a scan; ValueError unless it is a positive int (a pair has no meaning, both axes are alike)."""
+    if isinstance(size, (tuple, list)):
+        raise ValueError(f"size is {size!r}: it must be one positive integer, for both axes")
+    return pair(size, "size", "one positive integer, for both axes")[0]
+
+
 @dataclass(frozen=True, eq=False)
 class AxisWindows:
     """One axis of `length` tokens in *group order*: dilation group after dilation group.
@@ -132,7 +139,7 @@ def odd(number: int) -> int:
 
 
 def sparse_scan(height: int, width: int, size: int = 7, fixed: Fixed = "window") -> Scan:
-    """The chained passes of S3A on a map (paper, section 3.2; kernels and dilations as in the official code).
+    """The chained passes of S3A on a map (arXiv 2405.13335; kernels and dilations as in the official code).
 
     The local pass comes first and the anchor pass second; a pass of a single token is left out. Where the
     map is smaller than the window, the kernel covers it whole.
@@ -148,7 +155,7 @@ def sparse_scan(height: int, width: int, size: int = 7, fixed: Fixed = "window")
     """
     if fixed not in FIXED:
         raise ValueError(f'fixed is {fixed!r}: it must be "window" or "anchors"')
-    size, _ = pair(size, "size")
+    size = check_size(size)
     shorter = min(height, width)
     window, anchors = (size, shorter // size) if fixed == "window" else (shorter // size, size)
 

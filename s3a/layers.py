@@ -8,14 +8,16 @@ channels-last image and hand it back.
 import operator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s3a.attention import attend_plan, choose_backend
 from s3a.errors import unknown
-from s3a.geometry import FIXED, Fixed, pair, sparse_scan
-from s3a.plan import BACKENDS, Backend, ScanPlan, plain_tensors, plan_scan
+from s3a.geometry import FIXED, Fixed, check_size, sparse_scan
+from s3a.plan import BACKENDS, Backend, ScanPlan, plan_scan
+from s3a.plan.tensors import plain_tensors
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -85,15 +87,15 @@ class AttentionPlan:
 
 
 def rotary_angles(height: int, width: int, head_dim: int) -> Tensor:
-    """The 2-D rotary embedding's angles (official code: RoPE): [tokens, head_dim / 2], float32.
+    """The 2-D rotary embedding's angles (official code: RoPE): [tokens, head_dim / 2], float64.
 
     The first half of the pairs turns with the row index, the second half with the column index; frequencies
     fall geometrically from 1 to 1 / 10000, both included.
     """
-    frequencies = 10000.0 ** -torch.linspace(0, 1, head_dim // 4)
-    rows = (torch.arange(height)[:, None] * frequencies)[:, None].expand(-1, width, -1)
-    columns = (torch.arange(width)[:, None] * frequencies)[None].expand(height, -1, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    frequencies = 10000.0 ** -torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
+    rows = torch.arange(height)[:, None, None] * frequencies  # [height, 1, head_dim / 4]
+    columns = torch.arange(width)[None, :, None] * frequencies  # [1, width, head_dim / 4]
+    return torch.cat([rows.expand(-1, width, -1), columns.expand(height, -1, -1)], dim=-1).flatten(0, 1)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -103,9 +105,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-@torch.compiler.assume_constant_result
 @lru_cache(maxsize=256)
-def plan_attention(
+def build_attention_plan(
     height: int,
     width: int,
     head_dim: int,
@@ -116,8 +117,6 @@ def plan_attention(
     backend: Backend,
 ) -> AttentionPlan:
     """The plan of S3A on a map; built at the first call for its arguments, looked up at the next.
-
-    A tracer takes the result as a constant, so a plan is never built inside a graph.
 
     Args:
         height, width: the map, in tokens.
@@ -134,8 +133,14 @@ def plan_attention(
     )
 
 
+@torch.compiler.assume_constant_result
+def attention_plan(*arguments: Any) -> AttentionPlan:
+    """`build_attention_plan`, whose result a tracer takes as a constant: a plan is never built inside a graph."""
+    return build_attention_plan(*arguments)
+
+
 class S3A(nn.Module):
-    """Sparse Scan Self-Attention (paper, section 3.2), to drop into any network.
+    """Sparse Scan Self-Attention (arXiv 2405.13335), to drop into any network.
 
     Projects tokens to queries, keys and values, rotates queries and keys by their place in the map, attends
     first to a reference window and then to anchors spread over the map, adds a depthwise convolution of the
@@ -162,9 +167,10 @@ class S3A(nn.Module):
         self, dim: int, num_heads: int, *, size: int = 7, fixed: Fixed = "window", backend: Backend | None = None
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads or (dim // num_heads) % 4:
+        whole = isinstance(dim, int) and isinstance(num_heads, int)
+        if not whole or min(dim, num_heads) < 1 or dim % num_heads or (dim // num_heads) % 4:
             raise ValueError(
-                f"dim is {dim} and num_heads is {num_heads}: the heads must divide the dim into head dims "
+                f"dim is {dim!r} and num_heads is {num_heads!r}: the heads must divide the dim into head dims "
                 "that are multiples of 4 (the rotary embedding needs pairs for rows and for columns)"
             )
         if fixed not in FIXED:
@@ -172,7 +178,7 @@ class S3A(nn.Module):
         if backend is not None and backend not in BACKENDS:
             raise unknown("backend", backend, BACKENDS)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
-        self.size, self.fixed, self.backend = pair(size, "size")[0], fixed, backend
+        self.size, self.fixed, self.backend = check_size(size), fixed, backend
         self.qkv = nn.Linear(dim, 3 * dim)
         self.lepe = DepthwiseConv(dim, 5)
         self.proj = nn.Linear(dim, dim)
@@ -180,19 +186,27 @@ class S3A(nn.Module):
     def plan(self, x: Tensor) -> AttentionPlan:
         """The plan for tokens of x's map size, device and dtype; cached for the process."""
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.qkv.weight.requires_grad)
-        return plan_attention(
-            operator.index(x.shape[1]),  # a plan belongs to one map size, also where a tracer varies it
-            operator.index(x.shape[2]),
+        # a plan belongs to one map size, also where a tracer would vary it
+        height, width = operator.index(x.shape[1]), operator.index(x.shape[2])
+        return attention_plan(
+            height,
+            width,
             self.head_dim,
             self.size,
             self.fixed,
             x.device,
             torch.promote_types(x.dtype, torch.float32),
-            choose_backend(self.backend, x.device, x.dtype, self.head_dim, needs_grad),
+            choose_backend(self.backend, x.device, x.dtype, self.head_dim, needs_grad, height * width),
         )
 
     def forward(self, x: Tensor, plan: AttentionPlan | None = None) -> Tensor:
-        """Attends. `plan` is what `self.plan(x)` returns; None looks it up."""
+        """Attends. `plan` is what `self.plan(x)` returns; None looks it up.
+
+        Raises:
+            ValueError: for tokens of another shape, or tensors that the backend cannot run.
+        """
+        if x.ndim != 4 or x.shape[-1] != self.dim or 0 in x.shape[1:]:
+            raise ValueError(f"tokens have shape {tuple(x.shape)}: they must be [batch, height, width, {self.dim}]")
         plan = plan or self.plan(x)
         qkv = self.qkv(x)  # [batch, height, width, 3 * dim]
         heads = qkv.flatten(1, 2).unflatten(2, (3, self.num_heads, self.head_dim))

@@ -7,6 +7,7 @@ an error that names it.
 
 import json
 import re
+import struct
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models._hub import save_config_for_hf
+from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import Tensor, nn
 
 from s3a.errors import unknown
@@ -111,33 +112,38 @@ def load_folder(folder: Path, **model_args: Any) -> nn.Module:
                 f"weights folder {str(folder)!r} has no {path.name}: it must hold {CONFIG_NAME} and {WEIGHTS_NAME}; "
                 "write it with save_pretrained or tools/convert_official.py"
             )
-    config = read_config(config_path)
+    check_config(config_path)
+    pretrained_cfg, name, saved_args = load_model_config_from_path(folder)
+    classes = pretrained_cfg["num_classes"]
     state = read_safetensors(weights_path)
     with torch.device("meta"):
         model = timm.create_model(
-            config["architecture"],
-            pretrained_cfg=config["pretrained_cfg"],
-            **{**config.get("model_args", {}), "num_classes": config["num_classes"], **model_args},
+            name, pretrained_cfg=pretrained_cfg, **{**saved_args, "num_classes": classes, **model_args}
         )
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    described = f"the {config['architecture']} with {config['num_classes']} classes that {CONFIG_NAME} describes"
+    described = f"the {name} with {classes} classes that {CONFIG_NAME} describes"
     check_state(state, expected, f"{weights_path} does not hold {described}")
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A timm config.json, checked for what loading needs."""
+def check_config(path: Path) -> None:
+    """Raises ValueError unless the file is a timm config.json with what loading needs."""
+    again = "write the folder again with save_pretrained"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): write the folder again with save_pretrained") from error
+        raise ValueError(f"{path} is not JSON ({error}): {again}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no JSON object: {again}")
     missing = [key for key in ("architecture", "num_classes", "pretrained_cfg") if key not in config]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: write the folder again with save_pretrained")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: {again}")
     if not timm.is_model(config["architecture"]):
         raise unknown(f"{path}: architecture", config["architecture"], timm.list_models())
-    return config
+    classes = config["num_classes"]
+    if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
+        raise ValueError(f"{path}: num_classes is {classes!r}: it must be an integer of 0 or more; {again}")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -337,11 +343,12 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist: give the path of a downloaded .pth file")
-    arbitrary_bytes = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError)
+    # what the unpickler makes of arbitrary bytes
+    broken = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, struct.error)
     try:
         with torch.serialization.safe_globals([Namespace]):  # DeiT's trainers keep their options beside the weights
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except arbitrary_bytes as error:
+    except broken as error:
         raise ValueError(f"{path} is no PyTorch checkpoint: it must be a .pth file with a state dict") from error
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):

@@ -10,10 +10,12 @@ from s3a.attention import flex, reference, tiled
 from s3a.errors import unknown
 from s3a.geometry import Fixed, Neighborhood, Scan, sparse_scan
 from s3a.plan import BACKENDS, Backend, ScanPlan, plan_scan
+from s3a.plan.blocks import BLOCK_SIZE
 
 __all__ = ["attend_plan", "choose_backend", "neighborhood_attention", "sparse_scan_attention"]
 
 ATTEND = {"flex": flex.attend, "tiled": tiled.attend, "reference": reference.attend}
+SMALL_MAP = 2 * BLOCK_SIZE  # tokens
 
 
 def neighborhood_attention(
@@ -58,7 +60,7 @@ def sparse_scan_attention(
     scale: float | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Sparse Scan Self-Attention (paper, section 3.2): two chained passes with the same queries and keys.
+    """Sparse Scan Self-Attention (arXiv 2405.13335): two chained passes with the same queries and keys.
 
     The local pass lets every token look at its reference window; the anchor pass lets it look at its anchors
     of interest, whose values are what they saw themselves. Kernels and dilations follow from the map's size
@@ -89,7 +91,7 @@ def attend_scan(
     """Runs any scan on [batch, height, width, heads, head_dim]."""
     _, height, width, _, head_dim = query.shape
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    backend = choose_backend(backend, query.device, query.dtype, head_dim, needs_grad)
+    backend = choose_backend(backend, query.device, query.dtype, head_dim, needs_grad, height * width)
     plan = plan_scan(scan, height, width, query.device, backend)
     flat = (tensor.flatten(1, 2) for tensor in (query, key, value))
     return attend_plan(*flat, plan, scale).unflatten(1, (height, width))
@@ -106,7 +108,7 @@ def attend_plan(query: Tensor, key: Tensor, value: Tensor, plan: ScanPlan, scale
     Returns:
         [batch, tokens, heads, head_dim].
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     attend = ATTEND[plan.backend]
     for layout in plan.passes:
         value = attend(query, key, value, layout, scale)
@@ -114,25 +116,32 @@ def attend_plan(query: Tensor, key: Tensor, value: Tensor, plan: ScanPlan, scale
 
 
 def choose_backend(
-    backend: str | None, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
+    backend: str | None, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool, num_tokens: int
 ) -> Backend:
-    """The backend asked for, if it can run; for None, flex on CUDA where it can run, and tiled elsewhere.
+    """The backend asked for, if it can run; for None, flex on CUDA where it pays, and tiled elsewhere.
 
     Raises:
         ValueError: for an unknown backend, or one that cannot run such tensors (it says why and what would).
     """
-    if backend is not None and backend not in BACKENDS:
-        raise unknown("backend", backend, BACKENDS)
-    if backend is None and device.type != "cuda":
-        return "tiled"
-    if backend in ("tiled", "reference"):
-        return backend
-    reason = flex.why_not(device, dtype, head_dim, needs_grad)
-    if reason is None:
-        return "flex"
     if backend is None:
-        return "tiled"
-    raise ValueError(f'backend "flex" cannot run this: {reason}; use backend="tiled", which can')
+        return "tiled" if objection_to_flex(device, dtype, head_dim, needs_grad, num_tokens) else "flex"
+    if backend not in BACKENDS:
+        raise unknown("backend", backend, BACKENDS)
+    reason = flex.why_not(device, dtype, head_dim, needs_grad) if backend == "flex" else None
+    if reason is not None:
+        raise ValueError(f'backend "flex" cannot run this: {reason}; use backend="tiled", which can')
+    return backend
+
+
+def objection_to_flex(
+    device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool, num_tokens: int
+) -> str | None:
+    """Why the automatic choice is not flex, or None if it is."""
+    if device.type != "cuda":
+        return f"on {device.type} tiles are faster"
+    if num_tokens <= SMALL_MAP:
+        return f"a map of {num_tokens} tokens has so few blocks that a mask skips none"
+    return flex.why_not(device, dtype, head_dim, needs_grad)
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import count
 from types import FunctionType
 
 import torch
@@ -9,7 +10,9 @@ import torch._dynamo
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from s3a.plan import BlockPass
+from s3a.plan.blocks import BlockPass
+
+NUMBERS = count()
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
@@ -18,13 +21,16 @@ def run(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale:
 
 
 @lru_cache(maxsize=256)
-def compiled(layout: BlockPass, num_heads: int, head_dim: int, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The compiled `run` of one pass, under a code object of its own.
+def compiled(
+    layout: BlockPass, num_heads: int, head_dim: int, dtype: torch.dtype, scale: float
+) -> Callable[..., Tensor]:
+    """The compiled `run` for one pass and kind of tensors, under a code object and a name of its own.
 
-    Dynamo counts recompilations per code object and gives up after eight. With one code object a pass, only
-    the batch size varies under it, which dynamo makes dynamic at the second one.
+    Dynamo counts recompilations per code object and gives up after eight, and makes dynamic by name what it sees
+    vary. Here only the batch size varies, and only it may: code for other dynamic sizes does not build on CPUs.
     """
-    own = FunctionType(run.__code__.replace(), run.__globals__, "run_flex")
+    name = f"run_flex_{next(NUMBERS)}"
+    own = FunctionType(run.__code__.replace(co_name=name), run.__globals__, name)
     return torch.compile(own, fullgraph=True)
 
 
@@ -34,10 +40,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: BlockPass, scale: 
     if torch.compiler.is_compiling():  # inside someone's graph, which fuses it
         attended = run(*ordered, layout.block_mask, scale)
     else:
-        for tensor in ordered:
-            torch._dynamo.mark_static(tensor, [1, 2, 3])
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # dynamo's own way is dense and silent
-            attended = compiled(layout, *query.shape[2:], query.dtype)(*ordered, layout.block_mask, scale)
+            own = compiled(layout, *query.shape[2:], query.dtype, scale)
+            attended = own(*ordered, layout.block_mask, scale)
     return attended.transpose(1, 2).index_select(1, layout.inverse)  # [batch, tokens, heads, head_dim]
 
 

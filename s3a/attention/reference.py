@@ -6,7 +6,7 @@ Memory grows with (query, key) pairs times head dim; meant for tests and small m
 import torch
 from torch import Tensor
 
-from s3a.plan import GatherPass
+from s3a.plan.gather import GatherPass
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: GatherPass, scale: float) -> Tensor:

@@ -83,29 +83,40 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, plan: AttentionPlan | None = None) -> Tensor:
+    def draw_kept(self, x: Tensor) -> Tensor:
+        """Stochastic depth for one forward: [2, batch, 1, 1, 1], the factor of either branch of every image."""
+        return torch.stack([self.drop_path(x.new_ones(len(x), 1, 1, 1)) for _ in range(2)])
+
+    def forward(self, x: Tensor, plan: AttentionPlan | None = None, kept: Tensor | None = None) -> Tensor:
+        """Transforms tokens. `kept` is what `draw_kept` returns; None keeps both branches."""
+        attn_kept, mlp_kept = (1.0, 1.0) if kept is None else kept
         x = x + self.pos_conv(x)
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), plan)))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        x = x + attn_kept * self.ls1(self.attn(self.norm1(x), plan))
+        return x + mlp_kept * self.ls2(self.mlp(self.norm2(x)))
 
 
 class Stage(nn.Module):
-    """Blocks of one width on one map; even blocks fix the window, odd ones the anchors."""
+    """Blocks of one width on one map; even blocks fix the window, odd ones the anchors.
 
-    def __init__(self, downsample: nn.Module, blocks: list[Block]) -> None:
+    Plans and stochastic depth come from outside the blocks: so all blocks with the same scan run the same code.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: list[Block], drops: bool) -> None:
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
+        self.drops = drops
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        plans = [block.attn.plan(x) for block in self.blocks]
-        for block, plan in zip(self.blocks, plans, strict=True):
+        for block in self.blocks:
+            plan = block.attn.plan(x)
+            kept = block.draw_kept(x) if self.training and self.drops else None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, plan, use_reentrant=False)
+                x = checkpoint(block, x, plan, kept, use_reentrant=False)
             else:
-                x = block(x, plan)
+                x = block(x, plan, kept)
         return x
 
 
@@ -151,6 +162,10 @@ class SSViT(PretrainedMixin, nn.Module):
         backend: Backend | None = None,
     ) -> None:
         super().__init__()
+        tables = {"depths": depths, "num_heads": num_heads, "mlp_ratios": mlp_ratios, "layer_scale": layer_scale}
+        for name, table in tables.items():
+            if len(table) != len(dims):
+                raise ValueError(f"{name} is {table} and dims is {dims}: each must have an entry for every stage")
         self.in_chans = in_chans
         self.num_features, self.head_hidden_size = dims[-1], head_hidden_size
         self.feature_info = [
@@ -171,7 +186,7 @@ class SSViT(PretrainedMixin, nn.Module):
                 )
                 for block in range(depths[index])
             ]
-            stages.append(Stage(downsample, blocks))
+            stages.append(Stage(downsample, blocks, drops=drop_path_rate > 0))
         self.stages = nn.ModuleList(stages)
 
         self.proj = nn.Linear(dims[-1], head_hidden_size)
@@ -210,8 +225,8 @@ class SSViT(PretrainedMixin, nn.Module):
                 raise unknown("global_pool", global_pool, ("avg", ""))
             self.global_pool = global_pool
         self.num_classes = num_classes
-        device = self.proj.weight.device
-        self.head = nn.Linear(self.head_hidden_size, num_classes, device=device) if num_classes else nn.Identity()
+        like = {"device": self.proj.weight.device, "dtype": self.proj.weight.dtype}
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **like) if num_classes else nn.Identity()
         self.head.apply(init_weights)
 
     def check_images(self, x: Tensor) -> None:

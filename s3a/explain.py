@@ -1,0 +1,167 @@
+"""Why a map is attended the way it is: backend, token order and tiles of every pass, and what lost."""
+
+from dataclasses import dataclass
+
+import torch
+
+from s3a.attention import choose_backend, objection_to_flex
+from s3a.geometry import FIXED, Fixed, Neighborhood, sparse_scan
+from s3a.plan import Backend
+from s3a.plan.blocks import BLOCK_SIZE, BlockLayout, layouts
+from s3a.plan.tiles import TileCost, tile_costs
+
+SHOWN_LOSERS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassChoice:
+    """How one pass is run, and what else it could have been.
+
+    Attributes:
+        fixed: which kind of scan the pass belongs to. name: "local" or "anchor".
+        neighborhood: its kernel and dilation.
+        num_pairs: (query, key) pairs of the pass. num_tokens: of the map.
+        tiles: every choice of tiles, cheapest (the chosen one) first.
+        orders: every candidate token order of the block mask, the chosen one first.
+    """
+
+    fixed: Fixed
+    name: str
+    neighborhood: Neighborhood
+    num_pairs: int
+    num_tokens: int
+    tiles: list[TileCost]
+    orders: list[BlockLayout]
+
+    def __str__(self) -> str:
+        kernel, dilation = self.neighborhood.kernel_size[0], self.neighborhood.dilation[0]
+        density = 100 * self.num_pairs / self.num_tokens**2
+        return "\n".join(
+            [
+                f'fixed="{self.fixed}", {self.name} pass: kernel {kernel}, dilation {dilation}; '
+                f"{self.num_pairs:,} pairs, {density:.1f} % of dense",
+                f"  tiles:  {self.describe_tiles()}",
+                f"  blocks: {self.describe_orders()}",
+            ]
+        )
+
+    def describe_tiles(self) -> str:
+        """The chosen tiles, and by how much the next ones lost."""
+        best, *others = self.tiles
+        lost = ", ".join(
+            f"{named(cost.tile)} (+{100 * (cost.total / best.total - 1):.0f} %)" for cost in others[:SHOWN_LOSERS]
+        )
+        return (
+            f"{named(best.tile)} in {best.batches} {plural(best.batches, 'call')}, {best.pairs:,} pairs with masked "
+            f"ones, {best.halo_tokens:,} keys gathered" + (f"; lost on estimated cost: {lost}" if lost else "")
+        )
+
+    def describe_orders(self) -> str:
+        """The chosen token order, and how many blocks the others touch."""
+        best, *others = self.orders
+        total = (-(-self.num_tokens // BLOCK_SIZE)) ** 2
+        lost = ", ".join(f"{named(layout.tile)} tiles ({len(layout.pairs)})" for layout in others[:SHOWN_LOSERS])
+        return (
+            f"{named_order(best, self.neighborhood)} touches {len(best.pairs)} of {total} blocks of {BLOCK_SIZE} "
+            f"({100 * len(best.pairs) / total:.1f} %), {int(best.full.sum())} of them full"
+            + (f"; lost on blocks: {lost}" if lost else "")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What S3A does on a map. `str()` gives the whole story.
+
+    Attributes:
+        height, width: the map, in tokens. device, dtype, size: as asked.
+        backend: the automatic choice. reasons: why each of the others lost.
+        passes: both kinds of scan, pass by pass.
+    """
+
+    height: int
+    width: int
+    device: torch.device
+    dtype: torch.dtype
+    size: int
+    backend: Backend
+    reasons: dict[Backend, str]
+    passes: tuple[PassChoice, ...]
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        lines = [f"{self.height} x {self.width} tokens on {self.device}, {dtype}, size {self.size}"]
+        lines += [f"backend {self.backend}", *(f"  not {name}: {reason}" for name, reason in self.reasons.items()), ""]
+        return "\n".join([*lines, "\n\n".join(str(choice) for choice in self.passes)])
+
+
+def explain(
+    height: int,
+    width: int,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    size: int = 7,
+    head_dim: int = 32,
+    training: bool = True,
+) -> Explanation:
+    """Says, per pass, which backend, tiles and token order are chosen for a map, and why the others lost.
+
+    Args:
+        height, width: the map, in tokens.
+        device, dtype, head_dim, training: of the tensors that would be attended; nothing is put on the device.
+        size: of the scans.
+
+    Raises:
+        ValueError: for a map without tokens or a size below 1.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"the map is {height} x {width} tokens: height and width must be positive")
+    device = torch.device(device)
+    asked = (device, dtype, head_dim, training, height * width)
+    backend = choose_backend(None, *asked)
+    reasons: dict[Backend, str] = {"reference": "it is the oracle; its memory grows with pairs times head dim"}
+    if backend == "flex":
+        reasons["tiled"] = "on CUDA the block mask runs in one kernel"
+    else:
+        reasons["flex"] = str(objection_to_flex(*asked))
+    passes = [
+        PassChoice(
+            fixed=fixed,
+            name="anchor" if neighborhood.dilation != (1, 1) or index else "local",
+            neighborhood=neighborhood,
+            num_pairs=neighborhood.count_pairs(height, width),
+            num_tokens=height * width,
+            tiles=tile_costs(neighborhood, height, width),
+            orders=layouts(neighborhood, height, width),
+        )
+        for fixed in FIXED
+        for index, neighborhood in enumerate(sparse_scan(height, width, size, fixed))
+    ]
+    return Explanation(
+        height=height,
+        width=width,
+        device=device,
+        dtype=dtype,
+        size=size,
+        backend=backend,
+        reasons=reasons,
+        passes=tuple(passes),
+    )
+
+
+def named(tile: tuple[int, int]) -> str:
+    """A tile for a person."""
+    return f"{tile[0]} x {tile[1]}"
+
+
+def plural(count: int, word: str) -> str:
+    """The word for so many."""
+    return word if count == 1 else f"{word}s"
+
+
+def named_order(layout: BlockLayout, neighborhood: Neighborhood) -> str:
+    """A token order for a person."""
+    grouped = "" if neighborhood.dilation == (1, 1) else "dilation group by group, "
+    rows = int(layout.rows.max()) + 1
+    whole = layout.tile[0] * min(neighborhood.dilation[0], rows) >= rows
+    return grouped + ("row by row" if whole else f"tile by tile ({named(layout.tile)})")

@@ -1,0 +1,116 @@
+"""Side-by-side timing: candidates take turns in one process, so that a drifting machine hits all of them alike."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "timm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The times of one candidate, in milliseconds.
+
+    Attributes:
+        median, fastest, slowest: of the turns.
+        turns: how many.
+    """
+
+    median: float
+    fastest: float
+    slowest: float
+    turns: int
+
+
+def take_turns(candidates: dict[str, Callable[[], Any]], turns: int, warm_up: int = 2) -> dict[str, Sample]:
+    """Times every candidate `turns` times in the order A B A B ..., after `warm_up` untimed rounds.
+
+    A candidate's turn is one call; on CUDA until its kernels are done.
+    """
+    for _ in range(warm_up):
+        for call in candidates.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(turns):
+        for name, call in candidates.items():
+            times[name].append(milliseconds(call))
+    return {
+        name: Sample(median=statistics.median(each), fastest=min(each), slowest=max(each), turns=turns)
+        for name, each in times.items()
+    }
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    """How long one call takes."""
+    settle = torch.cuda.synchronize if torch.cuda.is_available() else int
+    settle()
+    started = time.perf_counter()
+    call()
+    settle()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on: processor, cores, threads, accelerator, versions."""
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": accelerator,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_result(path: Path, benchmark: str, device: torch.device, settings: Any, rows: list[dict[str, Any]]) -> None:
+    """Writes a benchmark's JSON: the command, the machine, the settings and the rows."""
+    result = {
+        "benchmark": benchmark,
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(device),
+        "settings": settings,
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def read_results(paths: list[Path]) -> list[dict[str, Any]]:
+    """Benchmark files to compare.
+
+    Raises:
+        FileNotFoundError: for a file that is missing.
+        ValueError: where they were not measured on the same machine with the same versions.
+    """
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for path, result in zip(paths[1:], results[1:], strict=True):
+        differing = [key for key, value in results[0]["machine"].items() if result["machine"].get(key) != value]
+        if differing:
+            raise ValueError(
+                f"{paths[0]} and {path} differ in {', '.join(differing)}: only figures of one machine can be compared; "
+                "measure both on the same"
+            )
+    return results
+
+
+def row(sample: Sample, **labels: Any) -> dict[str, Any]:
+    """A sample as a row of a result."""
+    return {**labels, **{f"{key}_ms" if key != "turns" else key: value for key, value in asdict(sample).items()}}

@@ -1,0 +1,51 @@
+"""What every test starts from, and what several need."""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+import torch._dynamo
+
+from s3a.attention import flex
+
+# Tensors are small here: a second thread gains little, and where other work runs it waits for its turn at every
+# operation, up to a hundred times longer than the operation takes.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """The same random numbers at every run, whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
+    """Counts compiled graphs and their runs; dynamo works as ever, but code generation is left out.
+
+    Its limit is torch's own: importing timm.optim raises it to a million for the whole process.
+    """
+    counts = Counter()
+
+    def backend(graph: torch.fx.GraphModule, _) -> object:
+        counts["compiled"] += 1
+
+        def call(*arguments: object) -> object:
+            counts["runs"] += 1
+            return graph(*arguments)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    forget_graphs()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield counts
+    forget_graphs()
+
+
+def forget_graphs() -> None:
+    """As in a fresh process: dynamo remembers what varied, also for functions that are gone."""
+    flex.compiled.cache_clear()
+    torch._dynamo.reset()

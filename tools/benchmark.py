@@ -1,0 +1,416 @@
+"""Measures S3A beside its peers, in turns and in one process: python tools/benchmark.py operator --output FILE."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import timm
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import s3a
+from s3a import cli
+from s3a.attention import attend_plan
+from s3a.errors import unknown
+from s3a.geometry import FIXED, Neighborhood, Scan, sparse_scan
+from s3a.measure import read_results, row, take_turns, write_result
+from s3a.plan import plan_scan
+from s3a.plan.tiles import axis_tiles
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every benchmark takes."""
+
+    output: Path
+    """The JSON to write."""
+    plot: Path | None = None
+    """A picture to draw of it."""
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    """Where to measure."""
+    turns: int = 9
+    """Timed calls of each candidate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator(Common):
+    """Both passes of both scans against unmasked dense attention over the same tokens."""
+
+    sides: tuple[int, ...] = (56,)
+    """Maps to measure, in tokens per side."""
+    batch_size: int = 4
+    """Images."""
+    num_heads: int = 2
+    """Attention heads."""
+    head_dim: int = 32
+    """Channels of a head."""
+    dtype: Dtype = "float32"
+    """Of the tensors."""
+    backend: Literal["auto", "flex", "tiled"] = "auto"
+    """Who runs the passes."""
+    backward: bool = False
+    """Time forward and backward."""
+    most_dense_tokens: int = 16_384
+    """No dense attention over more tokens than this: it would take minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Common):
+    """Throughput of whole models, ours and timm's."""
+
+    models: tuple[str, ...] = ("ssvit_tiny", "ssvit_small", "swin_tiny_patch4_window7_224", "convnext_tiny")
+    """Names in timm's registry; the ratios are against the last Swin among them, or else the last model."""
+    batch_size: int = 4
+    """Images."""
+    image_size: int = 224
+    """Pixels per side."""
+    dtype: Dtype = "float32"
+    """Of weights and images, or of autocast."""
+    autocast: bool = False
+    """Keep float32 weights and run under autocast of the dtype."""
+    eager: bool = False
+    """Do not compile."""
+    training: bool = False
+    """Time forward, backward and an AdamW step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compile(Common):
+    """Seconds that the first forward of a compiled model takes, in a fresh process with an empty cache."""
+
+    models: tuple[str, ...] = ("ssvit_tiny", "ssvit_large")
+    """Names in timm's registry."""
+    batch_size: int = 4
+    """Images."""
+    image_size: int = 224
+    """Pixels per side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Common):
+    """Seconds that the plans of a map take to build."""
+
+    sides: tuple[int, ...] = (14, 28, 56, 112, 256)
+    """Maps to plan, in tokens per side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Lays result files of one machine beside each other; refuses those of different machines."""
+
+    results: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILE ...")]
+    """JSON that the other benchmarks wrote."""
+
+
+def main(benchmark: Operator | Model | Compile | Plan | Compare) -> None:
+    """Measures, prints and writes."""
+    if isinstance(benchmark, Compare):
+        for result in read_results(list(benchmark.results)):
+            print(f"\n{result['command']}")
+            print_table(result["rows"])
+        return
+    if benchmark.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device is {benchmark.device} but no GPU is at hand: run the same command where one is")
+    measure, draw = BENCHMARKS[type(benchmark)]
+    if benchmark.plot is not None and draw is None:
+        raise ValueError(f"--plot is {benchmark.plot} but this benchmark has no picture: leave it out")
+    rows = measure(benchmark)
+    name = type(benchmark).__name__.lower()
+    write_result(benchmark.output, name, torch.device(benchmark.device), asdict(benchmark), rows)
+    print_table(rows)
+    print(f"wrote {benchmark.output}")
+    if draw is not None and benchmark.plot is not None:
+        draw(rows, benchmark.plot)
+        print(f"wrote {benchmark.plot}")
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """The rows of a result for a person."""
+    shown = [
+        {key: f"{value:,.2f}" if isinstance(value, float) else str(value) for key, value in row.items()} for row in rows
+    ]
+    widths = {key: max(len(key), *(len(row.get(key, "")) for row in shown)) for row in shown for key in row}
+    print("  ".join(f"{key:>{width}}" for key, width in widths.items()))
+    for each in shown:
+        print("  ".join(f"{each.get(key, ''):>{width}}" for key, width in widths.items()))
+
+
+# --------------------------------------------------------------------------------------------------------
+# The operator
+# --------------------------------------------------------------------------------------------------------
+
+
+def measure_operator(options: Operator) -> list[dict[str, Any]]:
+    """A row per map and pass: milliseconds, and how many times faster than dense attention."""
+    rows = []
+    for side in options.sides:
+        samples = take_turns(operator_candidates(options, side), options.turns)
+        dense = samples.get("dense")
+        for name, sample in samples.items():
+            ratio = {"times_dense": dense.median / sample.median} if dense else {}
+            rows.append(row(sample, side=side, tokens=side**2, candidate=name, **ratio))
+        print_table(rows[-len(samples) :])
+    return rows
+
+
+def operator_candidates(options: Operator, side: int) -> dict[str, Callable[[], Any]]:
+    """Dense attention and the passes of both scans, on the same queries, keys and values."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    shape = (options.batch_size, side * side, options.num_heads, options.head_dim)
+    tensors = [torch.randn(shape, device=device, dtype=dtype, requires_grad=options.backward) for _ in range(3)]
+
+    def dense() -> Tensor:
+        return scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in tensors))
+
+    candidates = {} if side * side > options.most_dense_tokens else {"dense": timed(dense, tensors, options.backward)}
+    passes = {
+        neighborhood: None for fixed in ("window", "anchors") for neighborhood in sparse_scan(side, side, 7, fixed)
+    }
+    for neighborhood in passes:
+        call = pass_call(options, (neighborhood,), side, tensors)
+        candidates[pass_name(neighborhood)] = timed(call, tensors, options.backward)
+    return candidates
+
+
+def pass_call(options: Operator, scan: Scan, side: int, tensors: list[Tensor]) -> Callable[[], Tensor]:
+    """A scan on the tensors, by the chosen backend."""
+    device = tensors[0].device
+    automatic = "flex" if device.type == "cuda" else "tiled"
+    plan = plan_scan(scan, side, side, device, automatic if options.backend == "auto" else options.backend)
+    return lambda: attend_plan(*tensors, plan)
+
+
+def timed(call: Callable[[], Tensor], tensors: list[Tensor], backward: bool) -> Callable[[], Any]:
+    """The call forward, or forward and backward."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return call()
+
+    def forward_backward() -> None:
+        for tensor in tensors:
+            tensor.grad = None
+        call().sum().backward()
+
+    return forward_backward if backward else forward
+
+
+def pass_name(neighborhood: Neighborhood) -> str:
+    """(kernel, dilation)."""
+    return f"({neighborhood.kernel_size[0]}, {neighborhood.dilation[0]})"
+
+
+def draw_operator(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time against tokens: dense attention, and what S3A's two passes take together."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    dense = [(each["tokens"], each["median_ms"]) for each in rows if each["candidate"] == "dense"]
+    axes.plot(*zip(*dense, strict=True), "o-", color="tab:gray", label="dense attention")
+    for fixed, color in (("window", "tab:blue"), ("anchors", "tab:orange")):
+        points = []
+        for side in sorted({each["side"] for each in rows}):
+            names = [pass_name(neighborhood) for neighborhood in sparse_scan(side, side, 7, fixed)]
+            times = [each["median_ms"] for each in rows if each["side"] == side and each["candidate"] in names]
+            points.append((side**2, sum(times)))
+        axes.plot(*zip(*points, strict=True), "o-", color=color, label=f'S3A, both passes, fixed="{fixed}"')
+    axes.set(
+        xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title="One attention over a square map"
+    )
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Models
+# --------------------------------------------------------------------------------------------------------
+
+# Top-1 on ImageNet-1k at 224 px as the papers have it, in percent.
+PUBLISHED_TOP1 = {
+    "ssvit_tiny": 83.0,
+    "ssvit_small": 84.4,
+    "ssvit_base": 85.3,
+    "ssvit_large": 85.7,
+    "swin_tiny_patch4_window7_224": 81.3,
+    "swin_small_patch4_window7_224": 83.0,
+    "swin_base_patch4_window7_224": 83.5,
+    "convnext_tiny": 82.1,
+    "convnext_small": 83.1,
+    "convnext_base": 83.8,
+}
+
+
+def measure_models(options: Model) -> list[dict[str, Any]]:
+    """A row per model: milliseconds a batch, images per second, memory, and the ratio to the peer."""
+    known = [name for name in options.models if not timm.is_model(name)]
+    if known:
+        raise unknown("model", known[0], timm.list_models())
+    calls, memory = {}, {}
+    for name in options.models:
+        calls[name] = model_call(options, name)
+        if options.device.startswith("cuda"):
+            memory[name] = peak_memory(calls[name])
+    samples = take_turns(calls, options.turns, warm_up=3)
+    swins = [name for name in options.models if name.startswith("swin")]
+    peer = samples[swins[-1] if swins else options.models[-1]].median
+    return [
+        row(
+            sample,
+            model=name,
+            images_per_second=1e3 * options.batch_size / sample.median,
+            times_peer=peer / sample.median,
+            **({"peak_gib": memory[name]} if memory else {}),
+        )
+        for name, sample in samples.items()
+    ]
+
+
+def model_call(options: Model, name: str) -> Callable[[], Any]:
+    """One inference, or one training step, of a model as the options have it."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    weights = torch.float32 if options.autocast else dtype
+    model = timm.create_model(name).to(device, weights).train(options.training)
+    images = torch.randn(options.batch_size, 3, options.image_size, options.image_size, device=device, dtype=weights)
+    labels = torch.arange(options.batch_size, device=device)
+    if not options.eager:
+        model = s3a.compile_model(model) if name.startswith("ssvit") else torch.compile(model)
+
+    def precision() -> AbstractContextManager:
+        return torch.autocast(device.type, dtype) if options.autocast else nullcontext()
+
+    if not options.training:
+
+        def infer() -> Tensor:
+            with torch.inference_mode(), precision():
+                return model(images)
+
+        return infer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def step() -> None:
+        with precision():
+            loss = torch.nn.functional.cross_entropy(model(images).float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def peak_memory(call: Callable[[], Any]) -> float:
+    """GiB on the GPU that one call needs at its peak, weights included."""
+    call()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def draw_models(rows: list[dict[str, Any]], path: Path) -> None:
+    """Measured throughput against published top-1."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for family, color in (("ssvit", "tab:blue"), ("swin", "tab:gray"), ("convnext", "tab:green")):
+        points = [
+            (each["images_per_second"], PUBLISHED_TOP1[each["model"]], each["model"])
+            for each in rows
+            if each["model"].startswith(family) and each["model"] in PUBLISHED_TOP1
+        ]
+        if points:
+            speed, top1, _ = zip(*points, strict=True)
+            axes.plot(speed, top1, "o-", color=color)
+            for x, y, name in points:
+                axes.annotate(
+                    name.removesuffix("_patch4_window7_224"), (x, y), xytext=(5, 5), textcoords="offset points"
+                )
+    axes.set(xlabel="images per second, measured", ylabel="ImageNet top-1, published (%)", title="Speed and accuracy")
+    axes.grid(alpha=0.25)
+    axes.margins(0.15)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Compilation and plans
+# --------------------------------------------------------------------------------------------------------
+
+COLD_START = """
+import json, sys, time, timm, torch, s3a
+name, batch_size, image_size, device = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+model = s3a.compile_model(timm.create_model(name).eval().to(device))
+images = torch.randn(batch_size, 3, image_size, image_size, device=device)
+started = time.perf_counter()
+with torch.inference_mode():
+    model(images).sum().item()
+seconds = time.perf_counter() - started
+graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+print(json.dumps({"seconds": seconds, "graphs": graphs}))
+"""
+
+
+def measure_compilation(options: Compile) -> list[dict[str, Any]]:
+    """A row per model: seconds of the first compiled forward, and how many graphs it compiled; models take turns."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.models}
+    for _, name in itertools.product(range(options.turns), options.models):
+        results[name].append(cold_start(options, name))
+    rows = []
+    for name, runs in results.items():
+        seconds = sorted(run["seconds"] for run in runs)
+        spread = {"median_s": seconds[len(seconds) // 2], "fastest_s": seconds[0], "slowest_s": seconds[-1]}
+        rows.append({"model": name, "graphs": runs[0]["graphs"], **spread, "turns": len(runs)})
+    return [each | {"times_first": each["median_s"] / rows[0]["median_s"]} for each in rows]
+
+
+def cold_start(options: Compile, name: str) -> dict[str, Any]:
+    """One first forward in a fresh process whose compiler cache is empty."""
+    arguments = [name, str(options.batch_size), str(options.image_size), options.device]
+    with tempfile.TemporaryDirectory() as cache:
+        run = subprocess.run(
+            [sys.executable, "-c", COLD_START, *arguments],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def measure_plans(options: Plan) -> list[dict[str, Any]]:
+    """A row per map and backend: milliseconds to build the plans of both scans."""
+    rows = []
+    for side, backend in itertools.product(options.sides, ("tiled", "flex")):
+        device = torch.device(options.device)
+
+        def build(side: int = side, backend: str = backend, device: torch.device = device) -> None:
+            plan_scan.cache_clear()
+            axis_tiles.cache_clear()
+            for fixed in FIXED:
+                plan_scan(sparse_scan(side, side, 7, fixed), side, side, device, backend)
+
+        sample = take_turns({backend: build}, options.turns, warm_up=1)[backend]
+        rows.append(row(sample, side=side, tokens=side**2, backend=backend))
+    return rows
+
+
+BENCHMARKS: dict[type, tuple[Callable[..., list[dict[str, Any]]], Callable[..., None] | None]] = {
+    Operator: (measure_operator, draw_operator),
+    Model: (measure_models, draw_models),
+    Compile: (measure_compilation, None),
+    Plan: (measure_plans, None),
+}
+
+if __name__ == "__main__":
+    cli.run(Operator | Model | Compile | Plan | Compare, main)
