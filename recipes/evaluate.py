@@ -4,8 +4,12 @@ Prints one JSON object on stdout: top1 and top5 (fractions of 1), loss, images, 
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+# Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from s3a import cli
 from s3a.data import Source, load_data

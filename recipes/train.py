@@ -3,9 +3,12 @@
 Without arguments it trains `digits`. Running the same command again resumes.
 """
 
+import os
 import sys
 
-import s3a  # noqa: F401 - registers the models with timm
+# Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from s3a import cli
 from s3a.engine import train
 from s3a.recipe import Recipe, named_recipe

@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+# Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import timm
 import torch
 import tyro
