@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import group_parameters, model_parameters
+from timm.models._features_fx import create_feature_extractor
 from timm.models._manipulate import group_with_matcher
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
@@ -155,6 +156,17 @@ def test_pruning_may_keep_the_head():
         before = model(x)
         model.prune_intermediate_layers(1, prune_head=False)
         assert torch.equal(model(x), before)
+
+
+def test_fx_tracing():
+    """timm and torchvision cut features out of a symbolic trace by the names of modules."""
+    model, x = build("ssvit_nano"), draw("ssvit_nano")
+    traced = create_feature_extractor(model, {"stages.0": "map", "head": "logits"})
+    with torch.inference_mode():
+        parts, logits = traced(x), model(x)
+        (map,) = model.forward_intermediates(x, indices=[0], output_fmt="NHWC", intermediates_only=True)
+    assert torch.equal(parts["logits"], logits)
+    assert torch.equal(parts["map"], map)
 
 
 # --------------------------------------------------------------------------------------------------------
