@@ -1,7 +1,8 @@
 """Compilation in place, region by region: blocks that do the same share one piece of code."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
+from itertools import count
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -9,10 +10,12 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from s3a.attention.flex import NO_SILENT_FALLBACK
 from s3a.layers import AttentionPlan, Downsample, Stem
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 REGIONS = (Stem, Downsample)
+NUMBERS = count()
 
 
 def compile_model(model: ModelT) -> ModelT:
@@ -34,21 +37,27 @@ def run_region(module: nn.Module, x: Tensor, plan: AttentionPlan | None = None, 
         return module._call_impl(x, plan, *rest) if plan is not None else module._call_impl(x, *rest)
     torch._dynamo.mark_static(x, list(range(1, x.ndim)))
     arguments = (x, *rest) if plan is None else (x, plan, *rest)
-    code = region_code(type(module), tuple(x.shape[1:]), None if plan is None else plan.scan.scan)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # dynamo's own way is eager and silent
+    scan = None if plan is None else plan.scan.scan
+    code = region_code(type(module), tuple(x.shape[1:]), scan, mode_of(module, x))
+    with NO_SILENT_FALLBACK():
         return code(module, *arguments)
 
 
-@lru_cache(maxsize=1024)
-def region_code(kind: type[nn.Module], shape: tuple[int, ...], scan: Any) -> Callable[..., Tensor]:
-    """The compiled code of a kind of region on one map, under a code object of its own.
+def mode_of(module: nn.Module, x: Tensor) -> Hashable:
+    """All that dynamo compiles anew for, besides shapes."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return module.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), x.device, x.dtype, autocast
 
-    Dynamo counts recompilations per code object and gives up after eight; with one a (kind, map, scan), only the
-    batch size, the dtype and the mode vary under it.
+
+@lru_cache(maxsize=4096)
+def region_code(kind: type[nn.Module], shape: tuple[int, ...], scan: Any, mode: Hashable) -> Callable[..., Tensor]:
+    """The compiled code of a kind of region on one map in one mode, under a code object of its own.
+
+    Dynamo counts recompilations per code object and gives up after eight; here only the batch size varies under one.
     """
-    own = FunctionType(
-        call.__code__.replace(co_name=f"{kind.__name__.lower()}_{'x'.join(map(str, shape))}"), call.__globals__
-    )
+    name = f"{kind.__name__.lower()}_{'x'.join(map(str, shape))}_{next(NUMBERS)}"
+    own = FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
     return torch.compile(own, fullgraph=True)
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from s3a.checkpoint import read_newest, rng_state, set_rng_state, write_checkpoint
+from s3a.cost import count_cost
 from s3a.data import ImageData, eval_loader, load_data, train_loader
 from s3a.errors import unknown
 from s3a.recipe import Recipe
@@ -165,8 +166,7 @@ def prepare(recipe: Recipe) -> Run:
     model = timm.create_model(recipe.model, num_classes=len(data.label_names), **drop_path)
     data_config = resolve_model_data_config(model)
     channels = data_config["input_size"][0]
-    if hasattr(model, "check_images"):
-        model.check_images(torch.empty(1, channels, recipe.image_size, recipe.image_size, device="meta"))
+    check_image_size(model, recipe.image_size)
     data_config |= {"input_size": (channels, recipe.image_size, recipe.image_size), "crop_pct": recipe.crop_pct}
     common = {"channels": channels, "batch_size": recipe.batch_size, "num_workers": recipe.num_workers}
     training = train_loader(data.train, train_transform(recipe, data_config), seed=recipe.seed, **common)
@@ -186,6 +186,14 @@ def prepare(recipe: Recipe) -> Run:
     )
     prepared = accelerator.prepare(model, optimizer, training, validation)
     return Run(recipe, folder, accelerator, data, *prepared[:2], scheduler, *prepared[2:], data_config, history=[])
+
+
+def check_image_size(model: nn.Module, side: int) -> None:
+    """Raises ValueError where the model does not take squares of so many pixels: a forward on the meta device says."""
+    try:
+        count_cost(model, side, side)
+    except ValueError as error:
+        raise ValueError(f"--image-size is {side}: {error}") from error
 
 
 def use_cores(accelerator: Accelerator, threads: int | None) -> None:

@@ -1,8 +1,11 @@
 """What every test starts from, and what several need."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands do; read when torch loads
 
 import pytest
 import torch

@@ -45,6 +45,7 @@ def recipe(images, tmp_path):
         epochs=3,
         warmup_epochs=1,
         drop_path=0.2,
+        cpu_threads=1,
         output_dir=tmp_path / "run",
     )
 
@@ -228,7 +229,20 @@ def test_bf16_trains(recipe):
 
 def test_the_command_line_overrides_a_named_recipe(images, tmp_path):
     folder = tmp_path / "run"
-    small = ("--image-size", 32, "--batch-size", 16, "--epochs", 1, "--warmup-epochs", 0, "--seed", 3)
+    small = (
+        "--image-size",
+        32,
+        "--batch-size",
+        16,
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0,
+        "--seed",
+        3,
+        "--cpu-threads",
+        1,
+    )
     source = ("--data", "imagefolder", "--data-dir", images)
     command("train.py", "digits", *source, *small, "--output-dir", folder)
     written = json.loads((folder / "recipe.json").read_text())

@@ -1,7 +1,7 @@
 """The plan's BlockMask through flex_attention: the CUDA path, and CPU inference."""
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Hashable
+from functools import lru_cache, partial
 from itertools import count
 from types import FunctionType
 
@@ -13,6 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from s3a.plan.blocks import BlockPass
 
 NUMBERS = count()
+# Past the limit dynamo itself runs eager and dense, and says little; and importing timm.optim raises the limit for all.
+NO_SILENT_FALLBACK = partial(torch._dynamo.config.patch, recompile_limit=8, fail_on_recompile_limit_hit=True)
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
@@ -20,11 +22,11 @@ def run(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale:
     return flex_attention(query, key, value, block_mask=block_mask, scale=scale)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def compiled(
-    layout: BlockPass, num_heads: int, head_dim: int, dtype: torch.dtype, scale: float
+    layout: BlockPass, num_heads: int, head_dim: int, dtype: torch.dtype, scale: float, mode: Hashable
 ) -> Callable[..., Tensor]:
-    """The compiled `run` for one pass and kind of tensors, under a code object and a name of its own.
+    """The compiled `run` for one pass, kind of tensors and mode, under a code object and a name of its own.
 
     Dynamo counts recompilations per code object and gives up after eight, and makes dynamic by name what it sees
     vary. Here only the batch size varies, and only it may: code for other dynamic sizes does not build on CPUs.
@@ -40,8 +42,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: BlockPass, scale: 
     if torch.compiler.is_compiling():  # inside someone's graph, which fuses it
         attended = run(*ordered, layout.block_mask, scale)
     else:
-        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # dynamo's own way is dense and silent
-            own = compiled(layout, *query.shape[2:], query.dtype, scale)
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        own = compiled(layout, *query.shape[2:], query.dtype, scale, mode)
+        with NO_SILENT_FALLBACK(), torch.autocast(query.device.type, enabled=False):
             attended = own(*ordered, layout.block_mask, scale)
     return attended.transpose(1, 2).index_select(1, layout.inverse)  # [batch, tokens, heads, head_dim]
 

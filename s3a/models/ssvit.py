@@ -11,11 +11,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerScale, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from s3a.errors import unknown
-from s3a.layers import S3A, AttentionPlan, ConvFFN, DepthwiseConv, Downsample, Stem
+from s3a.layers import S3A, AttentionPlan, ConvFFN, DepthwiseConv, Downsample, Pointwise, Stem
 from s3a.plan import Backend
 from s3a.weights import KeyTable, PretrainedMixin, convert_state
 
@@ -95,6 +96,7 @@ class Block(nn.Module):
         return x + mlp_kept * self.ls2(self.mlp(self.norm2(x)))
 
 
+@register_notrace_module  # plans depend on the map's size, which torch.fx does not know
 class Stage(nn.Module):
     """Blocks of one width on one map; even blocks fix the window, odd ones the anchors.
 
@@ -189,7 +191,7 @@ class SSViT(PretrainedMixin, nn.Module):
             stages.append(Stage(downsample, blocks, drops=drop_path_rate > 0))
         self.stages = nn.ModuleList(stages)
 
-        self.proj = nn.Linear(dims[-1], head_hidden_size)
+        self.proj = Pointwise(dims[-1], head_hidden_size)
         self.norm = nn.BatchNorm2d(head_hidden_size)
         self.act = nn.SiLU()
         self.head_drop = nn.Dropout(drop_rate)
@@ -229,22 +231,9 @@ class SSViT(PretrainedMixin, nn.Module):
         self.head = nn.Linear(self.head_hidden_size, num_classes, **like) if num_classes else nn.Identity()
         self.head.apply(init_weights)
 
-    def check_images(self, x: Tensor) -> None:
-        """Raises ValueError for images that the network cannot take."""
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"images have shape {tuple(x.shape)}: they must be [batch, {self.in_chans}, height, width]; "
-                "build the model with in_chans= for other channels"
-            )
-        if min(x.shape[2:]) < MIN_IMAGE_SIZE:
-            raise ValueError(
-                f"images are {x.shape[2]} x {x.shape[3]} pixels: each side must be at least {MIN_IMAGE_SIZE}; "
-                "resize or pad them"
-            )
-
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's tokens: [batch, height / 32, width / 32, num_features]."""
-        self.check_images(x)
+        check_images(x, self.in_chans)
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
@@ -283,7 +272,7 @@ class SSViT(PretrainedMixin, nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise unknown("output_fmt", output_fmt, ("NCHW", "NHWC"))
-        self.check_images(x)
+        check_images(x, self.in_chans)
         taken, last = feature_take_indices(len(self.stages), indices)
         maps = []
         x = self.stem(x)
@@ -304,6 +293,21 @@ class SSViT(PretrainedMixin, nn.Module):
             self.num_classes = 0
             self.head = nn.Identity()
         return taken
+
+
+@register_notrace_function
+def check_images(x: Tensor, in_chans: int) -> None:
+    """Raises ValueError for images that the network cannot take."""
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(
+            f"images have shape {tuple(x.shape)}: they must be [batch, {in_chans}, height, width]; "
+            "build the model with in_chans= for other channels"
+        )
+    if min(x.shape[2:]) < MIN_IMAGE_SIZE:
+        raise ValueError(
+            f"images are {x.shape[2]} x {x.shape[3]} pixels: each side must be at least {MIN_IMAGE_SIZE}; "
+            "resize or pad them"
+        )
 
 
 def init_weights(module: nn.Module) -> None:
