@@ -37,6 +37,13 @@ class Options:
     num_workers: int = 0
     """Processes that decode; 0 does it in the main process."""
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ValueError(
+                f"--batch-size is {self.batch_size} and --num-workers {self.num_workers}: "
+                "the one must be at least 1 and the other at least 0"
+            )
+
 
 def main(options: Options) -> None:
     model = load_pretrained(options.weights, options.revision)

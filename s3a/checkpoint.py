@@ -23,10 +23,10 @@ TENSORS, TREE, MANIFEST = "tensors.safetensors", "tree.json", "manifest.json"
 
 
 def write_checkpoint(folder: Path, state: Any, keep: int) -> None:
-    """Writes `state` to `folder`, and then deletes all but the `keep` newest (by name) of its siblings.
+    """Writes `state` to `folder`, and then deletes all but the `keep` newest of the checkpoints beside it.
 
     Args:
-        folder: does not show under this name before it is whole and flushed.
+        folder: named epoch-NUMBER; does not show under this name before it is whole and flushed.
         state: nested dicts and lists of tensors and JSON values; tuples come back as lists.
     """
     partial = folder.with_name(f".partial-{folder.name}")
@@ -63,8 +63,8 @@ def read_newest(parent: Path, say: Callable[[str], None]) -> Any | None:
 
 
 def checkpoints(parent: Path) -> list[Path]:
-    """The checkpoint folders in `parent`, newest (by name) first."""
-    return sorted((path for path in parent.glob("[!.]*") if path.is_dir()), reverse=True)
+    """The folders epoch-NUMBER in `parent`, newest first; all else there is the user's own."""
+    return sorted((path for path in parent.glob("epoch-[0-9]*") if path.is_dir()), reverse=True)
 
 
 def find_fault(folder: Path) -> str | None:
@@ -73,6 +73,8 @@ def find_fault(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
         return f"{MANIFEST}: {error}"
+    if not isinstance(manifest, dict) or set(manifest) != {TENSORS, TREE}:
+        return f"{MANIFEST} does not name its two files"
     for name, expected in manifest.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

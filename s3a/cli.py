@@ -11,7 +11,7 @@ from typing import TypeVar
 import tyro
 
 OptionsT = TypeVar("OptionsT")
-PARSING = re.compile(r"^Error parsing \w+: ")
+PARSING = re.compile(r"^Error parsing (?:[^-\s]\S*: )?")
 BOX = str.maketrans("", "", "╭╮╰╯│─")
 
 
@@ -57,12 +57,18 @@ def unframed(message: str) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the process with `error: ...` and status 2 for what the user can mend; all else keeps its traceback."""
+    """Ends the process with `error: ...` and status 2 at a ValueError or OSError, which this library words for users.
+
+    All else keeps its traceback; S3A_TRACEBACK=1 shows it for these too.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":  # one voice for all processes of a launch
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("S3A_TRACEBACK"):
+            raise
+        rank = int(os.environ.get("RANK", "0"))
+        print(f"error{f' in process {rank}' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("interrupted; a training run goes on from its last checkpoint with the same command", file=sys.stderr)
         sys.exit(130)

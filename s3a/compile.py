@@ -19,15 +19,20 @@ NUMBERS = count()
 
 
 def compile_model(model: ModelT) -> ModelT:
-    """Compiles a model of this library in place, and returns it. State-dict keys stay as they are.
+    """Compiles a model of this library in place, and returns it. State-dict keys stay as they are; a copy is eager.
+
+    Raises:
+        ValueError: for a model without blocks of this library.
 
     Nothing is compiled yet when this returns: a region is at its first call for a map size. Blocks of one class
     with the same scan on the same map share their code. A second batch size compiles once more, with the batch
     size left open, and later ones never; except that on a CPU PyTorch chooses convolutions anew from 16 images on.
     """
-    for module in model.modules():
-        if isinstance(module, REGIONS) or hasattr(module, "draw_kept"):
-            module._compiled_call_impl = partial(run_region, module)
+    regions = [module for module in model.modules() if isinstance(module, REGIONS) or hasattr(module, "draw_kept")]
+    if not regions:
+        raise ValueError(f"{type(model).__name__} has no blocks of this library: compile it with torch.compile")
+    for module in regions:
+        module._compiled_call_impl = partial(run_region, module)
     return model
 
 

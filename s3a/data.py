@@ -4,6 +4,7 @@ Every source becomes two Hugging Face datasets with the columns `image` and `lab
 an epoch depends on the seed, the epoch and the image alone, not on the order, the workers or the processes.
 """
 
+import io
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+from torchvision.datasets import ImageFolder
 
 from s3a.errors import unknown
 
@@ -69,34 +71,41 @@ def load_digits(data_dir: Path | None) -> ImageData:
 
 
 def load_image_folder(data_dir: Path | None) -> ImageData:
-    """A folder with train/CLASS/* and val/CLASS/*."""
+    """A folder with train/CLASS/* and val/CLASS/*; images in folders below belong to their CLASS too."""
     if data_dir is None:
         raise ValueError("--data imagefolder needs --data-dir DIR, a folder with train/CLASS/* and val/CLASS/*")
-    check_image_folder(data_dir)
-    patterns = {split: f"{data_dir.resolve()}/{split}/**" for split in SPLITS}
-    loaded = datasets.load_dataset("imagefolder", data_files=patterns, drop_labels=False)
-    names = loaded["train"].features["label"].names
-    for split, other in (SPLITS, SPLITS[::-1]):
-        absent = set(range(len(names))) - set(loaded[split].unique("label"))
-        if absent:
-            absent_names = ", ".join(names[label] for label in sorted(absent)[:3])
-            raise ValueError(
-                f"class {absent_names} of {data_dir / other} has no images in {data_dir / split}: "
-                "both splits must have the same classes"
-            )
-    return ImageData(train=loaded["train"], val=loaded["val"], label_names=names)
-
-
-def check_image_folder(data_dir: Path) -> None:
-    """Raises FileNotFoundError unless the folder has train/CLASS and val/CLASS folders with files."""
-    shape = "it must hold train/CLASS/* and val/CLASS/*"
+    shape = "it must hold images in train/CLASS/* and val/CLASS/*"
     if not data_dir.is_dir():
         raise FileNotFoundError(f"data folder {str(data_dir)!r} does not exist: {shape}")
+    splits = {}
     for split in SPLITS:
         if not (data_dir / split).is_dir():
             raise FileNotFoundError(f"data folder {str(data_dir)!r} has no folder {split!r}: {shape}")
-        if not any(path.is_file() for path in (data_dir / split).glob("*/*")):
+        if not any(path.is_dir() for path in (data_dir / split).iterdir()):
             raise FileNotFoundError(f"{str(data_dir / split)!r} has no images in class folders: {shape}")
+        splits[split] = ImageFolder(data_dir / split, allow_empty=True)
+        if not splits[split].samples:
+            raise FileNotFoundError(f"{str(data_dir / split)!r} has no images in class folders: {shape}")
+    check_classes(data_dir, splits)
+    names = splits["train"].classes
+    features = Features(image=datasets.Image(), label=ClassLabel(names=names))
+    train, val = (
+        Dataset.from_dict({"image": [path for path, _ in split.samples], "label": split.targets}, features)
+        for split in splits.values()
+    )
+    return ImageData(train=train, val=val, label_names=names)
+
+
+def check_classes(data_dir: Path, splits: dict[str, ImageFolder]) -> None:
+    """Raises ValueError unless both splits have images of the same classes."""
+    seen = {split: {folder.classes[label] for label in folder.targets} for split, folder in splits.items()}
+    for split, other in (SPLITS, SPLITS[::-1]):
+        absent = sorted({*seen[other], *splits[other].classes} - seen[split])
+        if absent:
+            raise ValueError(
+                f"class {', '.join(absent[:3])} of {data_dir / other} has no images in {data_dir / split}: "
+                "both splits must have the same classes"
+            )
 
 
 SOURCES: dict[str, Callable[[Path | None], ImageData]] = {"digits": load_digits, "imagefolder": load_image_folder}
@@ -136,17 +145,27 @@ class TransformedImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(self, rows: Dataset, transform: Callable[[Image.Image], Tensor], mode: str, seed: int | None) -> None:
-        self.rows, self.transform, self.mode, self.seed = rows, transform, mode, seed
+        self.rows = rows.cast_column("image", datasets.Image(decode=False))
+        self.transform, self.mode, self.seed = transform, mode, seed
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, draw: int) -> tuple[Tensor, int]:
         row = self.rows[draw % len(self.rows)]
-        image = row["image"].convert(self.mode)
+        image = decoded(row["image"], self.mode)
         if self.seed is None:
             return self.transform(image), row["label"]
         return seeded(partial(self.transform, image), self.seed, draw), row["label"]
+
+
+def decoded(cell: dict[str, Any], mode: str) -> Image.Image:
+    """The image of an undecoded cell; ValueError with its name where it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as image:
+            return image.convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {cell['path']} cannot be read ({error}): mend it or take it out") from error
 
 
 def seeded(call: Callable[[], Tensor], *seeds: int) -> Tensor:

@@ -28,7 +28,7 @@ from s3a.data import ImageData, eval_loader, load_data, train_loader
 from s3a.errors import unknown
 from s3a.recipe import Recipe
 from s3a.run_folder import CHECKPOINT_FOLDER, MODEL_FOLDER, claim_folder, draw_curves, model_card, write_metrics
-from s3a.weights import save_folder
+from s3a.weights import PretrainedMixin, save_folder
 
 
 class NonFiniteLossError(ValueError):
@@ -69,10 +69,10 @@ def evaluate(model: nn.Module, loader: DataLoader, accelerator: Accelerator, *, 
         losses = cross_entropy(logits.float(), labels, reduction="none")
         columns = torch.stack([best[:, 0].float(), best.any(1).float(), losses, torch.ones_like(losses)], dim=1)
         totals += accelerator.gather_for_metrics(columns).double().sum(0).cpu()
+    model.train(was_training)
     top1, top5, loss = (totals[:3] / totals[3]).tolist()
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the validation loss is {loss}: the weights or the images hold non-finite numbers")
-    model.train(was_training)
     return Metrics(
         top1=top1,
         top5=top5,
@@ -157,9 +157,6 @@ def prepare(recipe: Recipe) -> Run:
             f"--batch-size is {recipe.batch_size} and there are {accelerator.num_processes} processes: "
             "it must be a multiple of them"
         )
-    with accelerator.main_process_first():
-        folder = claim_folder(recipe)
-
     use_cores(accelerator, recipe.cpu_threads)
     set_seed(recipe.seed)
     drop_path = {} if recipe.drop_path is None else {"drop_path_rate": recipe.drop_path}
@@ -184,6 +181,8 @@ def prepare(recipe: Recipe) -> Run:
         step_on_epochs=False,
         updates_per_epoch=len(training),
     )
+    with accelerator.main_process_first():  # last, so that a recipe that cannot run leaves no trace
+        folder = claim_folder(recipe)
     prepared = accelerator.prepare(model, optimizer, training, validation)
     return Run(recipe, folder, accelerator, data, *prepared[:2], scheduler, *prepared[2:], data_config, history=[])
 
@@ -200,25 +199,31 @@ def use_cores(accelerator: Accelerator, threads: int | None) -> None:
     """Shares the cores among the processes of this machine: `accelerate launch` leaves each with a single thread."""
     if accelerator.device.type == "cpu":
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(threads or max(1, cores // processes))
 
 
 def train_transform(recipe: Recipe, data_config: dict[str, Any]) -> Any:
-    """timm's augmentation as the recipe has it."""
-    return create_transform(
-        input_size=data_config["input_size"],
-        is_training=True,
-        scale=recipe.crop_scale,
-        ratio=recipe.crop_ratio,
-        hflip=recipe.horizontal_flip,
-        color_jitter=recipe.color_jitter,
-        auto_augment=recipe.auto_augment,
-        re_prob=recipe.random_erasing,
-        re_mode="pixel",
-        interpolation=data_config["interpolation"],
-        mean=data_config["mean"],
-        std=data_config["std"],
-    )
+    """timm's augmentation as the recipe has it; ValueError for a policy that timm does not know."""
+    try:
+        return create_transform(
+            input_size=data_config["input_size"],
+            is_training=True,
+            scale=recipe.crop_scale,
+            ratio=recipe.crop_ratio,
+            hflip=recipe.horizontal_flip,
+            color_jitter=recipe.color_jitter,
+            auto_augment=recipe.auto_augment,
+            re_prob=recipe.random_erasing,
+            re_mode="pixel",
+            interpolation=data_config["interpolation"],
+            mean=data_config["mean"],
+            std=data_config["std"],
+        )
+    except AssertionError as error:
+        raise ValueError(
+            f"--auto-augment is {recipe.auto_augment!r}: it must be a policy of timm's, such as rand-m9-mstd0.5-inc1"
+        ) from error
 
 
 def run_epoch(run: Run, bar: Any) -> None:
@@ -303,8 +308,11 @@ def save(run: Run) -> None:
     if run.accelerator.is_main_process:
         write_metrics(run.folder, run.history)
         draw_curves(run.folder, run.history)
+        scaler = run.accelerator.scaler
         state = {
+            "data": data_summary(run.data),
             "history": run.history,
+            "scaler": scaler.state_dict() if scaler else None,
             "model": run.bare_model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "generators": generators,
@@ -318,6 +326,13 @@ def resume(run: Run) -> None:
     state = read_newest(run.folder / CHECKPOINT_FOLDER, run.say)
     if state is None:
         return
+    if state["data"] != data_summary(run.data):
+        raise ValueError(
+            f"the data is not that of the run in {run.folder}: it had {described(state['data'])}, now there are "
+            f"{described(data_summary(run.data))}; give this run its own --output-dir"
+        )
+    if run.accelerator.scaler and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
     run.bare_model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.history = state["history"]
@@ -334,6 +349,16 @@ def resume(run: Run) -> None:
         run.say(f"resuming {run.folder} after epoch {run.epoch} of {run.recipe.epochs}")
 
 
+def data_summary(data: ImageData) -> dict[str, Any]:
+    """What must not change between the parts of a run."""
+    return {"train": len(data.train), "val": len(data.val), "label_names": data.label_names}
+
+
+def described(summary: dict[str, Any]) -> str:
+    """A data summary for a person."""
+    return f"{summary['train']} and {summary['val']} images of {len(summary['label_names'])} classes"
+
+
 def finish(run: Run) -> None:
     """Writes the weights folder with its card, and says where it is and how to use it."""
     recipe, folder = run.recipe, run.folder / MODEL_FOLDER
@@ -341,7 +366,8 @@ def finish(run: Run) -> None:
         model = run.bare_model
         parameters = sum(parameter.numel() for parameter in model.parameters())
         num_images = (len(run.data.train), len(run.data.val))
-        card = model_card(recipe, run.history[-1], num_images, parameters)
+        family = type(model).__name__ if isinstance(model, PretrainedMixin) else None
+        card = model_card(recipe, family, run.history[-1], num_images, parameters)
         save_folder(model, folder, data_config=run.data_config, config={"label_names": run.data.label_names}, card=card)
     run.accelerator.wait_for_everyone()
     last = run.history[-1]

@@ -102,7 +102,7 @@ def explain(
     dtype: torch.dtype = torch.float32,
     size: int = 7,
     head_dim: int = 32,
-    training: bool = True,
+    training: bool = False,
 ) -> Explanation:
     """Says, per pass, which backend, tiles and token order are chosen for a map, and why the others lost.
 
@@ -116,7 +116,12 @@ def explain(
     """
     if min(height, width) < 1:
         raise ValueError(f"the map is {height} x {width} tokens: height and width must be positive")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}: it must be one that torch knows, such as cpu or cuda") from error
+    if head_dim < 4 or head_dim % 4:
+        raise ValueError(f"head_dim is {head_dim}: it must be a multiple of 4, as S3A's rotary embedding needs")
     asked = (device, dtype, head_dim, training, height * width)
     backend = choose_backend(None, *asked)
     reasons: dict[Backend, str] = {"reference": "it is the oracle; its memory grows with pairs times head dim"}

@@ -17,6 +17,8 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from s3a.errors import unknown
+
 Fixed: TypeAlias = Literal["window", "anchors"]
 FIXED = ("window", "anchors")
 
@@ -36,9 +38,9 @@ def pair(value: int | tuple[int, int], name: str, rule: str = "a positive intege
 
 def check_size(size: int) -> int:
     """The size of a scan; ValueError unless it is a positive int (a pair has no meaning, both axes are alike)."""
-    if isinstance(size, (tuple, list)):
+    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
         raise ValueError(f"size is {size!r}: it must be one positive integer, for both axes")
-    return pair(size, "size", "one positive integer, for both axes")[0]
+    return int(size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +156,7 @@ def sparse_scan(height: int, width: int, size: int = 7, fixed: Fixed = "window")
         ValueError: for a size below 1 or another word for `fixed`.
     """
     if fixed not in FIXED:
-        raise ValueError(f'fixed is {fixed!r}: it must be "window" or "anchors"')
+        raise unknown("fixed", fixed, FIXED)
     size = check_size(size)
     shorter = min(height, width)
     window, anchors = (size, shorter // size) if fixed == "window" else (shorter // size, size)

@@ -94,7 +94,7 @@ class AttentionPlan:
 
     Attributes:
         scan: the plan of the two passes.
-        cosine, sine: [tokens, 1, head_dim / 2], the rotation of every pair of channels.
+        cosine, sine: [tokens, 1, 1, head_dim / 2], the rotation of every pair of channels.
     """
 
     scan: ScanPlan
@@ -115,7 +115,7 @@ def rotary_angles(height: int, width: int, head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotates neighboring pairs of channels of [batch, tokens, heads, head_dim]; keeps the dtype."""
+    """Rotates neighboring pairs of channels of [batch, tokens, ..., head_dim]; keeps the dtype."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1)
     return turned.flatten(-2).to(x.dtype)
@@ -140,7 +140,7 @@ def build_attention_plan(
         backend: who runs it; already checked.
     """
     with plain_tensors():
-        angles = rotary_angles(height, width, head_dim)[:, None]
+        angles = rotary_angles(height, width, head_dim)[:, None, None]
         cosine, sine = (table.to(device=device, dtype=dtype) for table in (angles.cos(), angles.sin()))
     return AttentionPlan(
         scan=plan_scan(sparse_scan(height, width, size, fixed), height, width, device, backend),
@@ -226,7 +226,7 @@ class S3A(nn.Module):
         plan = plan or self.plan(x)
         qkv = self.qkv(x)  # [batch, height, width, 3 * dim]
         heads = qkv.flatten(1, 2).unflatten(2, (3, self.num_heads, self.head_dim))
-        query, key, value = heads.unbind(2)  # [batch, tokens, heads, head_dim]
-        query, key = (rotate(tensor, plan.cosine, plan.sine) for tensor in (query, key))
+        query, key = rotate(heads[:, :, :2], plan.cosine, plan.sine).unbind(2)  # [batch, tokens, heads, head_dim]
+        value = heads[:, :, 2]
         attended = attend_plan(query, key, value, plan.scan)
         return self.proj(attended.reshape(x.shape) + self.lepe(qkv[..., 2 * self.dim :]))

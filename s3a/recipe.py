@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ Precision = Literal["no", "bf16", "fp16"]
 class Recipe:
     """A training run. Every field is an option of the command line."""
 
-    name: str
-    """What the run is called; its folder is runs/NAME unless --output-dir says otherwise."""
+    name: str | None = None
+    """What the run is called; None is the data's name."""
     model: str
     """A model that timm knows; `import s3a` adds ours."""
     data: Source
@@ -30,7 +31,7 @@ class Recipe:
     seed: int = 0
     """Of the weights, the order of the images and their augmentation."""
     output_dir: Path | None = None
-    """Where the run is written; None is runs/NAME."""
+    """Where the run is written; None is runs/NAME, with the name of the run."""
 
     epochs: int
     """Passes over the training images, warm-up included."""
@@ -75,24 +76,35 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for field in ("image_size", "epochs", "batch_size", "learning_rate", "keep_checkpoints", "cpu_threads"):
-            if getattr(self, field) is not None and getattr(self, field) <= 0:
+            if getattr(self, field) is not None and not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be above 0")
-        for field in ("warmup_epochs", "num_workers", "weight_decay", "seed"):
-            if getattr(self, field) < 0:
+        for field in ("warmup_epochs", "num_workers", "weight_decay", "seed", "min_learning_rate", "color_jitter"):
+            if not 0 <= (getattr(self, field) or 0) < math.inf:
                 raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be 0 or more")
+        for field, most in (("crop_scale", 1), ("crop_ratio", math.inf)):
+            low, high = getattr(self, field)
+            if not 0 < low <= high <= most:
+                raise ValueError(f"{option(field)} is {low} {high}: it must be a smaller and a larger number above 0")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"--crop-pct is {self.crop_pct}: it must be above 0 and at most 1")
         for field in ("label_smoothing", "horizontal_flip", "random_erasing", "drop_path"):
             if not 0 <= (getattr(self, field) or 0) <= 1:
                 raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be between 0 and 1")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"--warmup-epochs is {self.warmup_epochs} and --epochs is {self.epochs}: "
-                "the warm-up must be shorter than the run"
+                "the warm-up must be shorter than the run; use --warmup-epochs 0 for none"
             )
+
+    @property
+    def run_name(self) -> str:
+        """The name given, or that of the data."""
+        return self.name or (self.data_dir.resolve().name if self.data_dir else self.data)
 
     @property
     def folder(self) -> Path:
         """Where the run is written."""
-        return self.output_dir or Path("runs") / self.name
+        return self.output_dir or Path("runs") / self.run_name
 
     def to_json(self) -> str:
         """The recipe as `recipe.json` holds it."""
@@ -107,7 +119,6 @@ def option(field: str) -> str:
 def digits() -> Recipe:
     """scikit-learn's 1,797 handwritten digits at 64 px: 99 % top-1 in about two minutes on two CPU cores."""
     return Recipe(
-        name="digits",
         model="ssvit_nano",
         data="digits",
         image_size=64,

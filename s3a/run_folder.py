@@ -16,33 +16,58 @@ RECIPE_NAME, METRICS_NAME, CURVES_NAME = "recipe.json", "metrics.jsonl", "curves
 MODEL_FOLDER, CHECKPOINT_FOLDER = "model", "checkpoints"
 
 
+# May differ between the parts of one run: places, and how the work is spread over the machine.
+INCIDENTAL = ("output_dir", "data_dir", "num_workers", "cpu_threads", "keep_checkpoints")
+
+
 def claim_folder(recipe: Recipe) -> Path:
     """Makes the run's folder and writes its recipe, or makes sure that the one there is the same.
 
     Raises:
-        ValueError: where the folder holds a run of another recipe.
+        ValueError: where the folder cannot be made, or holds something else: other files, or a run of another recipe.
     """
-    folder = recipe.folder
-    path = folder / RECIPE_NAME
+    folder, path = recipe.folder, recipe.folder / RECIPE_NAME
     ours = json.loads(recipe.to_json())
     if path.exists():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = read_recipe(path)
         changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-        changed = [key for key in changed if key != "output_dir"]  # the folder may have been moved
-        if changed:
-            shown = ", ".join(f"{option(key)} {theirs.get(key)} (now {ours.get(key)})" for key in changed[:3])
-            raise ValueError(f"{folder} holds a run with {shown}: give this one its own --output-dir, or delete that")
-    else:
+        shown = [f"{option(key)} {theirs.get(key)} (now {ours.get(key)})" for key in changed if key not in INCIDENTAL]
+        if shown:
+            raise ValueError(
+                f"{folder} holds a run with {', '.join(shown[:3])}: give this one its own --output-dir, or delete that"
+            )
+        return folder
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(recipe.to_json(), encoding="utf-8")
+        strangers = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+        if strangers:
+            raise ValueError(f"--output-dir {folder} holds {strangers[0]} and no run: give an empty or a new folder")
+        write_whole(path, recipe.to_json())
+    except OSError as error:
+        raise ValueError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from error
     return folder
 
 
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe that a run's folder holds."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no recipe ({error}): give this run its own --output-dir, or delete that"
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text so that a reader sees the old one or the new one."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
-    """Writes `metrics.jsonl`, a line per epoch; a reader sees the old file or the new one."""
-    partial = folder / f".{METRICS_NAME}"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
-    partial.replace(folder / METRICS_NAME)
+    """Writes `metrics.jsonl`, a line per epoch."""
+    write_whole(folder / METRICS_NAME, "".join(json.dumps(line) + "\n" for line in history))
 
 
 def draw_curves(folder: Path, history: list[dict[str, Any]]) -> None:
@@ -70,10 +95,13 @@ def draw_curves(folder: Path, history: list[dict[str, Any]]) -> None:
     partial.replace(folder / CURVES_NAME)
 
 
-def model_card(recipe: Recipe, last: dict[str, Any], num_images: tuple[int, int], parameters: int) -> str:
+def model_card(
+    recipe: Recipe, family: str | None, last: dict[str, Any], num_images: tuple[int, int], parameters: int
+) -> str:
     """The README of the weights folder.
 
     Args:
+        family: the class of this library that loads the weights; None for a model of timm's own.
         last: the last epoch's line of metrics.
         num_images: training and validation images.
         parameters: trainable parameters.
@@ -81,7 +109,7 @@ def model_card(recipe: Recipe, last: dict[str, Any], num_images: tuple[int, int]
     top1 = EvalResult(
         task_type="image-classification",
         dataset_type=recipe.data,
-        dataset_name=recipe.data,
+        dataset_name=recipe.run_name,
         metric_type="accuracy",
         metric_name="top-1",
         metric_value=round(100 * last["val_top1"], 3),
@@ -91,25 +119,28 @@ def model_card(recipe: Recipe, last: dict[str, Any], num_images: tuple[int, int]
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "s3a"],
-        model_name=recipe.name,
+        model_name=recipe.run_name,
         eval_results=[top1],
     )
-    places = ("output_dir", "data_dir")  # of one machine, nobody else's business
-    rows = [(key, value) for key, value in json.loads(recipe.to_json()).items() if key not in places]
+    rows = [(key, value) for key, value in json.loads(recipe.to_json()).items() if key not in INCIDENTAL]
     options = "\n".join(f"| `{key}` | {value} |" for key, value in rows)
+    load = (
+        f'from s3a import {family}\n\nmodel = {family}.from_pretrained("FOLDER_OR_REPO")'
+        if family
+        else 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)'
+    )
     text = f"""---
 {data.to_yaml()}
 ---
 
-# {recipe.model} trained on {recipe.data}
+# {recipe.model} trained on {recipe.run_name}
 
-Sparse Scan Self-Attention ("Vision Transformer with Sparse Scan Prior", arXiv 2405.13335), {parameters:,} parameters.
+{parameters:,} parameters.
 Top-1 {100 * last["val_top1"]:.2f} %, top-5 {100 * last["val_top5"]:.2f} % on {num_images[1]:,} validation images
 after epoch {last["epoch"]}, the last one; trained on {num_images[0]:,} images at {recipe.image_size} px.
 
 ```python
-import s3a
-model = s3a.SSViT.from_pretrained("FOLDER_OR_REPO")
+{load}
 ```
 
 ## Recipe

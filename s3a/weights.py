@@ -194,6 +194,8 @@ def download_folder(repo: str, **options: Any) -> Path:
         FileNotFoundError: where the repository, the revision or one of the two files does not exist or
             cannot be reached.
     """
+    if repo.count("/") != 1:  # a name alone would be looked up, and retried, on the network
+        raise FileNotFoundError(f"{repo!r} is neither a local folder nor a Hub repository ORG/NAME")
     asked = f"{repo!r} is no local folder, and as a Hub repository"
     revision = options.get("revision") or "main"
     try:

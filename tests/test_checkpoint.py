@@ -56,6 +56,15 @@ def test_the_newest_few_stay(tmp_path):
     assert read_newest(tmp_path, complain) == {"epoch": 4}
 
 
+def test_folders_of_the_user_are_left_alone(tmp_path):
+    for name in ("best", "zzz", "epoch-notes"):
+        (tmp_path / name).mkdir()
+    for epoch in (1, 2):
+        write_checkpoint(tmp_path / f"epoch-{epoch:05d}", {"epoch": epoch}, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"best", "zzz", "epoch-notes", "epoch-00002"}
+    assert read_newest(tmp_path, complain) == {"epoch": 2}
+
+
 def test_there_may_be_none(tmp_path):
     assert read_newest(tmp_path, complain) is None
     assert read_newest(tmp_path / "absent", complain) is None

@@ -108,6 +108,11 @@ def test_the_whole_model_is_one_graph():
     assert graphs() == 1
 
 
+def test_a_model_without_our_blocks_is_refused():
+    with pytest.raises(ValueError, match=r"Linear has no blocks.*torch\.compile"):
+        s3a.compile_model(torch.nn.Linear(2, 2))
+
+
 def test_a_compiled_model_copies_and_saves(tmp_path):
     model = s3a.compile_model(small_model().eval())
     images = torch.randn(2, 3, 32, 32)

@@ -59,6 +59,21 @@ def test_image_folder_has_classes_and_labels(image_folder):
         assert (np.asarray(row["image"]).mean() > 120) == (data.label_names[row["label"]] == "light")
 
 
+def test_images_in_deeper_folders_belong_to_their_class(image_folder):
+    deeper = image_folder / "train" / "light" / "more"
+    deeper.mkdir()
+    (image_folder / "train" / "light" / "000.jpg").rename(deeper / "000.jpg")
+    (image_folder / "train" / "light" / "metadata.csv").write_text("file_name,label\n")
+    data = load_data("imagefolder", image_folder)
+    assert data.label_names == ["dark", "light"]
+    assert data.train["label"].count(1) == 24
+
+
+def test_names_with_brackets_and_spaces_are_fine(image_folder):
+    data = load_data("imagefolder", image_folder.rename(image_folder.with_name("a [b] ü")))
+    assert len(data.train) == 48
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere' does not exist.*train/CLASS"):
         load_data("imagefolder", tmp_path / "nowhere")

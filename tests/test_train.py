@@ -184,6 +184,57 @@ def test_a_folder_of_another_recipe_is_left_alone(recipe):
     assert len(metrics_of(folder)) == 2
 
 
+def test_how_the_work_is_spread_is_not_another_recipe(recipe):
+    folder = engine.train(dataclasses.replace(recipe, epochs=2))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert engine.train(dataclasses.replace(recipe, epochs=2, keep_checkpoints=1)) == folder
+
+
+def test_other_files_are_left_alone(recipe):
+    recipe.output_dir.mkdir()
+    (recipe.output_dir / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds thesis\.tex and no run"):
+        engine.train(recipe)
+    assert [path.name for path in recipe.output_dir.iterdir()] == ["thesis.tex"]
+
+
+def test_an_output_folder_that_is_a_file_is_refused(recipe):
+    recipe.output_dir.write_text("a file")
+    with pytest.raises(ValueError, match=r"--output-dir .* cannot be written \(File exists\)"):
+        engine.train(recipe)
+
+
+def test_a_recipe_that_cannot_run_leaves_no_trace(recipe):
+    with pytest.raises(ValueError, match="--batch-size is 1000"):
+        engine.train(dataclasses.replace(recipe, batch_size=1000))
+    assert not recipe.output_dir.exists()
+
+
+def test_other_data_under_the_same_folder_is_refused(recipe, tmp_path):
+    folder = shutil.copytree(recipe.data_dir, tmp_path / "images")
+    recipe = dataclasses.replace(recipe, data_dir=folder, epochs=2)
+    engine.train(recipe)
+    for split in ("train", "val"):
+        (folder / split / "light").rename(folder / split / "bright")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="the data is not that of the run"):
+        engine.train(recipe)
+
+
+def test_a_torn_image_is_named(recipe, tmp_path):
+    folder = shutil.copytree(recipe.data_dir, tmp_path / "images")
+    torn = folder / "train" / "light" / "003.jpg"
+    torn.write_bytes(torn.read_bytes()[:400])
+    with pytest.raises(ValueError, match=r"image .*light/003\.jpg cannot be read"):
+        engine.train(dataclasses.replace(recipe, data_dir=folder))
+
+
+def test_a_model_of_timm_trains_too(recipe):
+    folder = engine.train(dataclasses.replace(recipe, model="test_resnet", drop_path=None, epochs=2)) / "model"
+    assert "timm.create_model" in (folder / "README.md").read_text()
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == 2
+
+
 def test_a_non_finite_loss_stops_the_run_and_names_the_last_checkpoint(recipe, monkeypatch):
     step = engine.train_step
 
@@ -246,7 +297,7 @@ def test_the_command_line_overrides_a_named_recipe(images, tmp_path):
     source = ("--data", "imagefolder", "--data-dir", images)
     command("train.py", "digits", *source, *small, "--output-dir", folder)
     written = json.loads((folder / "recipe.json").read_text())
-    assert (written["name"], written["seed"], written["epochs"]) == ("digits", 3, 1)
+    assert (written["data"], written["seed"], written["epochs"]) == ("imagefolder", 3, 1)
     assert load_file(folder / "model" / "model.safetensors")["head.weight"].shape[0] == 2
 
 
@@ -260,6 +311,9 @@ def test_the_command_line_overrides_a_named_recipe(images, tmp_path):
         (["--epochs", "0"], "--epochs is 0: it must be above 0"),
         (["--epochs", "many"], "--epochs.*'many'"),
         (["--warmup-epochs", "99"], "--warmup-epochs is 99"),
+        (["--crop-scale", "1", "0.1"], "--crop-scale is 1.0 0.1: it must be a smaller and a larger"),
+        (["--learning-rate", "nan"], "--learning-rate is nan: it must be above 0"),
+        (["--auto-augment", "foo"], "--auto-augment is 'foo': it must be a policy of timm's"),
         (["--label-smoothing", "2"], "--label-smoothing is 2.0: it must be between 0 and 1"),
         (["--image-size", "16"], "16 x 16 pixels: each side must be at least 32"),
         (["--data", "imagefolder"], "--data-dir DIR"),
@@ -295,7 +349,7 @@ def test_evaluation_refuses_damaged_weights(recipe, capsys):
 @pytest.mark.parametrize("name", RECIPES)
 def test_named_recipes_name_models_that_exist(name):
     recipe = named_recipe(name)
-    assert recipe.name == name
+    assert recipe.run_name == name
     assert timm.is_model(recipe.model)
 
 

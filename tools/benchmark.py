@@ -221,7 +221,8 @@ def draw_operator(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     dense = [(each["tokens"], each["median_ms"]) for each in rows if each["candidate"] == "dense"]
-    axes.plot(*zip(*dense, strict=True), "o-", color="tab:gray", label="dense attention")
+    if dense:
+        axes.plot(*zip(*dense, strict=True), "o-", color="tab:gray", label="dense attention")
     for fixed, color in (("window", "tab:blue"), ("anchors", "tab:orange")):
         points = []
         for side in sorted({each["side"] for each in rows}):
@@ -259,9 +260,9 @@ PUBLISHED_TOP1 = {
 
 def measure_models(options: Model) -> list[dict[str, Any]]:
     """A row per model: milliseconds a batch, images per second, memory, and the ratio to the peer."""
-    known = [name for name in options.models if not timm.is_model(name)]
-    if known:
-        raise unknown("model", known[0], timm.list_models())
+    strangers = [name for name in options.models if not timm.is_model(name)]
+    if strangers:
+        raise unknown("model", strangers[0], timm.list_models())
     calls, memory = {}, {}
     for name in options.models:
         calls[name] = model_call(options, name)

@@ -146,6 +146,11 @@ def objection_to_flex(
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raises ValueError unless the three have one 5-dimensional shape, one floating dtype and one device."""
+    if not all(isinstance(tensor, Tensor) for tensor in (query, key, value)):
+        raise ValueError(
+            f"query, key and value are {', '.join(type(each).__name__ for each in (query, key, value))}: "
+            "they must be tensors"
+        )
     for quality in ("shape", "dtype", "device"):
         values = [getattr(tensor, quality) for tensor in (query, key, value)]
         if values[1:] != values[:-1]:

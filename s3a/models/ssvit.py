@@ -90,10 +90,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, plan: AttentionPlan | None = None, kept: Tensor | None = None) -> Tensor:
         """Transforms tokens. `kept` is what `draw_kept` returns; None keeps both branches."""
-        attn_kept, mlp_kept = (1.0, 1.0) if kept is None else kept
         x = x + self.pos_conv(x)
-        x = x + attn_kept * self.ls1(self.attn(self.norm1(x), plan))
-        return x + mlp_kept * self.ls2(self.mlp(self.norm2(x)))
+        attended = self.ls1(self.attn(self.norm1(x), plan))
+        x = x + (attended if kept is None else kept[0] * attended)
+        fed = self.ls2(self.mlp(self.norm2(x)))
+        return x + (fed if kept is None else kept[1] * fed)
 
 
 @register_notrace_module  # plans depend on the map's size, which torch.fx does not know
@@ -165,6 +166,11 @@ class SSViT(PretrainedMixin, nn.Module):
     ) -> None:
         super().__init__()
         tables = {"depths": depths, "num_heads": num_heads, "mlp_ratios": mlp_ratios, "layer_scale": layer_scale}
+        if in_chans < 1 or not 0 <= drop_rate <= 1 or not 0 <= drop_path_rate <= 1:
+            raise ValueError(
+                f"in_chans is {in_chans}, drop_rate {drop_rate}, drop_path_rate {drop_path_rate}: "
+                "channels must be at least 1, and rates between 0 and 1"
+            )
         for name, table in tables.items():
             if len(table) != len(dims):
                 raise ValueError(f"{name} is {table} and dims is {dims}: each must have an entry for every stage")
@@ -226,13 +232,17 @@ class SSViT(PretrainedMixin, nn.Module):
             if global_pool not in ("avg", ""):
                 raise unknown("global_pool", global_pool, ("avg", ""))
             self.global_pool = global_pool
+        if num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes}: it must be 0 (no classifier) or more")
+        if isinstance(self.proj, nn.Identity):
+            raise ValueError("the head was pruned: build the model anew for another classifier")
         self.num_classes = num_classes
         like = {"device": self.proj.weight.device, "dtype": self.proj.weight.dtype}
         self.head = nn.Linear(self.head_hidden_size, num_classes, **like) if num_classes else nn.Identity()
         self.head.apply(init_weights)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's tokens: [batch, height / 32, width / 32, num_features]."""
+        """The last stage's tokens: [batch, height, width, num_features], 1/32 of the image a side (nano: 1/16)."""
         check_images(x, self.in_chans)
         x = self.stem(x)
         for stage in self.stages:
@@ -298,9 +308,9 @@ class SSViT(PretrainedMixin, nn.Module):
 @register_notrace_function
 def check_images(x: Tensor, in_chans: int) -> None:
     """Raises ValueError for images that the network cannot take."""
-    if x.ndim != 4 or x.shape[1] != in_chans:
+    if x.ndim != 4 or x.shape[1] != in_chans or not len(x):
         raise ValueError(
-            f"images have shape {tuple(x.shape)}: they must be [batch, {in_chans}, height, width]; "
+            f"images have shape {tuple(x.shape)}: they must be [batch, {in_chans}, height, width], one at least; "
             "build the model with in_chans= for other channels"
         )
     if min(x.shape[2:]) < MIN_IMAGE_SIZE:
