@@ -58,9 +58,7 @@ def load_digits(data_dir: Path | None) -> ImageData:
         )
     digits = sklearn.datasets.load_digits()
     images = [Image.fromarray((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images]
-    split = train_test_split(
-        np.arange(len(images)), test_size=360, random_state=0, shuffle=True, stratify=digits.target
-    )
+    split = train_test_split(np.arange(len(images)), test_size=360, random_state=0)
     names = [str(name) for name in digits.target_names]
     features = Features(image=datasets.Image(), label=ClassLabel(names=names))
     train, val = (
