@@ -168,15 +168,15 @@ def decoded(cell: dict[str, Any], mode: str) -> Image.Image:
 
 def seeded(call: Callable[[], Tensor], *seeds: int) -> Tensor:
     """Calls with all three global generators seeded, and puts them back: timm's transforms draw from each."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        result = call()
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every accelerator too, at each image
+    result = call()
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
     return result
 
 
