@@ -159,8 +159,7 @@ def prepare(recipe: Recipe) -> Run:
         )
     use_cores(accelerator, recipe.cpu_threads)
     set_seed(recipe.seed)
-    drop_path = {} if recipe.drop_path is None else {"drop_path_rate": recipe.drop_path}
-    model = timm.create_model(recipe.model, num_classes=len(data.label_names), **drop_path)
+    model = build_model(recipe, len(data.label_names))
     data_config = resolve_model_data_config(model)
     channels = data_config["input_size"][0]
     check_image_size(model, recipe.image_size)
@@ -185,6 +184,17 @@ def prepare(recipe: Recipe) -> Run:
         folder = claim_folder(recipe)
     prepared = accelerator.prepare(model, optimizer, training, validation)
     return Run(recipe, folder, accelerator, data, *prepared[:2], scheduler, *prepared[2:], data_config, history=[])
+
+
+def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's model with fresh weights; ValueError where it has no drop path to set."""
+    drop_path = {} if recipe.drop_path is None else {"drop_path_rate": recipe.drop_path}
+    try:
+        return timm.create_model(recipe.model, num_classes=num_classes, **drop_path)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise ValueError(f"--model {recipe.model} has no drop path: use --drop-path None") from error
 
 
 def check_image_size(model: nn.Module, side: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from s3a.checkpoint import checkpoints
 from s3a.recipe import Recipe, option
 
 matplotlib.use("Agg")
@@ -28,7 +29,7 @@ def claim_folder(recipe: Recipe) -> Path:
     """
     folder, path = recipe.folder, recipe.folder / RECIPE_NAME
     ours = json.loads(recipe.to_json())
-    if path.exists():
+    if path.exists() and checkpoints(folder / CHECKPOINT_FOLDER):
         theirs = read_recipe(path)
         changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
         shown = [f"{option(key)} {theirs.get(key)} (now {ours.get(key)})" for key in changed if key not in INCIDENTAL]
@@ -40,7 +41,7 @@ def claim_folder(recipe: Recipe) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         strangers = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-        if strangers:
+        if strangers and not path.exists():
             raise ValueError(f"--output-dir {folder} holds {strangers[0]} and no run: give an empty or a new folder")
         write_whole(path, recipe.to_json())
     except OSError as error:

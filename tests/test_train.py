@@ -190,6 +190,17 @@ def test_how_the_work_is_spread_is_not_another_recipe(recipe):
     assert engine.train(dataclasses.replace(recipe, epochs=2, keep_checkpoints=1)) == folder
 
 
+def test_a_run_without_a_checkpoint_gives_way_to_another_recipe(recipe, monkeypatch):
+    train_until(dataclasses.replace(recipe, epochs=2), 0, monkeypatch)
+    folder = engine.train(recipe)
+    assert json.loads((folder / "recipe.json").read_text())["epochs"] == 3
+
+
+def test_a_model_without_drop_path_is_named(recipe):
+    with pytest.raises(ValueError, match="--model vgg11 has no drop path: use --drop-path None"):
+        engine.prepare(dataclasses.replace(recipe, model="vgg11"))
+
+
 def test_other_files_are_left_alone(recipe):
     recipe.output_dir.mkdir()
     (recipe.output_dir / "thesis.tex").write_text("years of work")

@@ -174,7 +174,7 @@ def legend() -> list[Line2D | Patch]:
     return [
         Line2D([], [], marker="o", linestyle="", color=QUERY, markersize=9, label="query"),
         Line2D([], [], marker="o", linestyle="", color=ANCHOR, markersize=5.5, label="its anchors of interest"),
-        Patch(facecolor=tinted(WINDOW, 0.45), label="what the anchors saw (darker: several)"),
+        Patch(facecolor=tinted(WINDOW, 0.45), label="what the anchors saw"),
         Patch(facecolor=tinted(OWN, 0.6), edgecolor=OWN, linewidth=1.5, label="what the query saw"),
     ]
 
