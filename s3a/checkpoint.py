@@ -58,7 +58,7 @@ def read_newest(parent: Path, say: Callable[[str], None]) -> Any | None:
         fault = find_fault(folder)
         if fault is None:
             return unpack(json.loads((folder / TREE).read_text(encoding="utf-8")), load_file(folder / TENSORS))
-        say(f"checkpoint {folder} is damaged ({fault}): using the one before it")
+        say(f"checkpoint {folder} is damaged ({fault}): passing over it")
     return None
 
 

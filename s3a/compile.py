@@ -2,31 +2,28 @@
 
 from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
-from itertools import count
-from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from s3a.attention.flex import NO_SILENT_FALLBACK
+from s3a.dynamo import NO_SILENT_FALLBACK, compile_own
 from s3a.layers import AttentionPlan, Downsample, Stem
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 REGIONS = (Stem, Downsample)
-NUMBERS = count()
 
 
 def compile_model(model: ModelT) -> ModelT:
     """Compiles a model of this library in place, and returns it. State-dict keys stay as they are; a copy is eager.
 
-    Raises:
-        ValueError: for a model without blocks of this library.
-
     Nothing is compiled yet when this returns: a region is at its first call for a map size. Blocks of one class
     with the same scan on the same map share their code. A second batch size compiles once more, with the batch
     size left open, and later ones never; except that on a CPU PyTorch chooses convolutions anew from 16 images on.
+
+    Raises:
+        ValueError: for a model without blocks of this library.
     """
     regions = [module for module in model.modules() if isinstance(module, REGIONS) or hasattr(module, "draw_kept")]
     if not regions:
@@ -57,13 +54,8 @@ def mode_of(module: nn.Module, x: Tensor) -> Hashable:
 
 @lru_cache(maxsize=4096)
 def region_code(kind: type[nn.Module], shape: tuple[int, ...], scan: Any, mode: Hashable) -> Callable[..., Tensor]:
-    """The compiled code of a kind of region on one map in one mode, under a code object of its own.
-
-    Dynamo counts recompilations per code object and gives up after eight; here only the batch size varies under one.
-    """
-    name = f"{kind.__name__.lower()}_{'x'.join(map(str, shape))}_{next(NUMBERS)}"
-    own = FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
-    return torch.compile(own, fullgraph=True)
+    """The compiled code of a kind of region on one map in one mode; only the batch size varies under it."""
+    return compile_own(call, f"{kind.__name__.lower()}_{'x'.join(map(str, shape))}")
 
 
 def call(module: nn.Module, *arguments: Any) -> Tensor:

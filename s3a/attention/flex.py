@@ -1,20 +1,14 @@
 """The plan's BlockMask through flex_attention: the CUDA path, and CPU inference."""
 
 from collections.abc import Callable, Hashable
-from functools import lru_cache, partial
-from itertools import count
-from types import FunctionType
+from functools import lru_cache
 
 import torch
-import torch._dynamo
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from s3a.dynamo import NO_SILENT_FALLBACK, compile_own
 from s3a.plan.blocks import BlockPass
-
-NUMBERS = count()
-# Past the limit dynamo itself runs eager and dense, and says little; and importing timm.optim raises the limit for all.
-NO_SILENT_FALLBACK = partial(torch._dynamo.config.patch, recompile_limit=8, fail_on_recompile_limit_hit=True)
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
@@ -26,14 +20,11 @@ def run(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale:
 def compiled(
     layout: BlockPass, num_heads: int, head_dim: int, dtype: torch.dtype, scale: float, mode: Hashable
 ) -> Callable[..., Tensor]:
-    """The compiled `run` for one pass, kind of tensors and mode, under a code object and a name of its own.
+    """The compiled `run` for one pass, kind of tensors and mode.
 
-    Dynamo counts recompilations per code object and gives up after eight, and makes dynamic by name what it sees
-    vary. Here only the batch size varies, and only it may: code for other dynamic sizes does not build on CPUs.
+    Only the batch size varies under it, and only that may: code for other dynamic sizes does not build on CPUs.
     """
-    name = f"run_flex_{next(NUMBERS)}"
-    own = FunctionType(run.__code__.replace(co_name=name), run.__globals__, name)
-    return torch.compile(own, fullgraph=True)
+    return compile_own(run, "run_flex")
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: BlockPass, scale: float) -> Tensor:

@@ -29,7 +29,6 @@ class BlockPass:
         inverse: [tokens] int64, the index at which each position stands.
         block_mask: the mask of the sequence.
         num_touched, num_full, num_blocks: touched and full (query block, key block) pairs, and all there are.
-        tile: (row, column) tokens of the tiles that the order walks inside a dilation group.
     """
 
     order: Tensor
@@ -38,7 +37,6 @@ class BlockPass:
     num_touched: int
     num_full: int
     num_blocks: int
-    tile: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,5 +214,4 @@ def block_pass(
         num_touched=len(layout.pairs),
         num_full=len(full),
         num_blocks=num_blocks**2,
-        tile=layout.tile,
     )
