@@ -5,6 +5,7 @@ Importing this registers the models with timm: `timm.create_model("ssvit_tiny")`
 
 from s3a.attention import neighborhood_attention, sparse_scan_attention
 from s3a.compile import compile_model
+from s3a.dynamo import CompilationError
 from s3a.explain import explain
 from s3a.geometry import Neighborhood, sparse_scan
 from s3a.layers import S3A
@@ -12,6 +13,7 @@ from s3a.models import SSViT
 
 __all__ = [
     "S3A",
+    "CompilationError",
     "Neighborhood",
     "SSViT",
     "compile_model",

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import tyro
 
+from s3a.dynamo import CompilationError
+
 OptionsT = TypeVar("OptionsT")
 PARSING = re.compile(r"^Error parsing (?:[^-\s]\S*: )?")
 BOX = str.maketrans("", "", "╭╮╰╯│─")
@@ -57,13 +59,13 @@ def unframed(message: str) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the process with `error: ...` and status 2 at a ValueError or OSError, which this library words for users.
+    """Ends the process with `error: ...` and status 2 at the errors that this library words for users.
 
     All else keeps its traceback; S3A_TRACEBACK=1 shows it for these too.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CompilationError) as error:
         if os.environ.get("S3A_TRACEBACK"):
             raise
         rank = int(os.environ.get("RANK", "0"))

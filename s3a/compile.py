@@ -8,7 +8,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from s3a.dynamo import NO_SILENT_FALLBACK, compile_own
+from s3a.dynamo import compile_own, compiling
 from s3a.layers import AttentionPlan, Downsample, Stem
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -20,10 +20,11 @@ def compile_model(model: ModelT) -> ModelT:
 
     Nothing is compiled yet when this returns: a region is at its first call for a map size. Blocks of one class
     with the same scan on the same map share their code. A second batch size compiles once more, with the batch
-    size left open, and later ones never; except that on a CPU PyTorch chooses convolutions anew from 16 images on.
+    size left open, and later ones never.
 
     Raises:
         ValueError: for a model without blocks of this library.
+        CompilationError: at the first call, where the machine cannot compile; says why.
     """
     regions = [module for module in model.modules() if isinstance(module, REGIONS) or hasattr(module, "draw_kept")]
     if not regions:
@@ -40,8 +41,8 @@ def run_region(module: nn.Module, x: Tensor, plan: AttentionPlan | None = None, 
     torch._dynamo.mark_static(x, list(range(1, x.ndim)))
     arguments = (x, *rest) if plan is None else (x, plan, *rest)
     scan = None if plan is None else plan.scan.scan
-    code = region_code(type(module), tuple(x.shape[1:]), scan, mode_of(module, x))
-    with NO_SILENT_FALLBACK():
+    code = region_code(type(module), tuple(x.shape[1:]), scan, mode_of(module, x), x.device.type)
+    with compiling(instead="leave s3a.compile_model out: the model runs without it too"):
         return code(module, *arguments)
 
 
@@ -53,9 +54,12 @@ def mode_of(module: nn.Module, x: Tensor) -> Hashable:
 
 
 @lru_cache(maxsize=4096)
-def region_code(kind: type[nn.Module], shape: tuple[int, ...], scan: Any, mode: Hashable) -> Callable[..., Tensor]:
+def region_code(
+    kind: type[nn.Module], shape: tuple[int, ...], scan: Any, mode: Hashable, device_type: str
+) -> Callable[..., Tensor]:
     """The compiled code of a kind of region on one map in one mode; only the batch size varies under it."""
-    return compile_own(call, f"{kind.__name__.lower()}_{'x'.join(map(str, shape))}")
+    name = f"{kind.__name__.lower()}_{'x'.join(map(str, shape))}"
+    return compile_own(call, name, any_batch=device_type == "cpu")
 
 
 def call(module: nn.Module, *arguments: Any) -> Tensor:

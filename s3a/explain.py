@@ -8,7 +8,7 @@ from s3a.attention import choose_backend, objection_to_flex
 from s3a.geometry import FIXED, Fixed, Neighborhood, sparse_scan
 from s3a.plan import Backend
 from s3a.plan.blocks import BLOCK_SIZE, BlockLayout, layouts
-from s3a.plan.tiles import TileCost, tile_costs
+from s3a.plan.tiles import TileCost, listed_cost, prefers_list, tile_costs
 
 SHOWN_LOSERS = 2
 
@@ -22,6 +22,8 @@ class PassChoice:
         neighborhood: its kernel and dilation.
         num_pairs: (query, key) pairs of the pass. num_tokens: of the map.
         tiles: every choice of tiles, cheapest (the chosen one) first.
+        listed: what compiled inference on a CPU would cost with the keys of every query listed, in the unit of
+            `TileCost.total`. lists: whether it does that instead of cutting tiles.
         orders: every candidate token order of the block mask, the chosen one first.
     """
 
@@ -31,6 +33,8 @@ class PassChoice:
     num_pairs: int
     num_tokens: int
     tiles: list[TileCost]
+    listed: int
+    lists: bool
     orders: list[BlockLayout]
 
     def __str__(self) -> str:
@@ -41,6 +45,7 @@ class PassChoice:
                 f'fixed="{self.fixed}", {self.name} pass: kernel {kernel}, dilation {dilation}; '
                 f"{self.num_pairs:,} pairs, {density:.1f} % of dense",
                 f"  tiles:  {self.describe_tiles()}",
+                f"  listed: {self.describe_list()}",
                 f"  blocks: {self.describe_orders()}",
             ]
         )
@@ -55,6 +60,13 @@ class PassChoice:
             f"{named(best.tile)} in {best.batches} {plural(best.batches, 'call')}, {best.pairs:,} pairs with masked "
             f"ones, {best.halo_tokens:,} keys gathered" + (f"; lost on estimated cost: {lost}" if lost else "")
         )
+
+    def describe_list(self) -> str:
+        """Whether compiled inference lists keys, and by how much it lost or won."""
+        share = f"{100 * self.listed / self.tiles[0].total:.0f} % of the tiles' estimated cost"
+        if self.lists:
+            return f"compiled inference lists the keys of every query instead, at {share}"
+        return f"compiled inference keeps the tiles; a list of the keys of every query comes to {share}"
 
     def describe_orders(self) -> str:
         """The chosen token order, and how many blocks the others touch."""
@@ -137,6 +149,8 @@ def explain(
             num_pairs=neighborhood.count_pairs(height, width),
             num_tokens=height * width,
             tiles=tile_costs(neighborhood, height, width),
+            listed=listed_cost(neighborhood, height, width),
+            lists=prefers_list(neighborhood, height, width, device),
             orders=layouts(neighborhood, height, width),
         )
         for fixed in FIXED

@@ -1,6 +1,8 @@
 """Every backend is the same function: held against recorded outputs, and against softmax under a dense mask."""
 
 import itertools
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
 
@@ -18,8 +20,9 @@ from golden import (
 )
 from torch import Tensor
 
-from s3a import neighborhood_attention, sparse_scan_attention
-from s3a.attention import choose_backend
+from s3a import neighborhood_attention, sparse_scan, sparse_scan_attention
+from s3a.attention import attend_plan, choose_backend
+from s3a.plan import plan_scan
 
 EAGER = ["tiled", "reference"]  # those that run any tensors
 
@@ -421,3 +424,53 @@ def test_inputs_are_left_alone():
     for backend in EAGER:
         sparse_scan_attention(*inputs, backend=backend)
     assert all(map(torch.equal, inputs, before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("height", "width", "size", "fixed", "listed"),
+    [
+        (16, 16, 7, "window", [True, True]),
+        (13, 22, 3, "anchors", [True, True]),
+        (28, 28, 7, "anchors", [True, False]),
+        (5, 23, 7, "window", [True]),
+    ],
+)
+def test_compiled_inference_is_the_oracle(height, width, size, fixed, listed, dtype):
+    """Lists of keys and tiles, as the plan has them; borders and windows with fewer keys included."""
+    scan = sparse_scan(height, width, size, fixed)
+    plan = plan_scan(scan, height, width, torch.device("cpu"), "tiled")
+    assert [layout.listed is not None for layout in plan.passes] == listed
+    tensors = [torch.randn(2, height * width, 2, 16, dtype=dtype) for _ in range(3)]
+    oracle = plan_scan(scan, height, width, torch.device("cpu"), "reference")
+    expected = attend_plan(*(tensor.double() for tensor in tensors), oracle)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda query, key, value: attend_plan(query, key, value, plan), fullgraph=True)
+    with torch.no_grad():
+        attended = compiled(*tensors)
+    assert attended.dtype == dtype
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(attended.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+LARGE_MAP = """
+import pathlib, re, sys, torch
+from s3a.attention import attend_plan
+from s3a.geometry import Neighborhood
+from s3a.plan import plan_scan
+plan = plan_scan((Neighborhood(7, 1),), 256, 256, torch.device("cpu"), "tiled")
+tensors = [torch.randn(1, 65536, 2, 32) for _ in range(3)]
+attend = torch.compile(attend_plan, fullgraph=True) if sys.argv[1] == "compiled" else attend_plan
+with torch.no_grad():
+    assert attend(*tensors, plan).isfinite().all()
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process as Linux gives it")
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_memory_grows_with_the_touched_tokens(mode):
+    """A dense score matrix of 65,536 tokens alone would take 16 GiB a head. Peak of the whole process, in GiB."""
+    command = [sys.executable, "-c", LARGE_MAP, mode]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert float(run.stdout) < 2.0

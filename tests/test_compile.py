@@ -1,13 +1,21 @@
 """Compilation in place: same numbers, same keys, and no compilation that is not owed."""
 
 import copy
+import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
+from torch._inductor.exc import CppCompileError
 
 import s3a
+from s3a.dynamo import compiling
+from s3a.layers import Downsample, Stem
 
 SMALL = {"dims": (16, 32), "depths": (3, 2), "num_heads": (1, 2), "mlp_ratios": (2, 2), "layer_scale": (None, None)}
 
@@ -42,21 +50,22 @@ def test_a_compiled_model_is_the_same_function_under_the_same_keys():
     assert counters["graph_break"] == {}
 
 
-def test_blocks_share_code_and_batch_sizes_stop_compiling():
+@pytest.mark.parametrize(("first", "backend"), [((2, 3), "inductor"), ((1, 4), "aot_eager"), ((24, 2), "aot_eager")])
+def test_blocks_share_code_and_batch_sizes_stop_compiling(first, backend, monkeypatch):
     """Maps of 12 x 12 and 6 x 6: two scans and one, a stem, a downsampling; once, and once with any batch size."""
-    model = s3a.compile_model(small_model().eval())
+    compile_with(backend, monkeypatch)
+    model = small_model().eval()
+    plain = copy.deepcopy(model)
+    s3a.compile_model(model)
     kinds = 2 + 1 + 2
     with torch.no_grad():
-        model(torch.randn(2, 3, 48, 48))
-        assert graphs() == kinds
-        model(torch.randn(3, 3, 48, 48))
-        assert graphs() == 2 * kinds
-        for batch_size in (4, 7, 2, 15):
+        for times, batch_size in enumerate(first, start=1):
             model(torch.randn(batch_size, 3, 48, 48))
+            assert graphs() == times * kinds
+        for batch_size in (4, 1, 2, 15, 16, 40):
+            images = torch.randn(batch_size, 3, 48, 48)
+            torch.testing.assert_close(model(images), plain(images), rtol=1e-4, atol=1e-5)
         assert graphs() == 2 * kinds
-        for batch_size in (16, 24):  # PyTorch has another rule for convolutions from 16 images on
-            model(torch.randn(batch_size, 3, 48, 48))
-        assert graphs() <= 3 * kinds
 
 
 def test_another_resolution_compiles_once():
@@ -121,3 +130,91 @@ def test_a_compiled_model_copies_and_saves(tmp_path):
         torch.testing.assert_close(copy.deepcopy(model)(images), expected, rtol=1e-5, atol=1e-6)
         model.save_pretrained(tmp_path)
         torch.testing.assert_close(s3a.SSViT.from_pretrained(tmp_path)(images), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", timm.list_models("ssvit_*"))
+def test_every_model_compiles_without_graph_breaks(name, training, dtype, monkeypatch):
+    """Once per (class, scan, map), counted here from the modules. Traced and differentiated, not compiled to code."""
+    compile_with("aot_eager", monkeypatch)
+    model = timm.create_model(name, num_classes=3).to(dtype).train(training)
+    images = torch.randn(2, 3, 48, 64, dtype=dtype)
+    kinds = set()
+    regions = [each for each in model.modules() if hasattr(each, "draw_kept") or isinstance(each, Stem | Downsample)]
+    hooks = [
+        region.register_forward_pre_hook(lambda region, args: kinds.add(kind_of(region, args[0]))) for region in regions
+    ]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:  # each would be compiled for
+        hook.remove()
+    with torch.set_grad_enabled(training):
+        logits = s3a.compile_model(model)(images)
+        if training:
+            logits.float().sum().backward()
+    assert logits.shape == (2, 3)
+    assert graphs() == len(kinds)
+    assert counters["graph_break"] == {}
+
+
+def compile_with(backend: str, monkeypatch) -> None:
+    """The frontend makes the graphs; aot_eager runs them without generating code."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+
+
+def kind_of(module: torch.nn.Module, x: torch.Tensor) -> tuple:
+    scan = s3a.sparse_scan(*x.shape[1:3], module.attn.size, module.attn.fixed) if hasattr(module, "attn") else None
+    return type(module), scan, x.shape
+
+
+NO_COMPILER = """
+import torch, timm, s3a
+model = timm.create_model("ssvit_nano", num_classes=2).eval()
+images = torch.randn(1, 3, 32, 32)
+compiled = s3a.compile_model(__import__("copy").deepcopy(model))
+query = torch.randn(1, 8, 8, 1, 16)
+calls = {"model": lambda: compiled(images), "flex": lambda: s3a.neighborhood_attention(*[query] * 3, 3, backend="flex")}
+for name, call in calls.items():
+    try:
+        with torch.no_grad():
+            call()
+    except s3a.CompilationError as error:
+        print(name, error)
+print(model(images).shape, s3a.neighborhood_attention(*[query] * 3, 3).shape)
+"""
+
+
+def test_without_a_compiler_the_error_says_so_and_the_eager_path_works(tmp_path):
+    environment = os.environ | {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", NO_COMPILER]
+    run = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    model, flex, eager = run.stdout.splitlines()
+    assert "no working C++ compiler" in model
+    assert "set CXX" in model
+    assert "leave s3a.compile_model out" in model
+    assert "no working C++ compiler" in flex
+    assert 'use backend="tiled"' in flex
+    assert eager == "torch.Size([1, 2]) torch.Size([1, 8, 8, 1, 16])"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (CppCompileError(["g++"], "error: unknown type"), "C\\+\\+ compiler refused.*install a current g\\+\\+"),
+        (
+            RuntimeError("No valid triton configs. out of resource: shared memory, Required: 9"),
+            "too little shared memory",
+        ),
+        (TorchDynamoException("some limit\nand more"), "failed here: some limit; or do that"),
+    ],
+)
+def test_failures_are_worded(error, words):
+    with pytest.raises(s3a.CompilationError, match=words) as raised, compiling(instead="do that"):
+        raise error
+    assert raised.value.__cause__ is error
+
+
+def test_other_errors_pass_as_they_are():
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), compiling(instead="do that"):
+        raise RuntimeError("shapes differ")

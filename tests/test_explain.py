@@ -21,6 +21,7 @@ def test_passes_are_those_of_the_plans(height, width, size):
         assert len(choice.orders[0].pairs) == blocks.num_touched <= len(choice.orders[-1].pairs)
         assert f"{blocks.num_touched} of {blocks.num_blocks} blocks" in str(choice)
         assert choice.tiles[0].batches == len(tiles.batches)
+        assert choice.lists == (tiles.listed is not None) == ("lists the keys of every query instead" in str(choice))
         assert choice.tiles[0].halo_tokens == sum(len(batch.keys) for batch in tiles.batches)
         assert choice.tiles[0].pairs == sum(
             len(batch.queries) * len(batch.keys) // batch.num_tiles for batch in tiles.batches

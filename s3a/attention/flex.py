@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from s3a.dynamo import NO_SILENT_FALLBACK, compile_own
+from s3a.dynamo import compile_own, compiling
 from s3a.plan.blocks import BlockPass
 
 
@@ -35,7 +35,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: BlockPass, scale: 
     else:
         mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         own = compiled(layout, *query.shape[2:], query.dtype, scale, mode)
-        with NO_SILENT_FALLBACK(), torch.autocast(query.device.type, enabled=False):
+        with compiling(instead='use backend="tiled"'), torch.autocast(query.device.type, enabled=False):
             attended = own(*ordered, layout.block_mask, scale)
     return attended.transpose(1, 2).index_select(1, layout.inverse)  # [batch, tokens, heads, head_dim]
 

@@ -1,14 +1,22 @@
-"""Query tiles with key halos through scaled_dot_product_attention: any device, trains everywhere, exports."""
+"""Query tiles with key halos through scaled_dot_product_attention: any device, trains everywhere, exports.
+
+Compiled inference on a CPU has two shorter ways. Where the keys of a query are few beside those of a tile, it
+lists them: the compiler fuses their gathering with scores, softmax and sums, and nothing is masked. And bf16 tiles
+are two matrix products with a softmax fused between, faster there than scaled_dot_product_attention (LOG.md).
+"""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from s3a.plan.gather import KeyList
 from s3a.plan.tiles import TiledPass
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: TiledPass, scale: float) -> Tensor:
     """One pass. Shapes: query, key, value and the result [batch, tokens, heads, head_dim]."""
+    if layout.listed is not None and is_compiled_inference(query, key, value):
+        return attend_list(query, key, value, layout.listed, scale)
     if layout.whole:
         whole = [tensor.transpose(1, 2) for tensor in (query, key, value)]  # [batch, heads, tokens, head_dim]
         return scaled_dot_product_attention(*whole, attn_mask=layout.batches[0].mask, scale=scale).transpose(1, 2)
@@ -47,4 +55,35 @@ def attend_tiles(
 ) -> Tensor:
     """Tiles of one shape and mask, as one call. Shapes: tensors and the result [tiles * tokens, heads, head_dim]."""
     tiles = [tensor.unflatten(0, (num_tiles, -1)).transpose(1, 2) for tensor in (query, key, value)]
+    if query.dtype == torch.bfloat16 and is_compiled_inference(query, key, value):
+        return multiply(*tiles, mask, scale).transpose(1, 2).flatten(0, 1)
     return scaled_dot_product_attention(*tiles, attn_mask=mask, scale=scale).transpose(1, 2).flatten(0, 1)
+
+
+def is_compiled_inference(*tensors: Tensor) -> bool:
+    """Whether torch.compile traces this for a CPU and no gradient; an exported program may run uncompiled."""
+    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return compiled and not needs_grad and tensors[0].device.type == "cpu"
+
+
+def attend_list(query: Tensor, key: Tensor, value: Tensor, layout: KeyList, scale: float) -> Tensor:
+    """One pass, every query with keys of its own; uncompiled it would hold all of them at once."""
+    exact = torch.promote_types(query.dtype, torch.float32)
+    scores = scale * (query.to(exact)[:, :, None] * key[:, layout.keys].to(exact)).sum(
+        -1
+    )  # [batch, tokens, keys, heads]
+    if layout.seen is not None:
+        scores = scores.masked_fill(~layout.seen[:, :, None], -torch.inf)
+    # over the last axis, so that the compiler vectorizes it
+    weights = scores.transpose(2, 3).softmax(dim=-1).transpose(2, 3)
+    return (weights[..., None] * value[:, layout.keys].to(exact)).sum(2).to(value.dtype)
+
+
+def multiply(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """scaled_dot_product_attention on [tiles, heads, tokens, head_dim], its softmax in float32."""
+    scores = ((scale * query) @ key.mT).float()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (weights.to(value.dtype) @ value / weights.sum(-1, keepdim=True)).to(value.dtype)

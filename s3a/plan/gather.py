@@ -1,4 +1,4 @@
-"""The keys of every query, listed: what the reference runs."""
+"""The keys of every query, listed: what the reference runs, and compiled code where it is cheaper than tiles."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from s3a.geometry import Neighborhood
-from s3a.plan.tensors import to_device
+from s3a.plan.tensors import static, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,3 +36,25 @@ def gather_pass(neighborhood: Neighborhood, height: int, width: int, device: tor
         tensors += [to_device(windows.position[np.where(seen, places, start[:, None])], device)]
         tensors += [to_device(seen, device)]
     return GatherPass(*tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyList:
+    """One pass as the keys of every query.
+
+    Attributes:
+        keys: [tokens, keys] int64, positions. seen: [tokens, keys] bool, False where a window has fewer keys;
+            None if no window has.
+    """
+
+    keys: Tensor
+    seen: Tensor | None
+
+
+def key_list(neighborhood: Neighborhood, height: int, width: int, device: torch.device) -> KeyList:
+    """The keys of every query as one list of positions."""
+    axes = gather_pass(neighborhood, height, width, device)
+    keys = axes.rows[:, None, :, None] * width + axes.columns[None, :, None, :]  # [height, width, kernel, kernel]
+    seen = axes.row_seen[:, None, :, None] & axes.column_seen[None, :, None, :]
+    keys, seen = (each.reshape(height * width, -1) for each in (keys, seen))
+    return KeyList(keys=static(keys), seen=None if seen.all() else static(seen))

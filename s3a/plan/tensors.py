@@ -12,7 +12,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A tensor of the array on the device; compiled code takes its size as a constant."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    return static(torch.from_numpy(np.ascontiguousarray(array)).to(device))
+
+
+def static(tensor: Tensor) -> Tensor:
+    """The tensor, whose size compiled code takes as a constant."""
     torch._dynamo.mark_static(tensor)
     return tensor
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from s3a.geometry import Neighborhood
+from s3a.plan.gather import KeyList, key_list
 from s3a.plan.tensors import to_device
 
 
@@ -40,10 +41,13 @@ class TiledPass:
     Attributes:
         batches: the tiles, by shape and mask.
         whole: the one tile is the map in row-major order, so nothing has to be gathered.
+        listed: the keys of every query, for a compiler to fuse their gathering with their products; None where
+            tiles are cheaper even so.
     """
 
     batches: tuple[TileBatch, ...]
     whole: bool
+    listed: KeyList | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +93,8 @@ TILES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 # In (query, key) pairs, measured on two CPU cores (LOG.md): gathering one key and its value, and one more call.
 HALO_TOKEN_COST = 60
 BATCH_COST = 4_000
+# Likewise: one pair of compiled code that gathers every key for itself.
+LISTED_PAIR_COST = 4.5
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,17 @@ def axis_costs(length: int, kernel_size: int, dilation: int) -> list[TileCost]:
     return costs
 
 
+def listed_cost(neighborhood: Neighborhood, height: int, width: int) -> int:
+    """What listing the keys of every query costs, in the same pairs as `TileCost.total`."""
+    return round(LISTED_PAIR_COST * neighborhood.count_pairs(height, width))
+
+
+def prefers_list(neighborhood: Neighborhood, height: int, width: int, device: torch.device) -> bool:
+    """Whether compiled code lists keys instead of cutting tiles; measured on CPUs, so only there."""
+    tiles = tile_costs(neighborhood, height, width)[0].total
+    return device.type == "cpu" and listed_cost(neighborhood, height, width) < tiles
+
+
 def choose_tiles(neighborhood: Neighborhood, height: int, width: int) -> tuple[int, int]:
     """The (row, column) tile that costs least."""
     return tile_costs(neighborhood, height, width)[0].tile
@@ -175,4 +192,6 @@ def tiled_pass(neighborhood: Neighborhood, height: int, width: int, device: torc
             )
         )
     whole = len(batches) == 1 and batches[0].num_tiles == 1 and bool((np.diff(queries) == 1).all())
-    return TiledPass(batches=tuple(batches), whole=whole)
+    as_list = prefers_list(neighborhood, height, width, device)
+    listed = key_list(neighborhood, height, width, device) if as_list else None
+    return TiledPass(batches=tuple(batches), whole=whole, listed=listed)
