@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,6 +67,8 @@ class Operator(Common):
     """Who runs the passes."""
     backward: bool = False
     """Time forward and backward."""
+    compiled: bool = False
+    """Compile every candidate."""
     most_dense_tokens: int = 16_384
     """No dense attention over more tokens than this: it would take minutes."""
 
@@ -170,7 +173,8 @@ def measure_operator(options: Operator) -> list[dict[str, Any]]:
 
 
 def operator_candidates(options: Operator, side: int) -> dict[str, Callable[[], Any]]:
-    """Dense attention and the passes of both scans, on the same queries, keys and values."""
+    """Dense attention and the passes of both scans, on the same queries, keys and values; on CUDA NATTEN's too."""
+    torch._dynamo.reset()  # a size's candidates are compiled code of a few functions: fewer than dynamo's limit
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     shape = (options.batch_size, side * side, options.num_heads, options.head_dim)
     tensors = [torch.randn(shape, device=device, dtype=dtype, requires_grad=options.backward) for _ in range(3)]
@@ -178,13 +182,16 @@ def operator_candidates(options: Operator, side: int) -> dict[str, Callable[[], 
     def dense() -> Tensor:
         return scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in tensors))
 
-    candidates = {} if side * side > options.most_dense_tokens else {"dense": timed(dense, tensors, options.backward)}
+    candidates = {} if side * side > options.most_dense_tokens else {"dense": timed(dense, tensors, options)}
     passes = {
         neighborhood: None for fixed in ("window", "anchors") for neighborhood in sparse_scan(side, side, 7, fixed)
     }
     for neighborhood in passes:
         call = pass_call(options, (neighborhood,), side, tensors)
-        candidates[pass_name(neighborhood)] = timed(call, tensors, options.backward)
+        candidates[pass_name(neighborhood)] = timed(call, tensors, options)
+        if device.type == "cuda" and find_spec("natten"):
+            call = natten_call(neighborhood, side, tensors, options.backward)
+            candidates[f"natten {pass_name(neighborhood)}"] = timed(call, tensors, options)
     return candidates
 
 
@@ -196,8 +203,24 @@ def pass_call(options: Operator, scan: Scan, side: int, tensors: list[Tensor]) -
     return lambda: attend_plan(*tensors, plan)
 
 
-def timed(call: Callable[[], Tensor], tensors: list[Tensor], backward: bool) -> Callable[[], Any]:
-    """The call forward, or forward and backward."""
+def natten_call(neighborhood: Neighborhood, side: int, tensors: list[Tensor], backward: bool) -> Callable[[], Tensor]:
+    """NATTEN's own path through FlexAttention, compiled (`pip install natten`), on the same tensors."""
+    import natten  # noqa: PLC0415  only where it is installed and there is a GPU
+
+    natten.allow_flex_compile()
+    if backward:
+        natten.allow_flex_compile_backprop()
+    maps = [tensor.unflatten(1, (side, side)) for tensor in tensors]
+    kernel_size, dilation = neighborhood.kernel_size, neighborhood.dilation
+    return lambda: natten.na2d(
+        *maps, kernel_size=kernel_size, dilation=dilation, backend="flex-fna", torch_compile=True
+    )
+
+
+def timed(call: Callable[[], Tensor], tensors: list[Tensor], options: Operator) -> Callable[[], Any]:
+    """The call forward, or forward and backward, compiled where that is asked for."""
+    if options.compiled:
+        call = torch.compile(call, fullgraph=True)
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -208,7 +231,7 @@ def timed(call: Callable[[], Tensor], tensors: list[Tensor], backward: bool) -> 
             tensor.grad = None
         call().sum().backward()
 
-    return forward_backward if backward else forward
+    return forward_backward if options.backward else forward
 
 
 def pass_name(neighborhood: Neighborhood) -> str:
