@@ -253,10 +253,11 @@ def draw_operator(rows: list[dict[str, Any]], path: Path) -> None:
             times = [each["median_ms"] for each in rows if each["side"] == side and each["candidate"] in names]
             points.append((side**2, sum(times)))
         axes.plot(*zip(*points, strict=True), "o-", color=color, label=f'S3A, both passes, fixed="{fixed}"')
-    axes.set(
-        xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title="One attention over a square map"
-    )
-    axes.grid(alpha=0.25, which="both")
+    axes.set(xscale="log", yscale="log", xlabel="map, in tokens", ylabel="milliseconds", title="One attention layer")
+    sides = sorted({each["side"] for each in rows})
+    axes.set_xticks([side**2 for side in sides], [f"{side} x {side}" for side in sides])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -365,7 +366,7 @@ def draw_models(rows: list[dict[str, Any]], path: Path) -> None:
                 )
     axes.set(xlabel="images per second, measured", ylabel="ImageNet top-1, published (%)", title="Speed and accuracy")
     axes.grid(alpha=0.25)
-    axes.margins(0.15)
+    axes.margins(x=0.25, y=0.15)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
