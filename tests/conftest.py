@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
+from command_line import Command, make_command
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands do; read when torch loads
 
 import pytest
@@ -22,6 +24,12 @@ torch.set_num_threads(1)
 def fixed_seed() -> None:
     """The same random numbers at every run, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a tool; see `command_line.make_command`."""
+    return make_command(monkeypatch, capsys)
 
 
 @pytest.fixture
