@@ -1,6 +1,7 @@
 """How every command of the project is parsed and how it fails: one line on stderr, exit status 2."""
 
 import io
+import itertools
 import os
 import re
 import sys
@@ -45,16 +46,25 @@ def parse(
 
 def unframed(message: str) -> str:
     """tyro's framed error as one line: what is wrong, and the options it thinks were meant."""
+    wrong, meant = [], []
+    for head, *rest in sections(message):
+        options = [line.split()[0] for line in rest if re.match(r"--\w|[A-Z]{2}", line)]  # among lines of help
+        if head.startswith("Missing from"):
+            wrong.append(f"{', '.join(options)} must be given")
+        elif head.startswith("Perhaps you meant"):
+            meant = list(dict.fromkeys(options))
+        elif not head.startswith(("Argument helptext", "For full helptext")):
+            wrong.append(" ".join([head, *rest]))
+    hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+    return f"{PARSING.sub('', '; '.join(wrong))}{hint} (--help lists the options)"
+
+
+def sections(message: str) -> Iterator[list[str]]:
+    """The parts of tyro's framed error between its rules, which are hyphens where the output is not UTF-8."""
     lines = [line.translate(BOX).strip() for line in message.splitlines()[1:]]
-    help_starts = [i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full helptext"))]
-    lines = [line for line in lines[: min(help_starts, default=None)] if line]
-    if any(line.startswith("Missing from") for line in lines):  # the help of every missing option follows
-        names = [line.split()[0] for line in lines[1:] if re.match(r"--\w|[A-Z]{2}", line)]
-        return f"{', '.join(names)} must be given (--help lists the options)"
-    wrong, *meant = " ".join(lines).split("Perhaps you meant:")
-    options = re.findall(r"--[\w-]+", meant[0]) if meant else []
-    hint = f"; did you mean {' or '.join(options)}?" if options else ""
-    return f"{PARSING.sub('', wrong).strip()}{hint} (--help lists the options)"
+    for is_rule, part in itertools.groupby(lines, key=lambda line: not line.strip("-")):
+        if not is_rule:
+            yield list(part)
 
 
 @contextmanager

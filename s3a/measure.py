@@ -99,9 +99,9 @@ def read_results(paths: list[Path]) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: for a file that is missing.
-        ValueError: where they were not measured on the same machine with the same versions.
+        ValueError: for a file that is no result, and where the machines or the versions differ.
     """
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    results = [read_result(path) for path in paths]
     for path, result in zip(paths[1:], results[1:], strict=True):
         differing = [key for key, value in results[0]["machine"].items() if result["machine"].get(key) != value]
         if differing:
@@ -110,6 +110,19 @@ def read_results(paths: list[Path]) -> list[dict[str, Any]]:
                 "measure both on the same"
             )
     return results
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """One benchmark file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give files that tools/benchmark.py wrote")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON ({error}): give files that tools/benchmark.py wrote") from error
+    if not isinstance(result, dict) or not {"command", "machine", "rows"} <= result.keys():
+        raise ValueError(f"{path} is no result of a benchmark: give files that tools/benchmark.py wrote")
+    return result
 
 
 def row(sample: Sample, **labels: Any) -> dict[str, Any]:

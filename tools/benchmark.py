@@ -124,12 +124,13 @@ class Compare:
 def main(benchmark: Operator | Model | Compile | Plan | Compare) -> None:
     """Measures, prints and writes."""
     if isinstance(benchmark, Compare):
+        if not benchmark.results:
+            raise ValueError("no FILE given: name the results to lay beside each other")
         for result in read_results(list(benchmark.results)):
             print(f"\n{result['command']}")
             print_table(result["rows"])
         return
-    if benchmark.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device is {benchmark.device} but no GPU is at hand: run the same command where one is")
+    check(benchmark)
     measure, draw = BENCHMARKS[type(benchmark)]
     if benchmark.plot is not None and draw is None:
         raise ValueError(f"--plot is {benchmark.plot} but this benchmark has no picture: leave it out")
@@ -141,6 +142,23 @@ def main(benchmark: Operator | Model | Compile | Plan | Compare) -> None:
     if draw is not None and benchmark.plot is not None:
         draw(rows, benchmark.plot)
         print(f"wrote {benchmark.plot}")
+
+
+def check(options: Common) -> None:
+    """ValueError for options with which there is nothing to measure, or nowhere."""
+    for name, value in vars(options).items():
+        given = value if isinstance(value, tuple) else (value,)
+        if not given or any(type(number) is int and number < 1 for number in given):
+            shown = " ".join(map(str, given)) or "empty"
+            rule = "positive" if given else "one name or number at least"
+            raise ValueError(f"--{name.replace('_', '-')} is {shown}: it must be {rule}")
+    kind, _, index = options.device.partition(":")
+    if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
+        raise ValueError(f"--device is {options.device}: it must be cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {options.device} but no GPU is at hand: run the same command where one is")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {options.device} but there are {torch.cuda.device_count()} GPUs, from cuda:0 on")
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
