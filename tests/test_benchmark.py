@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import golden
@@ -252,15 +253,29 @@ def test_plans_are_built_anew_in_every_turn(measure: Measure, monkeypatch):
     assert built == 2 * (1 + 3) * passes  # backends; a warm-up and three turns
 
 
+def test_compilation_rows_are_first_forwards_in_turns(measure: Measure, monkeypatch):
+    caches, models, seconds = [], [], iter([3.0, 30.0, 1.0, 20.0, 2.0, 10.0])
+
+    def first_forward(command: list[str], env: dict[str, str], **_: object) -> SimpleNamespace:
+        models.append(command[3])
+        caches.append(env["TORCHINDUCTOR_CACHE_DIR"])
+        assert not list(Path(caches[-1]).iterdir())
+        return SimpleNamespace(stdout="a warning\n" + json.dumps({"seconds": next(seconds), "graphs": 4}))
+
+    monkeypatch.setattr("subprocess.run", first_forward)
+    rows = measure("compile", "--models", "ssvit_nano", "ssvit_tiny")["rows"]
+    assert models == 3 * ["ssvit_nano", "ssvit_tiny"]
+    assert len(set(caches)) == 6
+    nano = {"model": "ssvit_nano", "median_s": 2.0, "fastest_s": 1.0, "slowest_s": 3.0, "times_first": 1.0}
+    tiny = {"model": "ssvit_tiny", "median_s": 20.0, "fastest_s": 10.0, "slowest_s": 30.0, "times_first": 10.0}
+    assert rows == [row | {"graphs": 4, "turns": 3} for row in (nano, tiny)]
+
+
 @pytest.mark.slow
 def test_compilation_is_timed_in_fresh_processes(measure: Measure):
-    names = ["ssvit_nano", "ssvit_tiny"]
-    rows = measure("compile", "--models", *names, "--image-size", 32, "--batch-size", 1)["rows"]
-    assert [row["model"] for row in rows] == names
-    for row in rows:
-        assert 0 < row["fastest_s"] <= row["median_s"] <= row["slowest_s"]
-        assert row["times_first"] == pytest.approx(row["median_s"] / rows[0]["median_s"])
-        assert (row["turns"], row["graphs"] > 0) == (3, True)
+    (row,) = measure("compile", "--models", "ssvit_nano", "--image-size", 32, "--batch-size", 1)["rows"]
+    assert 0 < row["fastest_s"] <= row["median_s"] <= row["slowest_s"]
+    assert row["graphs"] > 0
 
 
 # --------------------------------------------------------------------------------------------------------
