@@ -11,6 +11,7 @@ from typing import TypeVar
 import tyro
 
 from s3a.dynamo import CompilationError
+from s3a.interrupts import RESUME_STATUS, Interrupted
 
 OptionsT = TypeVar("OptionsT")
 PARSING = re.compile(r"^Error parsing (?:[^-\s]\S*: )?")
@@ -61,7 +62,8 @@ def unframed(message: str) -> str:
 def one_line_errors() -> Iterator[None]:
     """Ends the process with `error: ...` and status 2 at the errors that this library words for users.
 
-    All else keeps its traceback; S3A_TRACEBACK=1 shows it for these too.
+    All else keeps its traceback; S3A_TRACEBACK=1 shows it for these too. A run that was asked to stop ends with 75,
+    which says: run the same command again.
     """
     try:
         yield
@@ -71,6 +73,10 @@ def one_line_errors() -> Iterator[None]:
         rank = int(os.environ.get("RANK", "0"))
         print(f"error{f' in process {rank}' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as notice:
+        if not int(os.environ.get("RANK", "0")):
+            print(notice, file=sys.stderr)
+        sys.exit(RESUME_STATUS)
     except KeyboardInterrupt:
         print("interrupted; a training run goes on from its last checkpoint with the same command", file=sys.stderr)
         sys.exit(130)
