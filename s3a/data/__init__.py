@@ -1,0 +1,11 @@
+"""Images: where they come from, and the loaders that feed the engine.
+
+A source becomes two `Images`, one per split, which are read by row number. What a step of training sees is a function
+of the seed, the epoch and the step alone: not of the processes, the workers or where a run was interrupted.
+"""
+
+from s3a.data.images import ImageData, Images, MapImages
+from s3a.data.loaders import Batch, EvalLoader, TrainLoader
+from s3a.data.sources import Source, load_data
+
+__all__ = ["Batch", "EvalLoader", "ImageData", "Images", "MapImages", "Source", "TrainLoader", "load_data"]
