@@ -4,8 +4,9 @@ A source becomes two `Images`, one per split, which are read by row number. What
 of the seed, the epoch and the step alone: not of the processes, the workers or where a run was interrupted.
 """
 
-from s3a.data.images import ImageData, Images, MapImages
-from s3a.data.loaders import Batch, EvalLoader, TrainLoader
+from s3a.data.batches import Batch
+from s3a.data.images import DatasetImages, ImageData, Images
+from s3a.data.loaders import EvalLoader, TrainLoader
 from s3a.data.sources import Source, load_data
 
-__all__ = ["Batch", "EvalLoader", "ImageData", "Images", "MapImages", "Source", "TrainLoader", "load_data"]
+__all__ = ["Batch", "DatasetImages", "EvalLoader", "ImageData", "Images", "Source", "TrainLoader", "load_data"]

@@ -29,9 +29,9 @@ class Shuffle:
     epoch: int
     num_rows: int
 
-    def generator(self) -> np.random.Generator:
-        """The randomness of the order."""
-        return np.random.default_rng((self.seed, self.epoch))
+    def generator(self, *purpose: int) -> np.random.Generator:
+        """The randomness of the order, apart for every purpose."""
+        return np.random.default_rng((self.seed, self.epoch, *purpose))
 
 
 class Images(ABC):
@@ -62,22 +62,11 @@ class Images(ABC):
 
 
 class MapImages(Images):
-    """Images at hand: any row can be read at any time.
+    """Images at hand: any row can be read at any time."""
 
-    Args:
-        rows: with the columns `image` and `label`.
-        split: what it is called in messages.
-    """
-
-    def __init__(self, rows: Dataset, split: str) -> None:
-        self.rows = rows.cast_column("image", datasets.Image(decode=False))
-        self.split, self.num_images = split, len(rows)
-
-    def name_of(self, index: int) -> str:
-        cell = self.rows[index]["image"]
-        if cell and cell["path"] and cell["bytes"] is None:
-            return cell["path"]
-        return f"row {index} of {self.split}"
+    @abstractmethod
+    def rows(self, indices: Sequence[int]) -> list[Row]:
+        """The rows of these numbers."""
 
     def order(self, shuffle: Shuffle) -> np.ndarray:
         return permutation(self.num_images, shuffle)
@@ -85,19 +74,36 @@ class MapImages(Images):
     def read(
         self, indices: Sequence[int], shuffle: Shuffle | None, later: Callable[[], np.ndarray]
     ) -> list[Iterator[Row]]:
-        if not len(indices):
-            return []
-        rows = self.rows[list(map(int, indices))]
-        asked = map(Row, map(int, indices), rows["image"], rows["label"])
-        return [self._from(row) for row in asked]
+        return [self._from(row) for row in self.rows([int(index) for index in indices])]
 
     def _from(self, row: Row) -> Iterator[Row]:
         """The row, then all others behind it, and round to the start."""
         yield row
         for offset in range(1, self.num_images):
-            index = (row.index + offset) % self.num_images
-            other = self.rows[index]
-            yield Row(index, other["image"], other["label"])
+            yield from self.rows([(row.index + offset) % self.num_images])
+
+
+class DatasetImages(MapImages):
+    """The rows of a Hugging Face dataset.
+
+    Args:
+        dataset: with the columns `image` and `label`.
+        split: what it is called in messages.
+    """
+
+    def __init__(self, dataset: Dataset, split: str) -> None:
+        self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        self.split, self.num_images = split, len(dataset)
+
+    def name_of(self, index: int) -> str:
+        cell = self.dataset[index]["image"]
+        if cell and cell["path"] and cell["bytes"] is None:
+            return cell["path"]
+        return f"row {index} of {self.split}"
+
+    def rows(self, indices: Sequence[int]) -> list[Row]:
+        columns = self.dataset[list(indices)] if len(indices) else {"image": [], "label": []}
+        return [Row(*row) for row in zip(indices, columns["image"], columns["label"], strict=True)]
 
 
 @lru_cache(maxsize=2)

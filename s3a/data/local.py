@@ -13,17 +13,17 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import FashionMNIST, ImageFolder
 
-from s3a.data.images import ImageData, MapImages
+from s3a.data.images import DatasetImages, ImageData
 
 SPLITS = ("train", "val")
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 IDX_NAMES = {"train": "train", "val": "t10k"}
 
 
-def map_images(cells: list, labels: list[int], names: list[str], split: str) -> MapImages:
+def map_images(cells: list, labels: list[int], names: list[str], split: str) -> DatasetImages:
     """Images at hand, of PIL images, undecoded cells or paths."""
     features = Features(image=datasets.Image(), label=ClassLabel(names=names))
-    return MapImages(Dataset.from_dict({"image": cells, "label": labels}, features), split)
+    return DatasetImages(Dataset.from_dict({"image": cells, "label": labels}, features), split)
 
 
 def fingerprint(parts: Iterable[object]) -> str:
@@ -86,7 +86,7 @@ def read_file(path: Path) -> bytes:
 
 def idx_rows(images: bytes, labels: bytes, files: list[Path]) -> tuple[list[dict], list[int]]:
     """Undecoded cells and labels of a pair of idx files: big-endian sizes, then a byte for each pixel or label."""
-    count, height, width = np.frombuffer(images, ">u4", count=3, offset=4).tolist()
+    count, height, width = np.frombuffer(images[4:16].ljust(12, b"\0"), ">u4").tolist()
     if len(images) != 16 + count * height * width or len(labels) != 8 + count:
         raise ValueError(f"{files[0]} and {files[1]} do not belong together or are damaged: get them again")
     header, size = f"P5 {width} {height} 255\n".encode(), height * width  # as PGM, which needs no compression

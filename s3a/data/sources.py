@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from s3a.data.hub import load_hub
 from s3a.data.images import ImageData
 from s3a.data.local import load_digits, load_fashion_mnist, load_image_folder
+from s3a.data.parquet import load_parquet
+from s3a.data.webdataset import load_webdataset
 from s3a.errors import unknown
 
-Source = Literal["digits", "fashion-mnist", "imagefolder"]
+Source = Literal["digits", "fashion-mnist", "hub", "imagefolder", "parquet", "webdataset"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class SourceRule:
     data_dir: str | None = None
     """what --data-dir must hold; None where the source takes none"""
     needs_data_dir: bool = True
-    instead: str = "use --data imagefolder for a folder"
+    instead: str = ""
     """where a folder is refused: what was meant"""
     takes_dataset: bool = False
     streams: bool = False
@@ -29,7 +32,12 @@ class SourceRule:
 SOURCES: dict[str, SourceRule] = {
     "digits": SourceRule(load_digits, instead="the digits come with scikit-learn: use --data imagefolder"),
     "fashion-mnist": SourceRule(load_fashion_mnist, data_dir="the four idx files", needs_data_dir=False),
+    "hub": SourceRule(
+        load_hub, instead="a folder is --data imagefolder, parquet or webdataset", takes_dataset=True, streams=True
+    ),
     "imagefolder": SourceRule(load_image_folder, data_dir="train/CLASS/* and val/CLASS/*"),
+    "parquet": SourceRule(load_parquet, data_dir="train*.parquet and val*.parquet", streams=True),
+    "webdataset": SourceRule(load_webdataset, data_dir="train*.tar and val*.tar", streams=True),
 }
 
 
@@ -61,7 +69,7 @@ def load_data(
         raise ValueError(f"--data {data} needs --dataset ORG/NAME or ORG/NAME:CONFIG, such as ILSVRC/imagenet-1k")
     if streaming and not rule.streams:
         streaming_sources = ", ".join(name for name, other in SOURCES.items() if other.streams)
-        raise ValueError(f"--streaming is for --data {streaming_sources}: {data} is read row by row without it")
+        raise ValueError(f"--streaming is for --data {streaming_sources}: leave it out for {data}")
     options = {"data_dir": data_dir} if rule.data_dir else {}
     options |= {"dataset": dataset} if rule.takes_dataset else {}
     options |= {"streaming": streaming} if rule.streams else {}
