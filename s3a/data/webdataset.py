@@ -3,6 +3,8 @@
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,23 +51,19 @@ def index_tar(path: Path) -> list[Sample]:
     """The samples of a tar, in its order.
 
     Raises:
-        ValueError: where it is no tar, or a sample has no image, no label, or more than one image.
+        ValueError: where it is no whole tar, or a sample has no image, no label, or two of either.
     """
-    samples, group, group_key = [], {}, None
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, ending = split_key(member.name)
-                if not member.isfile() or not ending:
-                    continue
-                if group and key != group_key:
-                    samples.append(sample_of(group, f"{path}: {group_key}"))
-                    group = {}
-                group_key = key
-                group[ending] = tar.extractfile(member).read() if ending == "cls" else (member.offset_data, member.size)
+            files = ((*split_key(member.name), member) for member in tar if member.isfile())
+            keys = groupby((file for file in files if file[1]), key=itemgetter(0))
+            samples = [sample_of(tar, group, f"{path}: {key}") for key, group in keys]
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes any end for the end
+                raise tarfile.ReadError("it is cut off")
     except tarfile.TarError as error:
         raise ValueError(f"{path} is no tar that can be read ({error}): get it again, uncompressed") from error
-    return [*samples, sample_of(group, f"{path}: {group_key}")] if group else samples
+    return samples
 
 
 def split_key(member: str) -> tuple[str, str]:
@@ -75,17 +73,20 @@ def split_key(member: str) -> tuple[str, str]:
     return folder + slash + key, ending.lower()
 
 
-def sample_of(group: dict[str, bytes | tuple[int, int]], where: str) -> Sample:
+def sample_of(tar: tarfile.TarFile, group: Iterator[tuple[str, str, tarfile.TarInfo]], where: str) -> Sample:
     """The files of a key as a sample."""
-    images = [ending for ending in group if ending in IMAGE_ENDINGS]
-    if len(images) != 1 or "cls" not in group:
+    files = [(ending, member) for _, ending, member in group]
+    images = [member for ending, member in files if ending in IMAGE_ENDINGS]
+    labels = [member for ending, member in files if ending == "cls"]
+    if len(images) != 1 or len(labels) != 1:
         raise ValueError(
-            f"{where} has the files {', '.join(group)}: it must have one image ({', '.join(IMAGE_ENDINGS[:3])}, ...) "
-            "and its label as cls, one behind the other"
+            f"{where} has the files {', '.join(ending for ending, _ in files)}: it must have one image "
+            f"({', '.join(IMAGE_ENDINGS[:3])}, ...) and its label as cls, one behind the other"
         )
-    if not group["cls"].strip().isdigit():
-        raise ValueError(f"{where} has the label {group['cls'][:20]!r} in its cls: it must be a number from 0 on")
-    return Sample(*group[images[0]], int(group["cls"]))
+    label = tar.extractfile(labels[0]).read()
+    if not label.strip().isdigit():
+        raise ValueError(f"{where} has the label {label[:20]!r} in its cls: it must be a number from 0 on")
+    return Sample(images[0].offset_data, images[0].size, int(label))
 
 
 @dataclass(frozen=True)
