@@ -17,6 +17,7 @@ from s3a.data import DatasetImages, EvalLoader, TrainLoader, load_data
 from s3a.data.decode import UnreadableImageError, decoded
 from s3a.data.images import Shuffle
 from s3a.data.stream import SUBSTITUTES, WINDOW, stream_order
+from s3a.data.webdataset import TarPart
 
 NUM_TRAIN, NUM_VAL = 61, 23
 BROKEN = (3, 17, 18, NUM_TRAIN + 5)
@@ -243,6 +244,17 @@ def test_a_stream_keeps_nothing_behind(shards):
     walk = loader._loader.dataset.images._walk
     assert walk.uses.sum() == walk.wanted.sum() == 0
     assert not walk.kept
+
+
+def test_a_loader_walks_once_an_epoch(tmp_path, monkeypatch):
+    images = load_data("webdataset", write_shards(tmp_path, "tar", NUM_TRAIN, 3), streaming=True).train
+    walked, read = Counter(), TarPart.read
+    monkeypatch.setattr(TarPart, "read", lambda part, needed: walked.update([part.name]) or read(part, needed))
+    loaders = [make_loader(images, process_index=i, num_processes=2) for i in range(2)]
+    next(loaders[0].epoch(1))
+    walked.clear()
+    assert len(list(zip(*(loader.epoch(2) for loader in loaders), strict=True))) == 5
+    assert set(walked.values()) == {2}
 
 
 def test_rows_of_a_stream_overtake_each_other_within_the_window():

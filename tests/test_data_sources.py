@@ -295,6 +295,18 @@ def test_damaged_shards_are_named(tmp_path, source, kind, damage):
         load_data(source, tmp_path)
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 3, 7])
+def test_parquet_streams_in_chunks_of_any_size(tmp_path, monkeypatch, rows_at_once):
+    monkeypatch.setattr(s3a.data.parquet, "ROWS_AT_ONCE", rows_at_once)
+    images = load_data("parquet", write_shards(tmp_path, "parquet", NUM_TRAIN, NUM_VAL), streaming=True).train
+    for process in range(3):
+        loader = TrainLoader(
+            images, numbered, channels=3, batch_size=30, seed=0, process_index=process, num_processes=3
+        )
+        [[batch]] = loader.epoch(0)
+        assert batch.images.flatten().tolist() == batch.indices.tolist()
+
+
 def test_parquet_by_datasets_keeps_the_names_of_classes(tmp_path):
     for split, numbers in (("train", range(NUM_TRAIN)), ("test", range(NUM_TRAIN, NUM_TRAIN + NUM_VAL))):
         as_dataset(numbers).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
@@ -419,6 +431,13 @@ def test_a_streamed_repository_gives_every_worker_its_share(tmp_path, num_worker
         assert len({*numbers}) == 30
     batches = EvalLoader(data.val, numbered, channels=3, batch_size=2, num_workers=num_workers)
     assert [int(n) for batch in batches for n in batch.images.flatten()] == [*range(NUM_TRAIN, NUM_TRAIN + NUM_VAL)]
+
+
+def test_a_streamed_repository_keeps_nothing_behind(tmp_path):
+    data = load_data("hub", dataset=str(make_repository(tmp_path / "birds")), streaming=True)
+    loader = TrainLoader(data.train, numbered, channels=3, batch_size=10, seed=0, process_index=1, num_processes=2)
+    list(loader.epoch(0))
+    assert not loader._loader.dataset.images._walk.kept
 
 
 def test_labels_without_names_are_counted_where_they_can_be(tmp_path):
