@@ -77,9 +77,10 @@ def disk_full_message(folder: Path, tensors: dict[str, Tensor], tree: str) -> st
     needed = sum(tensor.nbytes for tensor in tensors.values()) + len(tree)
     free = shutil.disk_usage(folder.parent).free
     good = next(iter(checkpoints(folder.parent)), None)
+    left = f"it goes on from {good.name}" if good else "none was written yet"
     return (
-        f"the disk of {folder.parent} is full: a checkpoint needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; "
-        f"make room and run the same command again ({f'it goes on from {good.name}' if good else 'none was written yet'})"
+        f"the disk of {folder.parent} is full: a checkpoint needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are "
+        f"free; make room and run the same command again ({left})"
     )
 
 
