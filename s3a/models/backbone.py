@@ -126,6 +126,7 @@ class Backbone(PretrainedMixin, nn.Module):
     """
 
     output_fmt = "NHWC"
+    citation = ""  # of the paper, in BibTeX
 
     def __init__(
         self,

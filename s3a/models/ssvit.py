@@ -70,6 +70,15 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 
+CITATION = """\
+@article{fan2024vision,
+  title   = {Vision Transformer with Sparse Scan Prior},
+  author  = {Fan, Qihang and Huang, Huaibo and Chen, Mingrui and He, Ran},
+  journal = {arXiv preprint arXiv:2405.13335},
+  year    = {2024},
+  url     = {https://arxiv.org/abs/2405.13335}
+}"""
+
 
 class ScanBlock(ResidualBlock):
     """Depthwise position encoding, S3A, ConvFFN; all residual."""
@@ -108,6 +117,8 @@ class SSViT(Backbone):
         ValueError: for anything a table of sizes cannot mean (see `S3A`), and in `forward` for images below
             32 pixels or with other channels.
     """
+
+    citation = CITATION
 
     def __init__(
         self,

@@ -63,6 +63,15 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 
+CITATION = """\
+@article{huang2022vision,
+  title   = {Vision Transformer with Super Token Sampling},
+  author  = {Huang, Huaibo and Zhou, Xiaoqiang and Cao, Jie and He, Ran and Tan, Tieniu},
+  journal = {arXiv preprint arXiv:2211.11167},
+  year    = {2022},
+  url     = {https://arxiv.org/abs/2211.11167}
+}"""
+
 # From a pixel's cell to the nine super tokens that it sees.
 OFFSETS = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1))
 
@@ -193,6 +202,8 @@ class SViT(Backbone):
         ValueError: for anything a table of sizes cannot mean (see `SuperTokenAttention`), and in `forward` for
             images below 32 pixels or with other channels.
     """
+
+    citation = CITATION
 
     def __init__(
         self,

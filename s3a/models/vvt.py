@@ -68,6 +68,15 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 
+CITATION = """\
+@article{sun2022vicinity,
+  title   = {Vicinity Vision Transformer},
+  author  = {Sun, Weixuan and Qin, Zhen and Deng, Hui and Wang, Jianyuan and Zhang, Yi and Zhang, Kaihao and
+             Barnes, Nick and Birchfield, Stan and Kong, Lingpeng and Zhong, Yiran},
+  journal = {arXiv preprint arXiv:2206.10552},
+  year    = {2022},
+  url     = {https://arxiv.org/abs/2206.10552}
+}"""
 
 SMALLEST, LARGEST = 1e-4, 1e4  # magnitudes that attention keeps its numbers between
 
@@ -154,8 +163,9 @@ class VicinityAttention(nn.Module):
         query, key = self.place(self.q_proj(x).relu(), plan), self.place(self.k_proj(x).relu(), plan)
         value = self.split(self.v_proj(x))
         context = clamp_magnitude(key.mT @ value)  # [batch, heads, 4 * head_dim, head_dim]
-        share = clamp_magnitude(1 / (query @ key.sum(2).unsqueeze(3) + 1e-4))  # [batch, heads, tokens, 1]
-        attended = clamp_magnitude(clamp_magnitude(query @ context) * share)  # [batch, heads, tokens, head_dim]
+        # the sum is positive, so this clamps its reciprocal too, also where half precision overflows
+        total = (query @ key.sum(2).unsqueeze(3) + 1e-4).clamp(SMALLEST, LARGEST)  # [batch, heads, tokens, 1]
+        attended = clamp_magnitude(clamp_magnitude(query @ context) / total)  # [batch, heads, tokens, head_dim]
         out = clamp_magnitude(self.out_proj(attended.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3])))
         return clamp_magnitude(out + out * self.gate(x.mean((1, 2)))[:, None, None])
 
@@ -230,6 +240,8 @@ class VVT(Backbone):
         ValueError: for anything a table of sizes cannot mean (see `VicinityAttention`), and in `forward` for
             images below 32 pixels or with other channels.
     """
+
+    citation = CITATION
 
     def __init__(
         self,
