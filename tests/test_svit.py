@@ -191,6 +191,17 @@ def test_tables_without_meaning_are_refused(changes: dict):
         timm.create_model("svit_nano", **changes)
 
 
+def test_super_token_attention_compiles_to_one_graph():
+    """Generated code, forward and backward, is the eager function."""
+    module, x = SuperTokenAttention(16, 2, cell_size=4), torch.randn(2, 9, 10, 16, requires_grad=True)
+    leaves, weight = (x, *module.parameters()), torch.randn(2, 9, 10, 16)
+    eager, compiled = (call(x) for call in (module, torch.compile(module, fullgraph=True)))
+    assert error(compiled, eager) <= 1e-5
+    eager, compiled = (torch.autograd.grad((output * weight).sum(), leaves) for output in (eager, compiled))
+    for mine, its in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
+
+
 def test_built_by_hand():
     """Without timm's factory, with the table's defaults: the small one."""
     with torch.device("meta"):

@@ -61,7 +61,7 @@ class ResidualBlock(Region):
 
     def draw_kept(self, x: Tensor) -> Tensor:
         """Stochastic depth for one forward: [2, batch, 1, 1, 1], the factor of either branch of every image."""
-        return torch.stack([self.drop_path(x.new_ones(len(x), 1, 1, 1)) for _ in range(2)])
+        return torch.stack([self.drop_path(x.new_ones(x.shape[0], 1, 1, 1)) for _ in range(2)])
 
     def forward(self, x: Tensor, plan: Any = None, kept: Tensor | None = None) -> Tensor:
         """Transforms tokens. `plan` is what `attn.plan` returns, `kept` what `draw_kept` does; None keeps both."""
@@ -263,7 +263,7 @@ class Backbone(PretrainedMixin, nn.Module):
 @register_notrace_function
 def check_images(x: Tensor, in_chans: int) -> None:
     """Raises ValueError for images that the network cannot take."""
-    if x.ndim != 4 or x.shape[1] != in_chans or not len(x):
+    if x.ndim != 4 or x.shape[1] != in_chans or x.shape[0] == 0:
         raise ValueError(
             f"images have shape {tuple(x.shape)}: they must be [batch, {in_chans}, height, width], one at least; "
             "build the model with in_chans= for other channels"
