@@ -20,7 +20,7 @@ from s3a.layers import Region
 OWN = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("s3a.")]
 SMALL = {
     "ssvit_nano": {"mlp_ratios": (2, 2), "layer_scale": (None, None)},
-    "svit_nano": {"mlp_ratio": 2, "layer_scale": (None, None), "cell_sizes": (4, 1)},
+    "svit_nano": {"mlp_ratio": 2, "layer_scale": (None, None), "super_token_sizes": (4, 1)},
     "vvt_nano": {"mlp_ratios": (2, 2)},
 }
 # What has code of its own on 48 x 48 pixels, with maps of 12 x 12 and 6 x 6 tokens: a stem, a downsampling and the

@@ -119,9 +119,9 @@ def dense_super_token_attention(module: SuperTokenAttention, x: Tensor, cell: tu
     return spread.reshape(padded.shape)[:, :height, :width]
 
 
-def drawn(dim: int, num_heads: int, cell_size: int | tuple[int, int]) -> SuperTokenAttention:
+def drawn(dim: int, num_heads: int, super_token_size: int | tuple[int, int]) -> SuperTokenAttention:
     """The module in float64, with weights that leave no term out."""
-    module = SuperTokenAttention(dim, num_heads, cell_size=cell_size).double()
+    module = SuperTokenAttention(dim, num_heads, super_token_size=super_token_size).double()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
     return module
@@ -138,11 +138,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("cell_size", "height", "width"), CASES)
-def test_super_token_attention_is_the_dense_mathematics(cell_size, height: int, width: int):
+@pytest.mark.parametrize(("super_token_size", "height", "width"), CASES)
+def test_super_token_attention_is_the_dense_mathematics(super_token_size, height: int, width: int):
     """Output and every gradient; the association has none."""
-    module = drawn(12, 3, cell_size)
-    cell = cell_size if isinstance(cell_size, tuple) else (cell_size, cell_size)
+    module = drawn(12, 3, super_token_size)
+    cell = super_token_size if isinstance(super_token_size, tuple) else (super_token_size, super_token_size)
     x = torch.randn(2, height, width, 12, dtype=torch.float64, requires_grad=True)
     ours, right = module(x), dense_super_token_attention(module, x, cell)
     assert error(ours, right) <= 1e-10
@@ -153,15 +153,15 @@ def test_super_token_attention_is_the_dense_mathematics(cell_size, height: int, 
         torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("cell_size", [1, (1, 1)])
-def test_cells_of_one_token_are_plain_attention(cell_size):
-    module, x = drawn(12, 3, cell_size), torch.randn(2, 5, 7, 12, dtype=torch.float64)
+@pytest.mark.parametrize("super_token_size", [1, (1, 1)])
+def test_cells_of_one_token_are_plain_attention(super_token_size):
+    module, x = drawn(12, 3, super_token_size), torch.randn(2, 5, 7, 12, dtype=torch.float64)
     assert error(module(x), self_attention(module, x.flatten(1, 2)).reshape(x.shape)) <= 1e-10
 
 
 def test_equal_tokens_stay_finite():
     """Super tokens that hardly any pixel belongs to are divided by next to nothing."""
-    module = SuperTokenAttention(8, 2, cell_size=2)
+    module = SuperTokenAttention(8, 2, super_token_size=2)
     for x in (torch.zeros(1, 6, 6, 8), 1e3 * torch.randn(1, 7, 5, 8)):
         x.requires_grad_()
         output = module(x)
@@ -172,28 +172,30 @@ def test_equal_tokens_stay_finite():
 def test_the_association_is_sparse():
     """No tensor has pixels times super tokens; nine numbers a pixel are the most besides its channels."""
     with torch.device("meta"):
-        module, x = SuperTokenAttention(8, 2, cell_size=8), torch.empty(1, 256, 256, 8)
+        module, x = SuperTokenAttention(8, 2, super_token_size=8), torch.empty(1, 256, 256, 8)
     pixels, supers = 256**2, 32**2
     assert count_largest(lambda: module(x).sum().backward()) <= max(2 * 3 * 8 * pixels, 2 * supers**2) < pixels * supers
 
 
 @pytest.mark.parametrize(
-    ("dim", "num_heads", "cell_size"), [(12, 5, 2), (12, 0, 2), (0, 1, 2), (12, 3, 0), (12, 3, 2.5)]
+    ("dim", "num_heads", "super_token_size"), [(12, 5, 2), (12, 0, 2), (0, 1, 2), (12, 3, 0), (12, 3, 2.5)]
 )
-def test_sizes_without_meaning_are_refused(dim, num_heads, cell_size):
-    with pytest.raises(ValueError, match=r"heads must divide|cell_size"):
-        SuperTokenAttention(dim, num_heads, cell_size=cell_size)
+def test_sizes_without_meaning_are_refused(dim, num_heads, super_token_size):
+    with pytest.raises(ValueError, match=r"heads must divide|super_token_size"):
+        SuperTokenAttention(dim, num_heads, super_token_size=super_token_size)
 
 
-@pytest.mark.parametrize("changes", [{"cell_sizes": (4, 2)}, {"cell_sizes": (4, 2, 0)}, {"layer_scale": (None, None)}])
+@pytest.mark.parametrize(
+    "changes", [{"super_token_sizes": (4, 2)}, {"super_token_sizes": (4, 2, 0)}, {"layer_scale": (None, None)}]
+)
 def test_tables_without_meaning_are_refused(changes: dict):
-    with pytest.raises(ValueError, match="|".join({"cell_size", *changes})):
+    with pytest.raises(ValueError, match="|".join({"super_token_size", *changes})):
         timm.create_model("svit_nano", **changes)
 
 
 def test_super_token_attention_compiles_to_one_graph():
     """Generated code, forward and backward, is the eager function."""
-    module, x = SuperTokenAttention(16, 2, cell_size=4), torch.randn(2, 9, 10, 16, requires_grad=True)
+    module, x = SuperTokenAttention(16, 2, super_token_size=4), torch.randn(2, 9, 10, 16, requires_grad=True)
     leaves, weight = (x, *module.parameters()), torch.randn(2, 9, 10, 16)
     eager, compiled = (call(x) for call in (module, torch.compile(module, fullgraph=True)))
     assert error(compiled, eager) <= 1e-5

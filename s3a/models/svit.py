@@ -31,7 +31,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "dims": (32, 64, 128),
         "depths": (3, 3, 2),
         "num_heads": (2, 4, 8),
-        "cell_sizes": (4, 2, 1),
+        "super_token_sizes": (4, 2, 1),
         "mlp_ratio": 3,
         "layer_scale": (None, None, None),
         "drop_path_rate": 0.0,
@@ -41,7 +41,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "dims": (64, 128, 320, 512),
         "depths": (3, 5, 9, 3),
         "num_heads": (1, 2, 5, 8),
-        "cell_sizes": (8, 4, 1, 1),
+        "super_token_sizes": (8, 4, 1, 1),
         "layer_scale": (None, None, None, None),
         "drop_path_rate": 0.1,
     },
@@ -49,7 +49,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "dims": (96, 192, 384, 512),
         "depths": (4, 6, 14, 6),
         "num_heads": (2, 3, 6, 8),
-        "cell_sizes": (8, 4, 1, 1),
+        "super_token_sizes": (8, 4, 1, 1),
         "layer_scale": (None, None, 1e-6, 1e-6),
         "drop_path_rate": 0.4,
     },
@@ -57,7 +57,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "dims": (96, 192, 448, 640),
         "depths": (4, 7, 19, 8),
         "num_heads": (2, 3, 7, 10),
-        "cell_sizes": (8, 4, 1, 1),
+        "super_token_sizes": (8, 4, 1, 1),
         "layer_scale": (None, None, 1e-6, 1e-6),
         "drop_path_rate": 0.4,
     },
@@ -76,14 +76,14 @@ CITATION = """\
 OFFSETS = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1))
 
 
-def cut(x: Tensor, height: int, width: int) -> Tensor:
+def to_cells(x: Tensor, height: int, width: int) -> Tensor:
     """Cells of height x width tokens: [batch, rows, columns, pixels, dim]; zeros fill the last row and column."""
     x = F.pad(x, (0, 0, 0, -x.shape[2] % width, 0, -x.shape[1] % height))
     return x.unflatten(2, (-1, width)).unflatten(1, (-1, height)).transpose(2, 3).flatten(3, 4)
 
 
-def join(cells: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `cut`, but for the zeros: [batch, rows * height, columns * width, dim]."""
+def from_cells(cells: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `to_cells`, but for the zeros: [batch, rows * height, columns * width, dim]."""
     return cells.unflatten(3, (height, width)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
@@ -92,13 +92,13 @@ def shift(maps: Tensor, rows: int, columns: int) -> Tensor:
     return F.pad(maps, (0, 0, columns, -columns, rows, -rows))
 
 
-def look_around(supers: Tensor) -> Tensor:
+def unfold(supers: Tensor) -> Tensor:
     """The nine super tokens around every cell, zeros outside of the map: [batch, rows, columns, 9, dim]."""
     return torch.stack([shift(supers, -row, -column) for row, column in OFFSETS], dim=3)
 
 
-def bring_home(parts: Tensor) -> Tensor:
-    """Adds up what the cells hold for each super token, the transpose of `look_around`: [batch, rows, columns, dim]."""
+def fold(parts: Tensor) -> Tensor:
+    """Adds up what the cells hold for each super token, the transpose of `unfold`: [batch, rows, columns, dim]."""
     moved = [shift(part, row, column) for part, (row, column) in zip(parts.unbind(3), OFFSETS, strict=True)]
     return torch.stack(moved).sum(0)
 
@@ -110,9 +110,9 @@ def associate(cells: Tensor) -> tuple[Tensor, Tensor]:
         affinity: [batch, rows, columns, pixels, 9]; adds up to 1 for every pixel.
         mass: [batch, rows, columns, 1], the affinities that every super token collects.
     """
-    around = look_around(cells.mean(3))
+    around = unfold(cells.mean(3))
     affinity = (cells @ around.mT * cells.shape[-1] ** -0.5).softmax(-1)
-    return affinity, bring_home(affinity.sum(3).unsqueeze(-1))
+    return affinity, fold(affinity.sum(3).unsqueeze(-1))
 
 
 class SuperTokenAttention(nn.Module):
@@ -123,7 +123,7 @@ class SuperTokenAttention(nn.Module):
     Args:
         dim: channels of a token.
         num_heads: attention heads between super tokens.
-        cell_size: tokens of a cell, an int or a (row, column) pair; 1 for attention between all tokens.
+        super_token_size: tokens of a cell, an int or a (row, column) pair; 1 for attention between all tokens.
 
     Shape:
         [batch, height, width, dim] to the same.
@@ -132,11 +132,11 @@ class SuperTokenAttention(nn.Module):
         ValueError: for heads that do not divide the dim, or a cell size below 1.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, cell_size: int | tuple[int, int]) -> None:
+    def __init__(self, dim: int, num_heads: int, *, super_token_size: int | tuple[int, int]) -> None:
         super().__init__()
         if min(dim, num_heads) < 1 or dim % num_heads:
             raise ValueError(f"dim is {dim} and num_heads is {num_heads}: the heads must divide the dim")
-        self.dim, self.num_heads, self.cell_size = dim, num_heads, pair(cell_size, "cell_size")
+        self.dim, self.num_heads, self.super_token_size = dim, num_heads, pair(super_token_size, "super_token_size")
         self.qkv = Pointwise(dim, 3 * dim)
         self.proj = Pointwise(dim, dim)
 
@@ -144,13 +144,13 @@ class SuperTokenAttention(nn.Module):
         """Nothing needs to be known of the map beforehand."""
 
     def forward(self, x: Tensor, plan: None = None) -> Tensor:
-        if self.cell_size == (1, 1):
+        if self.super_token_size == (1, 1):
             return self.attend(x)
-        cells = cut(x, *self.cell_size)
+        cells = to_cells(x, *self.super_token_size)
         affinity, mass = associate(cells.detach())
-        supers = bring_home(affinity.mT @ cells) / (mass + 1e-12)  # [batch, rows, columns, dim]
-        cells = affinity @ look_around(self.attend(supers))
-        return join(cells, *self.cell_size)[:, : x.shape[1], : x.shape[2]]
+        supers = fold(affinity.mT @ cells) / (mass + 1e-12)  # [batch, rows, columns, dim]
+        cells = affinity @ unfold(self.attend(supers))
+        return from_cells(cells, *self.super_token_size)[:, : x.shape[1], : x.shape[2]]
 
     def attend(self, x: Tensor) -> Tensor:
         """Multi-head self-attention between all tokens of [batch, height, width, dim]."""
@@ -191,7 +191,7 @@ class SViT(Backbone):
         in_chans: channels of the images.
         global_pool: "avg", or "" to keep the map.
         dims, depths, num_heads: per stage.
-        cell_sizes: per stage, the tokens of a super token's cell; see `SuperTokenAttention`.
+        super_token_sizes: per stage, the tokens of a super token's cell; see `SuperTokenAttention`.
         mlp_ratio: hidden width of the feed-forward networks, in dims.
         layer_scale: per stage, the initial value, or None for no layer scale.
         head_hidden_size: width of the pointwise layer in front of the classifier.
@@ -214,20 +214,25 @@ class SViT(Backbone):
         dims: tuple[int, ...] = (64, 128, 320, 512),
         depths: tuple[int, ...] = (3, 5, 9, 3),
         num_heads: tuple[int, ...] = (1, 2, 5, 8),
-        cell_sizes: tuple[int | tuple[int, int], ...] = (8, 4, 1, 1),
+        super_token_sizes: tuple[int | tuple[int, int], ...] = (8, 4, 1, 1),
         mlp_ratio: float = 4,
         layer_scale: tuple[float | None, ...] = (None, None, None, None),
         head_hidden_size: int = 1024,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        tables = {"depths": depths, "num_heads": num_heads, "cell_sizes": cell_sizes, "layer_scale": layer_scale}
+        tables = {
+            "depths": depths,
+            "num_heads": num_heads,
+            "super_token_sizes": super_token_sizes,
+            "layer_scale": layer_scale,
+        }
         check_arguments(dims, tables, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         stages = []
         for index, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths), strict=True)):
             blocks = [
                 SuperTokenBlock(
-                    SuperTokenAttention(dim, num_heads[index], cell_size=cell_sizes[index]),
+                    SuperTokenAttention(dim, num_heads[index], super_token_size=super_token_sizes[index]),
                     mlp_ratio=mlp_ratio,
                     drop_path=rate,
                     layer_scale=layer_scale[index],
