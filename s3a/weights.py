@@ -309,6 +309,10 @@ class KeyTable:
         """Whether the key holds nothing learned."""
         return any(re.fullmatch(pattern, key) for pattern in self.dropped)
 
+    def changes(self, key: str) -> bool:
+        """Whether the key is an official one that is not ours too."""
+        return self.knows(key) and (self.drops(key) or self.rename(key) != key)
+
     def rename(self, key: str) -> str:
         """Our key."""
         pattern, ours = next(row for row in self.renamed if re.fullmatch(row[0], key))
@@ -334,6 +338,11 @@ def convert_state(state: dict[str, Tensor], model: nn.Module, table: KeyTable) -
             converted[key] = tensor.reshape(shape)
     check_state(converted, expected, "the checkpoint is not of this model")
     return converted
+
+
+def filter_official(state: dict[str, Tensor], model: nn.Module, table: KeyTable) -> dict[str, Tensor]:
+    """For timm: converts official checkpoints, leaves our own as they are."""
+    return convert_state(state, model, table) if any(map(table.changes, state)) else state
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
