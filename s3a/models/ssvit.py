@@ -68,6 +68,15 @@ SIZES: dict[str, dict[str, Any]] = {
 
 MIN_IMAGE_SIZE = 32
 
+CITATION = """\
+@article{fan2024vision,
+  title   = {Vision Transformer with Sparse Scan Prior},
+  author  = {Fan, Qihang and Huang, Huaibo and Chen, Mingrui and He, Ran},
+  journal = {arXiv preprint arXiv:2405.13335},
+  year    = {2024},
+  url     = {https://arxiv.org/abs/2405.13335}
+}"""
+
 
 class Block(nn.Module):
     """Depthwise position encoding, S3A, ConvFFN; all residual."""
@@ -146,6 +155,7 @@ class SSViT(PretrainedMixin, nn.Module):
     """
 
     output_fmt = "NHWC"
+    citation = CITATION  # for model cards
 
     def __init__(
         self,
