@@ -66,9 +66,14 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("S3A_TRACEBACK"):
             raise
-        rank = int(os.environ.get("RANK", "0"))
-        print(f"error{f' in process {rank}' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr)
+        report(error)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; a training run goes on from its last checkpoint with the same command", file=sys.stderr)
         sys.exit(130)
+
+
+def report(error: Exception) -> None:
+    """Prints an error as one line on stderr."""
+    rank = int(os.environ.get("RANK", "0"))
+    print(f"error{f' in process {rank}' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from command_line import Command, make_command
 from hub_server import HUB, Hub
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands do; read when torch loads
@@ -41,6 +42,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
     HUB.clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     return HUB
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a tool; see `command_line.make_command`."""
+    return make_command(monkeypatch, capsys)
 
 
 @pytest.fixture
