@@ -204,8 +204,10 @@ def test_compiled_and_frozen_models(graphs):
     for block in model.stages[1].blocks:
         block.compile()
     model(x)
+    runs = graphs["runs"]
     with torch.no_grad():
         assert torch.equal(attribute(model.requires_grad_(False), x).scans[0].anchors, right)
+    assert graphs["runs"] == runs > 0
 
 
 def test_the_class_is_the_most_probable_one():

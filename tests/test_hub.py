@@ -192,6 +192,17 @@ def test_every_refusal_says_why_and_what_helps(hub: Hub, commit: str, folder: Pa
         assert reason in line
 
 
+def test_a_cache_does_not_hide_what_the_hub_says(hub: Hub, commit: str):
+    """That a repository is gone or closed is an answer, not an outage; its commit can still be asked for."""
+    model = SSViT.from_pretrained(NANO)
+    hub.repositories[NANO].gated = True
+    assert "is gated" in refusal()
+    assert "does not know the token" in refusal(token="hf_expired")
+    del hub.repositories[NANO]
+    assert "does not exist or is private" in refusal()
+    assert_same(SSViT.from_pretrained(NANO, commit), model)
+
+
 def test_a_disabled_repository(hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch):
     def disabled(*_: object) -> tuple:
         raise RefusalError(403, message="Access to this resource is disabled.")
