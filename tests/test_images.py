@@ -12,6 +12,7 @@ from s3a.images import image_mode, read_image
 
 ROWS, COLUMNS = 24, 40
 GRAY = np.add.outer(np.arange(ROWS) * 4, np.arange(COLUMNS) * 3).astype(np.uint8)  # 0 to 209, no symmetry
+SIXTEEN = GRAY.astype(np.uint16) * 256 + 131
 COLORS = np.stack([GRAY, GRAY // 2, 255 - GRAY], axis=-1)
 
 
@@ -50,12 +51,12 @@ def test_gray_and_bits(tmp_path: Path):
 @pytest.mark.parametrize("ending", ["png", "tiff", "pgm"])
 def test_sixteen_bits_keep_their_range(tmp_path: Path, ending: str):
     """Pillow alone would make nearly all of it white."""
-    path = written(Image.fromarray(GRAY.astype(np.uint16) * 257), tmp_path / f"a.{ending}")
+    path = written(Image.fromarray(SIXTEEN), tmp_path / f"a.{ending}")
     assert difference(path, GRAY) == 0
 
 
 def test_big_endian_sixteen_bits(tmp_path: Path):
-    (tmp_path / "a.pgm").write_bytes(b"P5 40 24 65535\n" + (GRAY.astype(">u2") * 257).tobytes())
+    (tmp_path / "a.pgm").write_bytes(b"P5 40 24 65535\n" + SIXTEEN.astype(">u2").tobytes())
     assert difference(tmp_path / "a.pgm", GRAY) == 0
 
 
@@ -92,7 +93,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int):
 def test_exif_orientation_of_sixteen_bits(tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 3
-    path = written(Image.fromarray(GRAY[::-1, ::-1].astype(np.uint16) * 257), tmp_path / "a.png", exif=exif)
+    path = written(Image.fromarray(SIXTEEN[::-1, ::-1]), tmp_path / "a.png", exif=exif)
     assert difference(path, GRAY) == 0
 
 
