@@ -101,7 +101,7 @@ def attribute(model: nn.Module, image: Tensor, label: int | None = None) -> Attr
         label: the class; None is the one with the highest logit.
 
     Raises:
-        ValueError: for a model without sparse scans or without classes, or a class that it does not know.
+        ValueError: for a model without sparse scans, classes or gradients, or a class that it does not know.
     """
     check_explicable(model)
     with recorded(model) as calls:
@@ -111,12 +111,11 @@ def attribute(model: nn.Module, image: Tensor, label: int | None = None) -> Attr
         raise ValueError(f"label is {label}: it must be from 0 to {len(logits) - 1}, the classes of this model")
     height, width = choose_map(calls)
     chosen = [call for call in calls if call.map_size == (height, width)]
-    gradients = torch.autograd.grad(logits[label], [call.mixed for call in chosen])
     return Attribution(
         height=height,
         width=width,
         stride=find_stride(model, image, height, width),
-        scans=tuple(add_up(chosen, gradients)),
+        scans=tuple(add_up(chosen, gradients_of(logits[label], chosen))),
         logits=logits.detach(),
     )
 
@@ -163,6 +162,19 @@ def choose_map(calls: list[Call]) -> tuple[int, int]:
     for call in calls:
         whole[call.map_size] = whole.get(call.map_size, True) and None not in call.passes
     return next((size for size in reversed(whole) if whole[size]), next(iter(whole)))
+
+
+def gradients_of(logit: Tensor, calls: list[Call]) -> tuple[Tensor, ...]:
+    """The logit's gradients, with respect to what the last layer of each S3A was given.
+
+    Raises:
+        ValueError: where something in the model passes no gradients on.
+    """
+    outputs = [call.mixed for call in calls]
+    gradients = torch.autograd.grad(logit, outputs, allow_unused=True) if logit.requires_grad else (None,)
+    if any(gradient is None for gradient in gradients):
+        raise ValueError("these weights pass no gradients on, as some quantized ones do: use the float weights")
+    return gradients
 
 
 def find_stride(model: nn.Module, image: Tensor, height: int, width: int) -> int:

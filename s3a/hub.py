@@ -152,21 +152,33 @@ def upload(
 
     Args:
         paths: of the files; they keep their names.
-        repo: ORG/NAME, made where it does not exist.
-        token: of somebody who may write there; None is the stored one.
-        private: of a new repository; None is the organisation's default.
+        repo, token, private: see `create_repository`.
         message: of the commit.
 
     Raises:
         ValueError: where they cannot be published; says why, and what helps.
     """
+    create_repository(repo, token=token, private=private)
+    with worded(ValueError, f"cannot publish to the Hub repository {repo!r}:"):
+        operations = [CommitOperationAdd(path.name, path) for path in paths]
+        return HfApi(token=token).create_commit(repo, operations, commit_message=message).commit_url
+
+
+def create_repository(repo: str, *, token: str | bool | None = None, private: bool | None = None) -> None:
+    """Makes a repository where there is none; so it also tells, before long work, whether one may publish there.
+
+    Args:
+        repo: ORG/NAME.
+        token: of somebody who may write there; None is the stored one.
+        private: of a new repository; None is the organisation's default.
+
+    Raises:
+        ValueError: where it cannot be made; says why, and what helps.
+    """
     if repo.count("/") != 1:
         raise ValueError(f"{repo!r} is no Hub repository: it must be ORG/NAME")
     with worded(ValueError, f"cannot publish to the Hub repository {repo!r}:"):
-        api = HfApi(token=token)
-        api.create_repo(repo, private=private, exist_ok=True)
-        operations = [CommitOperationAdd(path.name, path) for path in paths]
-        return api.create_commit(repo, operations, commit_message=message).commit_url
+        HfApi(token=token).create_repo(repo, private=private, exist_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -238,6 +238,14 @@ def test_models_without_a_logit_per_class(options: dict):
         attribute(timm.create_model("ssvit_nano", **options), torch.randn(1, 3, 64, 64))
 
 
+@pytest.mark.parametrize("layer", ["stages.1.blocks.1.attn.proj", "head"])
+def test_weights_that_pass_no_gradients(layer: str):
+    model = make_model()
+    model.get_submodule(layer).register_forward_hook(lambda module, inputs, output: output.detach())
+    with pytest.raises(ValueError, match=r"pass no gradients on.*use the float weights"):
+        attribute(model, torch.randn(1, 3, 64, 64, dtype=torch.float64))
+
+
 def test_a_network_that_does_not_tell_its_strides():
     model = Toy()
     model.feature_info = ({"reduction": 4},)

@@ -66,7 +66,7 @@ def main(options: Options) -> None:
     pictures = picture_paths(options.images, options.overlay) if options.overlay else [None] * len(options.images)
     if options.overlay:
         check_explicable(model)
-        options.overlay.mkdir(parents=True, exist_ok=True)
+        make_folder(options.overlay)
 
     results, unreadable = [], False
     for path, picture in zip(options.images, pictures, strict=True):
@@ -85,6 +85,14 @@ def main(options: Options) -> None:
         print(json.dumps(results, indent=2, default=asdict))
     if unreadable:
         sys.exit(2)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of the pictures; ValueError where there can be none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--overlay {folder} cannot be made ({error.strerror}): give another folder") from error
 
 
 def label_names(model: nn.Module) -> list[str]:
