@@ -70,8 +70,7 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, CompilationError) as error:
         if os.environ.get("S3A_TRACEBACK"):
             raise
-        rank = int(os.environ.get("RANK", "0"))
-        print(f"error{f' in process {rank}' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr)
+        report(error)
         sys.exit(2)
     except Interrupted as notice:
         if not int(os.environ.get("RANK", "0")):
@@ -80,3 +79,9 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; a training run goes on from its last checkpoint with the same command", file=sys.stderr)
         sys.exit(130)
+
+
+def report(error: Exception) -> None:
+    """Prints an error as one line on stderr."""
+    rank = int(os.environ.get("RANK", "0"))
+    print(f"error{f' in process {rank}' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -237,8 +237,12 @@ class S3A(nn.Module):
             raise ValueError(f"tokens have shape {tuple(x.shape)}: they must be [batch, height, width, {self.dim}]")
         plan = plan or self.plan(x)
         qkv = self.qkv(x)  # [batch, height, width, 3 * dim]
-        heads = qkv.flatten(1, 2).unflatten(2, (3, self.num_heads, self.head_dim))
-        query, key = rotate(heads[:, :, :2], plan.cosine, plan.sine).unbind(2)  # [batch, tokens, heads, head_dim]
-        value = heads[:, :, 2]
+        query, key, value = self.split_heads(qkv, plan)
         attended = attend_plan(query, key, value, plan.scan)
         return self.proj(attended.reshape(x.shape) + self.lepe(qkv[..., 2 * self.dim :]))
+
+    def split_heads(self, qkv: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, both rotated, and values of projected tokens; each [batch, tokens, heads, head_dim]."""
+        heads = qkv.flatten(1, 2).unflatten(2, (3, self.num_heads, self.head_dim))
+        query, key = rotate(heads[:, :, :2], plan.cosine, plan.sine).unbind(2)
+        return query, key, heads[:, :, 2]

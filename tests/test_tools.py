@@ -2,9 +2,7 @@
 
 import json
 import runpy
-import sys
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from command_line import TOOLS, Command, check_refused
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
@@ -21,34 +20,6 @@ from torch import Tensor
 import s3a
 from s3a.cost import count_cost
 from s3a.geometry import FIXED, sparse_scan
-
-TOOLS = Path(__file__).parent.parent / "tools"
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a tool as `python tools/NAME.py ARGUMENTS` does; returns its exit status, stdout and stderr."""
-
-    def run(name: str, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
-        try:
-            runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        return status, *capsys.readouterr()
-
-    return run
-
-
-def check_refused(result: tuple[int, str, str], *words: str) -> None:
-    """One line on stderr with all the words, nothing on stdout, exit status 2."""
-    status, out, err = result
-    assert (status, out, err.count("\n")) == (2, "", 1), result
-    assert err.startswith("error: ")
-    assert all(word in err for word in words), err
-
 
 # --------------------------------------------------------------------------------------------------------
 # Cost
