@@ -241,7 +241,7 @@ def test_loaders_leave_the_global_generators_alone(images, num_workers):
 def test_a_stream_keeps_nothing_behind(shards):
     loader = make_loader(shards.train, repeats=2)
     list(loader.epoch(0))
-    walk = loader._loader.dataset.images._walk
+    walk = loader._loader.dataset.batches.images._walk
     assert walk.uses.sum() == walk.wanted.sum() == 0
     assert not walk.kept
 
@@ -272,7 +272,7 @@ def test_a_worker_holds_its_share_of_the_window_alone(tmp_path, monkeypatch):
     loader = make_loader(images, process_index=0, num_processes=4)
     most = 0
     for _ in loader.epoch(0):
-        most = max(most, len(loader._loader.dataset.images._walk.kept))
+        most = max(most, len(loader._loader.dataset.batches.images._walk.kept))
     stream_order.cache_clear()
     assert 0 < most <= (30 / 4 + 12) * (1 + SUBSTITUTES)
 
@@ -376,13 +376,22 @@ def test_evaluation_marks_the_unreadable(kind, broken_shards):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_but_unreadable_images_is_an_error(kind, tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_nothing_but_unreadable_images_is_an_error(kind, tmp_path, num_workers):
     everything = tuple(range(60))
     images = make_images(40, everything)
     if kind == "stream":
         images = load_data("parquet", write_shards(tmp_path, "parquet", 40, 3, everything), streaming=True).train
-    with pytest.raises(ValueError, match=r"neighbouring images cannot be read, the first is row \d+ of train"):
-        steps(images)
+    with pytest.raises(ValueError, match=r"^\d+ neighbouring images cannot be read, the first is row \d+ of train"):
+        steps(images, num_workers=num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_is_taken_away_is_said_in_one_line(tmp_path, num_workers):
+    data = load_data("webdataset", write_shards(tmp_path, "tar", 40, 3))
+    (tmp_path / "train-0002.tar").unlink()
+    with pytest.raises(ValueError, match=r"^.*No such file.*train-0002\.tar.$"):  # a dot stands for no line break
+        steps(data.train, num_workers=num_workers)
 
 
 def photo(mode="RGB"):

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tarfile
+from typing import get_args
 
 import datasets
 import numpy as np
@@ -22,8 +23,9 @@ from sklearn.model_selection import train_test_split
 from timm.data import create_transform
 
 import s3a.data.hub
-from s3a.data import EvalLoader, TrainLoader, load_data
+from s3a.data import EvalLoader, Source, TrainLoader, load_data
 from s3a.data.local import FASHION_MNIST_FOLDER
+from s3a.data.sources import SOURCES
 from s3a.data.webdataset import split_key
 
 NUM_TRAIN, NUM_VAL = 31, 11
@@ -437,7 +439,7 @@ def test_a_streamed_repository_keeps_nothing_behind(tmp_path):
     data = load_data("hub", dataset=str(make_repository(tmp_path / "birds")), streaming=True)
     loader = TrainLoader(data.train, numbered, channels=3, batch_size=10, seed=0, process_index=1, num_processes=2)
     list(loader.epoch(0))
-    assert not loader._loader.dataset.images._walk.kept
+    assert not loader._loader.dataset.batches.images._walk.kept
 
 
 def test_labels_without_names_are_counted_where_they_can_be(tmp_path):
@@ -527,6 +529,10 @@ def test_what_is_out_of_reach_is_said_in_one_line(monkeypatch, error, message):
 def test_options_that_do_not_fit_the_source_are_refused(source, options, message):
     with pytest.raises(ValueError, match=message):
         load_data(source, **options)
+
+
+def test_every_source_can_be_named_in_a_recipe():
+    assert set(get_args(Source)) == set(SOURCES)
 
 
 def test_fingerprints_are_stable(tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from s3a.data.decode import UnreadableImageError, decoded
-from s3a.data.images import Images, Row, Shuffle
+from s3a.data.images import DataError, Images, Row, Shuffle
 from s3a.data.slices import EvalSlices, Slices
 
 Transform = Callable[[Image.Image], Tensor]
@@ -80,7 +80,7 @@ class TrainBatches(Dataset[Batch]):
             except UnreadableImageError:
                 tried.append(self.images.name_of(row.index))
                 unreadable.append(tried[-1])
-        raise ValueError(
+        raise DataError(
             f"{len(tried)} neighbouring images cannot be read, the first is {tried[0]}: "
             f"mend {self.images.split} or take them out"
         )

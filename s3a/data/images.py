@@ -13,6 +13,10 @@ from datasets import Dataset
 from s3a.data.decode import Cell
 
 
+class DataError(ValueError):
+    """Something about the images that their owner must mend, met while reading them."""
+
+
 class Row(NamedTuple):
     """An image before it is decoded: its row in the split, its bytes or path, its label."""
 

@@ -3,7 +3,7 @@
 A torch DataLoader whose items are whole micro-batches, named by epoch and number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from s3a.data.batches import Batch, EvalBatches, MicroBatch, TrainBatches, Transform
 from s3a.data.decode import image_mode
-from s3a.data.images import Images
+from s3a.data.images import DataError, Images
 from s3a.data.slices import EvalSlices, Slices
 
 
@@ -28,10 +28,31 @@ class Schedule(Sampler[MicroBatch]):
         return iter([(self.epoch, number) for number in range(self.first, self.num_batches)])
 
 
+class Reported(Dataset[Batch | DataError]):
+    """Batches, or what kept one from being made: a DataLoader would bury the message in a worker's traceback."""
+
+    def __init__(self, batches: Dataset[Batch]) -> None:
+        self.batches = batches
+
+    def __getitem__(self, which: MicroBatch) -> Batch | DataError:
+        try:
+            return self.batches[which]
+        except (DataError, OSError) as error:
+            return DataError(str(error))  # not the error itself: others' cannot always be sent between processes
+
+
+def unpacked(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
+    """The batches; raises the DataError that stands for one."""
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise DataError(*batch.args)  # a new one: its frames must not hold it, or workers would outlive it
+        yield batch
+
+
 def batch_loader(batches: Dataset[Batch], schedule: Schedule, num_workers: int, pin_memory: bool) -> DataLoader:
     """A DataLoader whose items are whole batches. Its own generator: a pass must not advance that of the model."""
     return DataLoader(
-        batches,
+        Reported(batches),
         batch_size=None,
         sampler=schedule,
         num_workers=num_workers,
@@ -99,7 +120,7 @@ class TrainLoader:
         if not 0 <= first_step <= self.steps_per_epoch:
             raise ValueError(f"first_step is {first_step}: an epoch has {self.steps_per_epoch} steps")
         self._schedule.epoch, self._schedule.first = epoch, first_step * self.accumulate
-        batches = iter(self._loader)
+        batches = unpacked(self._loader)
         for _ in range(first_step, self.steps_per_epoch):
             yield list(islice(batches, self.accumulate))
 
@@ -144,4 +165,4 @@ class EvalLoader:
         return len(self._schedule)
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        return unpacked(self._loader)

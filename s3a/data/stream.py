@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from s3a.data.images import Images, Row, Shuffle
+from s3a.data.images import DataError, Images, Row, Shuffle
 from s3a.data.parts import Part, Parts
 
 WINDOW = 8192
@@ -27,7 +27,9 @@ class StreamImages(Images):
     Parts are taken in another order each epoch, and rows overtake each other by up to WINDOW: parts whose images are
     sorted by class should be many or small. Every worker of every process walks all parts that have a row for it, and
     reads them as far as their format makes it; it decodes its own rows alone. The bytes read are thus up to (processes
-    x workers) times the data: where that is too much, make do without streaming.
+    x workers) times the data: where that is too much, make do without streaming. All together they keep about
+    WINDOW / 2 encoded images in memory, or that times 1 + SUBSTITUTES where each has a small share. To go on in the
+    middle of an epoch, what was before is passed over.
 
     Args:
         parts: the shards.
@@ -70,7 +72,7 @@ def stream_order(sizes: tuple[int, ...], shuffle: Shuffle) -> np.ndarray:
     way = np.concatenate([np.arange(starts[part], starts[part + 1]) for part in part_order(len(sizes), shuffle)])
     generator = shuffle.generator(1)
     chosen = way[np.sort(generator.choice(len(way), shuffle.num_rows, replace=False))]
-    return chosen[np.argsort(np.arange(len(chosen)) + generator.random(len(chosen)) * WINDOW)]
+    return chosen[np.argsort(np.arange(len(chosen)) + generator.random(len(chosen)) * WINDOW, kind="stable")]
 
 
 class Walk:
@@ -119,7 +121,7 @@ class Walk:
     def _keep_next(self) -> None:
         row = next(self.passing, None)
         if row is None:
-            raise ValueError(
+            raise DataError(
                 f"{self.images.split} ended before its {self.images.num_images} images had been read: "
                 "the files changed, or what they say of their number is wrong"
             )
@@ -142,6 +144,6 @@ class Walk:
 
     def _check(self, row: int, label: int | None) -> None:
         if label is None or not 0 <= label < self.images.num_classes:
-            raise ValueError(
+            raise DataError(
                 f"{self.images.name_of(row)} has the label {label}: it must be 0 to {self.images.num_classes - 1}"
             )

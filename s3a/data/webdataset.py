@@ -28,15 +28,38 @@ def load_webdataset(data_dir: Path, streaming: bool) -> ImageData:
     and network folders that are slow otherwise.
     """
     shards = find_shards(data_dir, "tar")
-    samples = {split: [index_tar(path) for path in tqdm_shards(paths, split)] for split, paths in shards.items()}
-    every_label = [np.array([sample.label for sample in tar]) for tars in samples.values() for tar in tars]
-    names = names_in_file(data_dir) or class_names({}, every_label, str(data_dir))
-    splits: dict[str, Images] = {}
-    for split, tars in samples.items():
-        parts = [TarPart.of(path, tar) for path, tar in zip(shards[split], tars, strict=True)]
-        check_labels(np.concatenate([part.labels for part in parts]), len(names), f"{split} in {data_dir}")
-        splits[split] = StreamImages(parts, split, len(names)) if streaming else TarImages(parts, split)
-    return ImageData(splits["train"], splits["val"], names, shards_fingerprint(data_dir, shards, names))
+    parts = {split: [index_tar(path) for path in tqdm_shards(paths, split)] for split, paths in shards.items()}
+    labels = {split: np.concatenate([part.labels for part in tars]) for split, tars in parts.items()}
+    names = names_in_file(data_dir) or class_names({}, labels.values(), str(data_dir))
+    images: dict[str, Images] = {}
+    for split, tars in parts.items():
+        check_labels(labels[split], len(names), f"{split} in {data_dir}")
+        images[split] = StreamImages(tars, split, len(names)) if streaming else TarImages(tars, split)
+    return ImageData(images["train"], images["val"], names, shards_fingerprint(data_dir, shards, names))
+
+
+@dataclass(frozen=True)
+class TarPart(Part):
+    """A tar whose samples are known: where each image is, [num_rows] int64, and its label."""
+
+    path: Path
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.labels)
+
+    def read(self, needed: np.ndarray) -> Iterator[tuple[int, Cell | None, int]]:
+        with self.path.open("rb") as file:
+            for number in np.flatnonzero(needed).tolist():
+                file.seek(self.offsets[number])
+                yield number, {"bytes": file.read(self.sizes[number]), "path": None}, int(self.labels[number])
 
 
 class Sample(NamedTuple):
@@ -47,8 +70,8 @@ class Sample(NamedTuple):
     label: int
 
 
-def index_tar(path: Path) -> list[Sample]:
-    """The samples of a tar, in its order.
+def index_tar(path: Path) -> TarPart:
+    """Finds the samples of a tar, in its order.
 
     Raises:
         ValueError: where it is no whole tar, or a sample has no image, no label, or two of either.
@@ -63,7 +86,7 @@ def index_tar(path: Path) -> list[Sample]:
                 raise tarfile.ReadError("it is cut off")
     except tarfile.TarError as error:
         raise ValueError(f"{path} is no tar that can be read ({error}): get it again, uncompressed") from error
-    return samples
+    return TarPart(path, *np.array(samples, dtype=np.int64).reshape(-1, 3).T)
 
 
 def split_key(member: str) -> tuple[str, str]:
@@ -87,35 +110,6 @@ def sample_of(tar: tarfile.TarFile, group: Iterator[tuple[str, str, tarfile.TarI
     if not label.strip().isdigit():
         raise ValueError(f"{where} has the label {label[:20]!r} in its cls: it must be a number from 0 on")
     return Sample(images[0].offset_data, images[0].size, int(label))
-
-
-@dataclass(frozen=True)
-class TarPart(Part):
-    """A tar whose samples are known: where each image is, [num_rows] int64, and its label."""
-
-    path: Path
-    offsets: np.ndarray
-    sizes: np.ndarray
-    labels: np.ndarray
-
-    @classmethod
-    def of(cls, path: Path, samples: list[Sample]) -> "TarPart":
-        """From the tar's samples."""
-        return cls(path, *np.array(samples, dtype=np.int64).reshape(-1, 3).T)
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.labels)
-
-    def read(self, needed: np.ndarray) -> Iterator[tuple[int, Cell | None, int]]:
-        with self.path.open("rb") as file:
-            for number in np.flatnonzero(needed).tolist():
-                file.seek(self.offsets[number])
-                yield number, {"bytes": file.read(self.sizes[number]), "path": None}, int(self.labels[number])
 
 
 class TarImages(MapImages):
