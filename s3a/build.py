@@ -21,6 +21,7 @@ from s3a.compile import compile_model
 from s3a.cost import count_cost
 from s3a.data import EvalLoader, TrainLoader, load_data
 from s3a.errors import unknown
+from s3a.hub import create_repository
 from s3a.machine import use_cores
 from s3a.recipe import Recipe
 from s3a.run_folder import claim_folder
@@ -79,6 +80,8 @@ def build(recipe: Recipe) -> dict[str, Any]:
     model = prepare_model(recipe, model, accelerator)
     with accelerator.main_process_first():
         folder = claim_folder(recipe)
+    if recipe.push_to_hub and accelerator.is_main_process:
+        create_repository(recipe.push_to_hub)  # now, so that a missing right does not show after the last epoch
     accelerator.init_trackers(recipe.run_name, config=recipe.trackable())
     model, optimizer = accelerator.prepare(model, optimizer)
     return {

@@ -30,6 +30,7 @@ from s3a.interrupts import CheckpointClock, Interrupted, StopRequests
 from s3a.machine import fail_together
 from s3a.recipe import Recipe
 from s3a.run_folder import CHECKPOINT_FOLDER, draw_curves, save_weights, write_metrics, write_unreadable
+from s3a.weights import push_folder
 
 
 @dataclass
@@ -431,14 +432,14 @@ def save_best(run: Run) -> None:
     for key, name, model in (("val_top1", "best", run.bare_model), ("ema_top1", "ema-best", run.ema)):
         tops = [line.get(key) for line in run.progress.history]
         if model is not None and all(tops[-1] > top for top in tops[:-1]):
-            write_weights(run, name, model, key)
+            write_weights(run, name, model)
 
 
 def finish(run: Run) -> None:
     """Writes the weights folders with their cards, and says where they are and how to use them."""
-    write_weights(run, "model", run.bare_model, "val_top1")
+    write_weights(run, "model", run.bare_model)
     if run.ema is not None:
-        write_weights(run, "ema", run.ema.module, "ema_top1")
+        write_weights(run, "ema", run.ema)
     run.accelerator.wait_for_everyone()
     best = max(run.progress.history, key=lambda line: line["val_top1"])
     last = run.progress.history[-1]
@@ -452,14 +453,16 @@ def finish(run: Run) -> None:
         f"curves:    {run.folder / 'curves.png'}\n"
         f"evaluate:  {evaluate_command(run.recipe, run.folder / 'model')}"
     )
+    if run.recipe.push_to_hub and run.accelerator.is_main_process:
+        run.say(f"published: {push_folder(run.folder / 'best', run.recipe.push_to_hub)}")
 
 
-def write_weights(run: Run, name: str, model: nn.Module, key: str) -> None:
+def write_weights(run: Run, name: str, model: nn.Module) -> None:
     """A weights folder in the run's folder, by the main process."""
     if run.accelerator.is_main_process:
         model = model.module if isinstance(model, ModelEmaV3) else model
         summary = data_summary(run.data)
-        save_weights(model, run.folder / name, run.recipe, run.data_config, summary, run.progress.history[-1], key)
+        save_weights(model, run.folder / name, run.recipe, run.data_config, summary, run.progress.history)
 
 
 def evaluate_command(recipe: Recipe, folder: Path) -> str:

@@ -15,8 +15,13 @@ from torch import nn
 from s3a.cost import count_cost
 from s3a.errors import unknown
 
-Weights = Literal["last", "best", "ema"]
-DESCRIBED = {"last": "last epoch", "best": "best epoch", "ema": "EMA (exponential moving average)"}
+Weights = Literal["last", "best", "ema", "ema-best"]
+DESCRIBED = {
+    "last": "last epoch",
+    "best": "best epoch",
+    "ema": "EMA (exponential moving average), last epoch",
+    "ema-best": "EMA (exponential moving average), best epoch",
+}
 PLACEHOLDER = "FOLDER_OR_REPO"  # in a card that does not know yet where it will be published
 
 
@@ -129,13 +134,13 @@ def describe(model: nn.Module, data_config: Mapping[str, Any]) -> list[str]:
         "classes": f"{model.num_classes:,}",
         "image": f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}",
         "parameters": f"{cost.parameters:,}",
-        "GMACs, as published": f"{cost.published_gmacs:.3g}",
-        "GMACs, with attention": f"{cost.gmacs:.3g}",
+        "GMACs, layers alone": f"{cost.published_gmacs:.3g}",
+        "GMACs, whole": f"{cost.gmacs:.3g}",
         "licence": license_of(model),
     }
     units = (
-        "Both costs are of one image. The one that papers publish leaves the attention products out and counts in "
-        "units of 2^30; the other counts them, in units of 10^9."
+        "Both costs are of one image. The first, which SSViT's paper publishes, leaves the attention products out and "
+        "counts in units of 2^30; the other counts them, in units of 10^9."
     )
     return [table(["", ""], rows.items()), units]
 

@@ -118,6 +118,8 @@ class Recipe:
     """At a loss or gradient that is not finite: stop the run, or skip the step and count it."""
     track: Tracker | None = None
     """Where Accelerate logs the run too."""
+    push_to_hub: str | None = None
+    """Publish the best weights as ORG/NAME on the Hub at the end."""
 
     def __post_init__(self) -> None:
         positive = ("image_size", "epochs", "batch_size", "learning_rate", "keep_checkpoints", "cpu_threads", "repeats")

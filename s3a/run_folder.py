@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from s3a.checkpoint import checkpoints
+from s3a.model_card import Score, TrainingFacts, Weights, model_card
 from s3a.recipe import Recipe, option
-from s3a.weights import PretrainedMixin, save_folder
+from s3a.weights import save_folder
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -21,7 +21,15 @@ CHECKPOINT_FOLDER = "checkpoints"
 
 # May differ between the parts of one run: places, and what does not change its weights.
 PLACES = ("output_dir", "data_dir")
-HOUSEKEEPING = ("num_workers", "cpu_threads", "keep_checkpoints", "checkpoint_every", "track", "max_bad_images")
+HOUSEKEEPING = (
+    "num_workers",
+    "cpu_threads",
+    "keep_checkpoints",
+    "checkpoint_every",
+    "track",
+    "max_bad_images",
+    "push_to_hub",
+)
 INCIDENTAL = (*PLACES, *HOUSEKEEPING)
 
 
@@ -112,84 +120,49 @@ def save_weights(
     recipe: Recipe,
     data_config: dict[str, Any],
     data: dict[str, Any],
-    line: dict[str, Any],
-    key: str,
+    history: list[dict[str, Any]],
 ) -> None:
     """Writes a weights folder with its card.
 
     Args:
+        folder: named by which weights these are, a key of WEIGHTS.
         data_config: timm's preprocessing.
         data: counts, label names and fingerprint of the data; they are kept in `config.json`.
-        line: metrics of the epoch whose weights these are. key: the accuracy that is theirs.
+        history: the run's metrics, epoch by epoch; those of these weights last.
     """
+    kind = WEIGHTS[folder.name]
+    options = {field: value for field, value in json.loads(recipe.to_json()).items() if field not in INCIDENTAL}
+    scores = all_scores(history)
+    facts = TrainingFacts(
+        name=recipe.run_name,
+        weights=kind,
+        scores=scores,
+        dataset=recipe.dataset or recipe.data,
+        num_train=data["train"],
+        num_val=data["val"],
+        fingerprint=data["fingerprint"],
+        recipe=options,
+    )
     counts = {name: value for name, value in data.items() if name != "label_names"}
-    config = {"label_names": data["label_names"], "data": counts, "epoch": line["epoch"], "top1": line[key]}
-    card = model_card(model, folder.name, recipe, data, line, key)
+    score = {"weights": kind, "epoch": scores[kind].epoch, "top1": scores[kind].top1}
+    config = {"label_names": data["label_names"], "data": counts, "score": score}
+    card = model_card(model, facts, data_config=data_config)
     save_folder(model, folder, data_config=data_config, config=config, card=card)
 
 
-# What the weights of each folder are.
-WEIGHTS = {
-    "model": "weights after the last epoch",
-    "best": "weights of the best epoch on the validation images",
-    "ema": "moving average of the weights after the last epoch",
-    "ema-best": "moving average of the weights, of its best epoch on the validation images",
-}
+# The weights folders of a run, and which weights each one holds.
+WEIGHTS: dict[str, Weights] = {"model": "last", "best": "best", "ema": "ema", "ema-best": "ema-best"}
 
 
-def model_card(
-    model: nn.Module, name: str, recipe: Recipe, data: dict[str, Any], line: dict[str, Any], key: str
-) -> str:
-    """The README of a weights folder.
-
-    Args:
-        name: which weights these are, a key of WEIGHTS.
-        data: counts, label names and fingerprint.
-        line: metrics of their epoch. key: the accuracy that is theirs.
-    """
-    top1 = EvalResult(
-        task_type="image-classification",
-        dataset_type=recipe.dataset or recipe.data,
-        dataset_name=recipe.run_name,
-        metric_type="accuracy",
-        metric_name="top-1",
-        metric_value=round(100 * line[key], 3),
-    )
-    header = ModelCardData(
-        license="mit",
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "s3a"],
-        model_name=recipe.run_name,
-        eval_results=[top1],
-    )
-    rows = [(field, value) for field, value in json.loads(recipe.to_json()).items() if field not in INCIDENTAL]
-    options = "\n".join(f"| `{field}` | {value} |" for field, value in rows)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    family = type(model).__name__
-    load = (
-        f'from s3a import {family}\n\nmodel = {family}.from_pretrained("FOLDER_OR_REPO")'
-        if isinstance(model, PretrainedMixin)
-        else 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)'
-    )
-    text = f"""---
-{header.to_yaml()}
----
-
-# {recipe.model} trained on {recipe.run_name}
-
-The {WEIGHTS[name]}; {parameters:,} parameters.
-Top-1 {100 * line[key]:.2f} % on {data["val"]:,} validation images after epoch {line["epoch"]}; trained on
-{data["train"]:,} images at {recipe.image_size} px (data fingerprint `{data["fingerprint"][:16]}`).
-
-```python
-{load}
-```
-
-## Recipe
-
-| option | value |
-| --- | --- |
-{options}
-"""
-    return str(ModelCard(text))
+def all_scores(history: list[dict[str, Any]]) -> dict[Weights, Score]:
+    """What the last and the best weights scored, plain and averaged."""
+    last, best = history[-1], max(history, key=lambda line: line["val_top1"])
+    scores = {
+        "last": Score(epoch=last["epoch"], top1=last["val_top1"], top5=last["val_top5"]),
+        "best": Score(epoch=best["epoch"], top1=best["val_top1"], top5=best["val_top5"]),
+    }
+    if "ema_top1" in last:
+        best = max(history, key=lambda line: line["ema_top1"])
+        scores["ema"] = Score(epoch=last["epoch"], top1=last["ema_top1"])
+        scores["ema-best"] = Score(epoch=best["epoch"], top1=best["ema_top1"])
+    return scores

@@ -3,6 +3,7 @@
 import json
 import runpy
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
