@@ -1,6 +1,7 @@
 """Evaluates a weights folder or Hub repository: `python recipes/evaluate.py --weights FOLDER_OR_REPO --data ...`.
 
-Prints one JSON object on stdout: top1 and top5 (fractions of 1), loss, images, images_per_second.
+Prints one JSON object on stdout: top1 and top5 (fractions of 1), loss, images, images_per_second, and the names of
+images that could not be read, where that was allowed.
 """
 
 import json
@@ -13,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from s3a import cli
 from s3a.data import Source, load_data
-from s3a.engine import evaluate_weights
+from s3a.evaluation import evaluate_weights
 from s3a.recipe import Precision
 from s3a.weights import load_pretrained
 
@@ -27,7 +28,11 @@ class Options:
     data: Source
     """Where the images come from."""
     data_dir: Path | None = None
-    """For imagefolder: the folder with train/CLASS/* and val/CLASS/*."""
+    """The folder of an imagefolder (train/CLASS/*, val/CLASS/*), or of parquet or webdataset shards."""
+    dataset: str | None = None
+    """For hub: ORG/NAME or ORG/NAME:CONFIG."""
+    streaming: bool = False
+    """Read shards as a stream instead of copying them to the cache of the datasets library."""
     revision: str | None = None
     """Branch, tag or commit of the Hub repository."""
     batch_size: int = 64
@@ -36,6 +41,8 @@ class Options:
     """Mixed precision: no, bf16 or fp16."""
     num_workers: int = 0
     """Processes that decode; 0 does it in the main process."""
+    max_bad_images: float = 0.0
+    """Share of the images that may be unreadable; they are left out of the figures and named."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.num_workers < 0:
@@ -49,12 +56,14 @@ def main(options: Options) -> None:
     model = load_pretrained(options.weights, options.revision)
     metrics = evaluate_weights(
         model,
-        load_data(options.data, options.data_dir),
+        load_data(options.data, options.data_dir, dataset=options.dataset, streaming=options.streaming),
         batch_size=options.batch_size,
         precision=options.precision,
         num_workers=options.num_workers,
+        max_bad_images=options.max_bad_images,
     )
-    print(json.dumps(metrics))
+    if int(os.environ.get("RANK", "0")) == 0:  # the others have the same
+        print(json.dumps(metrics))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Trains a recipe: `accelerate launch recipes/train.py [RECIPE] [--option value ...]`.
 
-Without arguments it trains `digits`. Running the same command again resumes.
+Without arguments it trains `digits`. Running the same command again resumes. `--print-recipe` shows the result of
+the options and trains nothing.
 """
 
 import os
@@ -15,11 +16,15 @@ from s3a.recipe import Recipe, named_recipe
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--print-recipe"]
     named = bool(arguments) and not arguments[0].startswith("-")
     with cli.one_line_errors():
         recipe = named_recipe(arguments[0] if named else "digits")
-        train(cli.parse(Recipe, arguments[named:], default=recipe))
+        recipe = cli.parse(Recipe, arguments[named:], default=recipe)
+        if "--print-recipe" in sys.argv:
+            print(recipe.to_json(), end="")
+        else:
+            train(recipe)
 
 
 if __name__ == "__main__":

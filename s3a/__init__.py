@@ -9,13 +9,15 @@ from s3a.dynamo import CompilationError
 from s3a.explain import explain
 from s3a.geometry import Neighborhood, sparse_scan
 from s3a.layers import S3A
-from s3a.models import SSViT
+from s3a.models import VVT, SSViT, SViT
 
 __all__ = [
     "S3A",
+    "VVT",
     "CompilationError",
     "Neighborhood",
     "SSViT",
+    "SViT",
     "compile_model",
     "explain",
     "neighborhood_attention",

@@ -5,41 +5,48 @@ is a folder with `tensors.safetensors`, `tree.json` (everything that is no tenso
 and `manifest.json` (size and SHA-256 of the two). Nothing is pickled.
 """
 
+import errno
 import hashlib
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 TENSORS, TREE, MANIFEST = "tensors.safetensors", "tree.json", "manifest.json"
 
 
+class DiskFullError(OSError):
+    """There is no room for a checkpoint; the last one is whole."""
+
+
 def write_checkpoint(folder: Path, state: Any, keep: int) -> None:
     """Writes `state` to `folder`, and then deletes all but the `keep` newest of the checkpoints beside it.
 
     Args:
-        folder: named epoch-NUMBER; does not show under this name before it is whole and flushed.
+        folder: named step-NUMBER...; does not show under this name before it is whole and flushed.
         state: nested dicts and lists of tensors and JSON values; tuples come back as lists.
+
+    Raises:
+        DiskFullError: where there is no room; says how much is needed. What was there before is left alone.
     """
     partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    for torn in folder.parent.glob(".partial-step-*"):  # of a run that was killed while it wrote
+        shutil.rmtree(torn)
     tensors: dict[str, Tensor] = {}
-    tree = pack(state, tensors)
-    save_file(tensors, partial / TENSORS)
-    (partial / TREE).write_text(json.dumps(tree), encoding="utf-8")
-    manifest = {name: fingerprint(partial / name) for name in (TENSORS, TREE)}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for path in (*partial.iterdir(), partial):
-        flush(path)
+    tree = json.dumps(pack(state, tensors))
+    try:
+        write_files(partial, tensors, tree)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(disk_full_message(folder, tensors, tree)) from error
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
@@ -48,23 +55,58 @@ def write_checkpoint(folder: Path, state: Any, keep: int) -> None:
         shutil.rmtree(old)
 
 
+def write_files(folder: Path, tensors: dict[str, Tensor], tree: str) -> None:
+    """The files of a checkpoint, on the disk when this returns."""
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / TENSORS)
+    (folder / TREE).write_text(tree, encoding="utf-8")
+    manifest = {name: fingerprint(folder / name) for name in (TENSORS, TREE)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
+        flush(path)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a write failed for want of room; safetensors puts the number into its message."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"os error {number})" in str(error) for number in full)
+
+
+def disk_full_message(folder: Path, tensors: dict[str, Tensor], tree: str) -> str:
+    """How much a checkpoint needs, what there is, and what is still good."""
+    needed = sum(tensor.nbytes for tensor in tensors.values()) + len(tree)
+    free = shutil.disk_usage(folder.parent).free
+    good = next(iter(checkpoints(folder.parent)), None)
+    left = f"it goes on from {good.name}" if good else "none was written yet"
+    return (
+        f"the disk of {folder.parent} is full: a checkpoint needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are "
+        f"free; make room and run the same command again ({left})"
+    )
+
+
 def read_newest(parent: Path, say: Callable[[str], None]) -> Any | None:
     """The state of the newest whole checkpoint in `parent`; None where there is none.
 
     Args:
         say: told of every checkpoint that is torn or altered and so is passed over.
+
+    Raises:
+        ValueError: where there are checkpoints and every one is damaged.
     """
-    for folder in checkpoints(parent):
+    found = checkpoints(parent)
+    for folder in found:
         fault = find_fault(folder)
         if fault is None:
             return unpack(json.loads((folder / TREE).read_text(encoding="utf-8")), load_file(folder / TENSORS))
         say(f"checkpoint {folder} is damaged ({fault}): passing over it")
+    if found:
+        raise ValueError(f"every checkpoint in {parent} is damaged: restore one, or delete the folder to start anew")
     return None
 
 
 def checkpoints(parent: Path) -> list[Path]:
-    """The folders epoch-NUMBER in `parent`, newest first; all else there is the user's own."""
-    return sorted((path for path in parent.glob("epoch-[0-9]*") if path.is_dir()), reverse=True)
+    """The folders step-NUMBER... in `parent`, newest first; all else there is the user's own."""
+    return sorted((path for path in parent.glob("step-[0-9]*") if path.is_dir()), reverse=True)
 
 
 def find_fault(folder: Path) -> str | None:
@@ -124,25 +166,3 @@ def unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "dict":
         return {key: unpack(value, tensors) for key, value in content}
     return [unpack(value, tensors) for value in content]
-
-
-def rng_state() -> dict[str, Any]:
-    """The states of every generator that training draws from, in this process."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), position, has_gauss, gauss],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts the generators back to what `rng_state` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])

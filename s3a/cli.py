@@ -12,6 +12,7 @@ from typing import TypeVar
 import tyro
 
 from s3a.dynamo import CompilationError
+from s3a.interrupts import RESUME_STATUS, Interrupted
 
 OptionsT = TypeVar("OptionsT")
 PARSING = re.compile(r"^Error parsing (?:[^-\s]\S*: )?")
@@ -71,16 +72,26 @@ def sections(message: str) -> Iterator[list[str]]:
 def one_line_errors() -> Iterator[None]:
     """Ends the process with `error: ...` and status 2 at the errors that this library words for users.
 
-    All else keeps its traceback; S3A_TRACEBACK=1 shows it for these too.
+    All else keeps its traceback; S3A_TRACEBACK=1 shows it for these too. A run that was asked to stop ends with 75,
+    which says: run the same command again.
     """
     try:
         yield
     except (ValueError, OSError, CompilationError) as error:
         if os.environ.get("S3A_TRACEBACK"):
             raise
-        rank = int(os.environ.get("RANK", "0"))
-        print(f"error{f' in process {rank}' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr)
+        report(error)
         sys.exit(2)
+    except Interrupted as notice:
+        if not int(os.environ.get("RANK", "0")):
+            print(notice, file=sys.stderr)
+        sys.exit(RESUME_STATUS)
     except KeyboardInterrupt:
         print("interrupted; a training run goes on from its last checkpoint with the same command", file=sys.stderr)
         sys.exit(130)
+
+
+def report(error: Exception) -> None:
+    """Prints an error as one line on stderr."""
+    rank = int(os.environ.get("RANK", "0"))
+    print(f"error{f' in process {rank}' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -9,10 +9,9 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from s3a.dynamo import compile_own, compiling
-from s3a.layers import AttentionPlan, Downsample, Stem
+from s3a.layers import AttentionPlan, Region
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-REGIONS = (Stem, Downsample)
 
 
 def compile_model(model: ModelT) -> ModelT:
@@ -26,7 +25,7 @@ def compile_model(model: ModelT) -> ModelT:
         ValueError: for a model without blocks of this library.
         CompilationError: at the first call, where the machine cannot compile; says why.
     """
-    regions = [module for module in model.modules() if isinstance(module, REGIONS) or hasattr(module, "draw_kept")]
+    regions = [module for module in model.modules() if isinstance(module, Region)]
     if not regions:
         raise ValueError(f"{type(model).__name__} has no blocks of this library: compile it with torch.compile")
     for module in regions:
@@ -34,16 +33,15 @@ def compile_model(model: ModelT) -> ModelT:
     return model
 
 
-def run_region(module: nn.Module, x: Tensor, plan: AttentionPlan | None = None, *rest: Any) -> Tensor:
+def run_region(module: Region, x: Tensor, *rest: Any) -> Tensor:
     """Calls a region's compiled code."""
     if torch.compiler.is_compiling():  # part of a larger graph
-        return module._call_impl(x, plan, *rest) if plan is not None else module._call_impl(x, *rest)
+        return module._call_impl(x, *rest)
     torch._dynamo.mark_static(x, list(range(1, x.ndim)))
-    arguments = (x, *rest) if plan is None else (x, plan, *rest)
-    scan = None if plan is None else plan.scan.scan
-    code = region_code(type(module), tuple(x.shape[1:]), scan, mode_of(module, x), x.device.type)
+    scans = tuple(plan.scan.scan for plan in rest if isinstance(plan, AttentionPlan))
+    code = region_code(type(module), tuple(x.shape[1:]), scans, mode_of(module, x), x.device.type)
     with compiling(instead="leave s3a.compile_model out: the model runs without it too"):
-        return code(module, *arguments)
+        return code(module, x, *rest)
 
 
 def mode_of(module: nn.Module, x: Tensor) -> Hashable:
@@ -55,7 +53,7 @@ def mode_of(module: nn.Module, x: Tensor) -> Hashable:
 
 @lru_cache(maxsize=4096)
 def region_code(
-    kind: type[nn.Module], shape: tuple[int, ...], scan: Any, mode: Hashable, device_type: str
+    kind: type[Region], shape: tuple[int, ...], scans: Hashable, mode: Hashable, device_type: str
 ) -> Callable[..., Tensor]:
     """The compiled code of a kind of region on one map in one mode; only the batch size varies under it."""
     name = f"{kind.__name__.lower()}_{'x'.join(map(str, shape))}"

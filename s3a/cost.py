@@ -24,10 +24,12 @@ class Cost:
 
     Attributes:
         parameters: all of them.
-        published_gmacs: what the papers print as "FLOPs": multiply-accumulates of the convolutions and
+        published_gmacs: what the SSViT paper prints as "FLOPs": multiply-accumulates of the convolutions and
             pointwise layers alone, the attention products left out, in units of 2^30.
         gmacs: counted whole, in units of 10^9: the layers, and the scores and values of every attention. For
-            S3A these are the (query, key) pairs of its scans, for other attentions the matrix products that run.
+            S3A these are the (query, key) pairs of its scans, for other attentions the matrix products that run,
+            for super tokens those of the association too. The SViT and VVT papers print this count; theirs is up to
+            1 % higher, since it has the norms as well.
     """
 
     parameters: int

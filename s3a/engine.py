@@ -1,90 +1,54 @@
-"""The training and evaluation loops, on Accelerate."""
+"""The training loop, on Accelerate.
+
+Everything random is a function of (seed, step, process) or (seed, epoch, image), and a checkpoint knows its place to
+the step: so a run that was stopped anywhere ends with the same weights, byte for byte, as one that never was.
+"""
 
 import math
-import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import gather_object, set_seed
-from timm.data import create_transform, resolve_model_data_config
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from s3a.checkpoint import read_newest, rng_state, set_rng_state, write_checkpoint
-from s3a.cost import count_cost
-from s3a.data import ImageData, eval_loader, load_data, train_loader
-from s3a.errors import unknown
+from s3a.build import build, seed_step
+from s3a.checkpoint import checkpoints, read_newest, write_checkpoint
+from s3a.data import Batch, EvalLoader, ImageData, TrainLoader
+from s3a.evaluation import Metrics, NonFiniteLossError, UnreadableImagesError, evaluate
+from s3a.interrupts import CheckpointClock, Interrupted, StopRequests
+from s3a.machine import fail_together
 from s3a.recipe import Recipe
-from s3a.run_folder import CHECKPOINT_FOLDER, MODEL_FOLDER, claim_folder, draw_curves, model_card, write_metrics
-from s3a.weights import PretrainedMixin, save_folder
+from s3a.run_folder import CHECKPOINT_FOLDER, draw_curves, save_weights, write_metrics, write_unreadable
+from s3a.weights import push_folder
 
 
-class NonFiniteLossError(ValueError):
-    """The loss became NaN or infinite."""
+@dataclass
+class Progress:
+    """How far a run has come; all of it is in its checkpoints.
 
-
-# --------------------------------------------------------------------------------------------------------
-# Evaluation
-# --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """What an evaluation found. top1 and top5 are fractions of 1, loss is the mean cross-entropy."""
-
-    top1: float
-    top5: float
-    loss: float
-    images: int
-    images_per_second: float
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, accelerator: Accelerator, *, progress: bool = False) -> Metrics:
-    """Evaluates a prepared model on a prepared loader; every image counts once, on any number of processes.
-
-    Raises:
-        NonFiniteLossError: where the model returns NaN.
+    Attributes:
+        epoch: epochs done, their evaluation included. step: optimizer steps done in the epoch under way.
+        loss_sum: of those steps. skipped: steps of the whole run that were skipped as not finite.
+        history: a line of metrics per epoch done. unreadable: names of training images that cannot be read.
     """
-    was_training = model.training
-    model.eval()
-    started = time.perf_counter()
-    totals = torch.zeros(4, dtype=torch.float64)  # right at 1, right at 5, loss, images
-    for images, labels in tqdm(loader, desc="evaluating", disable=not progress, leave=False):
-        with accelerator.autocast():
-            logits = model(images)
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [batch, 5]
-        losses = cross_entropy(logits.float(), labels, reduction="none")
-        columns = torch.stack([best[:, 0].float(), best.any(1).float(), losses, torch.ones_like(losses)], dim=1)
-        totals += accelerator.gather_for_metrics(columns).double().sum(0).cpu()
-    model.train(was_training)
-    top1, top5, loss = (totals[:3] / totals[3]).tolist()
-    if not math.isfinite(loss):
-        raise NonFiniteLossError(f"the validation loss is {loss}: the weights or the images hold non-finite numbers")
-    return Metrics(
-        top1=top1,
-        top5=top5,
-        loss=loss,
-        images=int(totals[3]),
-        images_per_second=round(int(totals[3]) / (time.perf_counter() - started), 1),
-    )
 
-
-# --------------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------------
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    skipped: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -95,23 +59,33 @@ class Run:
     folder: Path
     accelerator: Accelerator
     data: ImageData
+    data_config: dict[str, Any]
     model: nn.Module
     optimizer: Optimizer
     scheduler: Scheduler
-    train_loader: DataLoader
-    val_loader: DataLoader
-    data_config: dict[str, Any]
-    history: list[dict[str, Any]]
-
-    @property
-    def epoch(self) -> int:
-        """Epochs done."""
-        return len(self.history)
+    criterion: nn.Module
+    mixup: Mixup | None
+    ema: ModelEmaV3 | None
+    train_loader: TrainLoader
+    val_loader: EvalLoader
+    requests: StopRequests
+    clock: CheckpointClock
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def bare_model(self) -> nn.Module:
         """The model as the recipe built it, without Accelerate's wrapping."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.train_loader.steps_per_epoch
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps since the beginning of the run."""
+        return self.progress.epoch * self.steps_per_epoch + self.progress.step
 
     def say(self, message: str) -> None:
         """Tells the user, once for all processes, without tearing the progress bar."""
@@ -124,182 +98,243 @@ def train(recipe: Recipe) -> Path:
 
     Raises:
         ValueError, FileNotFoundError: for a recipe that cannot run here, see the message.
-        NonFiniteLossError: where the loss becomes NaN or infinite; names the step and the last good checkpoint.
+        NonFiniteLossError: where a loss or gradient becomes NaN or infinite; names step, images and checkpoint.
+        UnreadableImagesError: where more images cannot be read than the recipe allows.
+        Interrupted: where a signal asked the run to stop; its checkpoint is written.
     """
-    run = prepare(recipe)
-    resume(run)
-    with tqdm(
-        total=recipe.epochs * len(run.train_loader),
-        initial=run.epoch * len(run.train_loader),
-        unit="step",
-        smoothing=0.05,
-        disable=run.epoch == recipe.epochs or not run.accelerator.is_main_process,
-    ) as bar:
-        while run.epoch < recipe.epochs:
-            run_epoch(run, bar)
-    finish(run)
+    with StopRequests() as requests:
+        run = Run(**build(recipe), requests=requests, clock=CheckpointClock(recipe.checkpoint_every))
+        resume(run)
+        with tqdm(
+            total=recipe.total_epochs * run.steps_per_epoch,
+            initial=run.steps_done,
+            unit="step",
+            smoothing=0.05,
+            disable=run.progress.epoch == recipe.total_epochs or not run.accelerator.is_main_process,
+        ) as bar:
+            while run.progress.epoch < recipe.total_epochs:
+                run_epoch(run, bar)
+        finish(run)
+        run.accelerator.end_training()
     return run.folder
 
 
-def prepare(recipe: Recipe) -> Run:
-    """Builds all that the recipe names and hands it to Accelerate."""
-    if not timm.is_model(recipe.model):
-        raise unknown("model", recipe.model, timm.list_models())
-    data = load_data(recipe.data, recipe.data_dir)
-    # batch_size is the step's, over all processes: Accelerate splits it
-    accelerator = Accelerator(
-        mixed_precision=recipe.precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-        step_scheduler_with_optimizer=False,
-    )
-    if recipe.batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"--batch-size is {recipe.batch_size} and there are {accelerator.num_processes} processes: "
-            "it must be a multiple of them"
-        )
-    use_cores(accelerator, recipe.cpu_threads)
-    set_seed(recipe.seed)
-    model = build_model(recipe, len(data.label_names))
-    data_config = resolve_model_data_config(model)
-    channels = data_config["input_size"][0]
-    check_image_size(model, recipe.image_size)
-    data_config |= {"input_size": (channels, recipe.image_size, recipe.image_size), "crop_pct": recipe.crop_pct}
-    common = {"channels": channels, "batch_size": recipe.batch_size, "num_workers": recipe.num_workers}
-    training = train_loader(data.train, train_transform(recipe, data_config), seed=recipe.seed, **common)
-    validation = eval_loader(data.val, create_transform(**data_config, is_training=False), **common)
-    optimizer = create_optimizer_v2(
-        model, "adamw", lr=recipe.learning_rate * recipe.batch_size / 512, weight_decay=recipe.weight_decay
-    )
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=recipe.epochs,
-        warmup_epochs=recipe.warmup_epochs,
-        warmup_lr=1e-6,
-        min_lr=recipe.min_learning_rate,
-        step_on_epochs=False,
-        updates_per_epoch=len(training),
-    )
-    with accelerator.main_process_first():  # last, so that a recipe that cannot run leaves no trace
-        folder = claim_folder(recipe)
-    prepared = accelerator.prepare(model, optimizer, training, validation)
-    return Run(recipe, folder, accelerator, data, *prepared[:2], scheduler, *prepared[2:], data_config, history=[])
-
-
-def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's model with fresh weights; ValueError where it has no drop path to set."""
-    drop_path = {} if recipe.drop_path is None else {"drop_path_rate": recipe.drop_path}
-    try:
-        return timm.create_model(recipe.model, num_classes=num_classes, **drop_path)
-    except TypeError as error:
-        if "drop_path_rate" not in str(error):
-            raise
-        raise ValueError(f"--model {recipe.model} has no drop path: use --drop-path None") from error
-
-
-def check_image_size(model: nn.Module, side: int) -> None:
-    """Raises ValueError where the model does not take squares of so many pixels: a forward on the meta device says."""
-    try:
-        count_cost(model, side, side)
-    except ValueError as error:
-        raise ValueError(f"--image-size is {side}: {error}") from error
-
-
-def use_cores(accelerator: Accelerator, threads: int | None) -> None:
-    """Shares the cores among the processes of this machine: `accelerate launch` leaves each with a single thread."""
-    if accelerator.device.type == "cpu":
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(threads or max(1, cores // processes))
-
-
-def train_transform(recipe: Recipe, data_config: dict[str, Any]) -> Any:
-    """timm's augmentation as the recipe has it; ValueError for a policy that timm does not know."""
-    try:
-        return create_transform(
-            input_size=data_config["input_size"],
-            is_training=True,
-            scale=recipe.crop_scale,
-            ratio=recipe.crop_ratio,
-            hflip=recipe.horizontal_flip,
-            color_jitter=recipe.color_jitter,
-            auto_augment=recipe.auto_augment,
-            re_prob=recipe.random_erasing,
-            re_mode="pixel",
-            interpolation=data_config["interpolation"],
-            mean=data_config["mean"],
-            std=data_config["std"],
-        )
-    except AssertionError as error:
-        raise ValueError(
-            f"--auto-augment is {recipe.auto_augment!r}: it must be a policy of timm's, such as rand-m9-mstd0.5-inc1"
-        ) from error
+# --------------------------------------------------------------------------------------------------------
+# Epochs
+# --------------------------------------------------------------------------------------------------------
 
 
 def run_epoch(run: Run, bar: Any) -> None:
-    """One epoch: trains, evaluates, writes metrics, curves and a checkpoint."""
-    started = time.perf_counter()
-    train_loss, learning_rate = train_epoch(run, bar)
-    seconds = time.perf_counter() - started
-    metrics = evaluate(run.model, run.val_loader, run.accelerator)
+    """What is left of an epoch: trains, evaluates, writes metrics, curves, the best weights and a checkpoint."""
+    speed = train_epoch(run, bar)
+    share_buffers(run)
+    metrics = validate(run, run.bare_model)
+    averaged = {"ema_top1": validate(run, run.ema.module).top1} if run.ema else {}
+    progress = run.progress
     line = {
-        "epoch": run.epoch + 1,
-        "train_loss": train_loss,
+        "epoch": progress.epoch + 1,
+        "train_loss": progress.loss_sum / max(run.steps_per_epoch, 1),
         "val_loss": metrics.loss,
         "val_top1": metrics.top1,
         "val_top5": metrics.top5,
-        "learning_rate": learning_rate,
-        "images_per_second": round(len(run.train_loader) * run.recipe.batch_size / seconds, 1),
+        **averaged,
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        **speed,
+        **({"skipped_steps": progress.skipped} if progress.skipped else {}),
     }
-    run.history.append(line)
-    run.say(
-        f"epoch {line['epoch']:>3}: train loss {train_loss:.4f}, val loss {metrics.loss:.4f}, "
-        f"top-1 {100 * metrics.top1:.2f} %, {line['images_per_second']:.0f} images/s"
-    )
+    progress.history.append(line)
+    progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
+    run.say(epoch_report(line))
+    run.accelerator.log({key: value for key, value in line.items() if key != "epoch"}, step=run.steps_done)
+    save_best(run)
     save(run)
 
 
-def train_epoch(run: Run, bar: Any) -> tuple[float, float]:
-    """One pass over the training images; returns the mean loss and the last learning rate."""
-    run.model.train()
-    run.train_loader.set_epoch(run.epoch)  # Accelerate's loader hands it on; left alone it would count from 0 again
-    done = run.epoch * len(run.train_loader)
-    total_loss = torch.zeros((), dtype=torch.float64)
-    started = time.perf_counter()
-    top1 = f"{100 * run.history[-1]['val_top1']:.2f} %" if run.history else "-"
-    for step, (images, labels) in enumerate(run.train_loader, start=1):
-        run.scheduler.step_update(done + step)
-        loss = train_step(run, images, labels, done + step)
-        total_loss += loss
-        speed = step * run.recipe.batch_size / (time.perf_counter() - started)
-        bar.set_description(f"epoch {run.epoch + 1}/{run.recipe.epochs}", refresh=False)
-        bar.set_postfix_str(f"loss {loss:.4f}, top-1 {top1}, {speed:.0f} images/s", refresh=False)
-        bar.update()
-    return float(total_loss / len(run.train_loader)), run.optimizer.param_groups[0]["lr"]
-
-
-def train_step(run: Run, images: Tensor, labels: Tensor, step: int) -> float:
-    """One optimizer step; returns the loss, averaged over the processes."""
-    with run.accelerator.autocast():
-        logits = run.model(images)
-    loss = cross_entropy(logits.float(), labels, label_smoothing=run.recipe.label_smoothing)
-    mean_loss = float(run.accelerator.reduce(loss.detach(), reduction="mean"))
-    if not math.isfinite(mean_loss):
-        raise NonFiniteLossError(non_finite_message(run, mean_loss, step))
-    run.optimizer.zero_grad()
-    run.accelerator.backward(loss)
-    run.optimizer.step()
-    return mean_loss
-
-
-def non_finite_message(run: Run, loss: float, step: int) -> str:
-    """What happened, where, and what is still good."""
-    rate = run.optimizer.param_groups[0]["lr"]
-    good = checkpoint_folder(run) if run.epoch else "none yet"
+def epoch_report(line: dict[str, Any]) -> str:
+    """An epoch for a person, and which side of the machine held it up."""
+    averaged = f", with EMA {100 * line['ema_top1']:.2f} %" if "ema_top1" in line else ""
+    waiting = line["loader_wait"]
+    slow = "the loader is the bottleneck: raise --num-workers" if waiting > 0.2 else "the model is the bottleneck"
     return (
-        f"the loss is {loss} at step {step} (epoch {run.epoch + 1}, learning rate {rate:.2e}): "
-        f"lower --learning-rate; last good checkpoint: {good}"
+        f"epoch {line['epoch']:>3}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}, "
+        f"top-1 {100 * line['val_top1']:.2f} %{averaged}, {line['images_per_second']:.0f} images/s, "
+        f"{100 * waiting:.0f} % of the time waiting for them: {slow}"
     )
+
+
+def train_epoch(run: Run, bar: Any) -> dict[str, float]:
+    """The steps left of an epoch; returns its speed, and the share of its time spent waiting for images."""
+    recipe, progress = run.recipe, run.progress
+    run.model.train()
+    if recipe.freeze_batch_norm:
+        freeze_batch_norm(run.model)
+    if recipe.schedule == "epoch":
+        run.scheduler.step(progress.epoch)
+    first, started, waited = progress.step, time.perf_counter(), 0.0
+    batches = run.train_loader.epoch(progress.epoch, first_step=progress.step)
+    for _ in range(progress.step, run.steps_per_epoch):
+        asked = time.perf_counter()
+        micro_batches = next(batches)
+        waited += time.perf_counter() - asked
+        if recipe.schedule == "step":
+            run.scheduler.step_update(run.steps_done + 1)
+        train_step(run, micro_batches)
+        seconds = time.perf_counter() - started
+        show(run, bar, (progress.step - first) * recipe.batch_size / seconds)
+    seconds = time.perf_counter() - started
+    done = (progress.step - first) * recipe.batch_size
+    return {
+        "images_per_second": round(done / seconds, 1) if done else 0.0,
+        "loader_wait": round(waited / seconds, 3) if done else 0.0,
+    }
+
+
+def show(run: Run, bar: Any, speed: float) -> None:
+    """Moves the progress bar on."""
+    progress = run.progress
+    top1 = f"{100 * progress.history[-1]['val_top1']:.2f} %" if progress.history else "-"
+    loss = progress.loss_sum / progress.step
+    bar.set_description(f"epoch {progress.epoch + 1}/{run.recipe.total_epochs}", refresh=False)
+    bar.set_postfix_str(f"loss {loss:.4f}, top-1 {top1}, {speed:.0f} images/s", refresh=False)
+    bar.update()
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Leaves BatchNorm's statistics as they are in a model that trains."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def share_buffers(run: Run) -> None:
+    """Gives every process the main one's BatchNorm statistics, without which they would evaluate different models."""
+    if run.accelerator.num_processes > 1:
+        for module in (run.bare_model, *([run.ema.module] if run.ema else [])):
+            for buffer in module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+
+def validate(run: Run, model: nn.Module) -> Metrics:
+    """Evaluates; stops the run where a signal asks for it."""
+    metrics = evaluate(model, run.val_loader, run.accelerator, stop=lambda: run.requests.received is not None)
+    if metrics is None:
+        stop(run)
+    return metrics
+
+
+# --------------------------------------------------------------------------------------------------------
+# Steps
+# --------------------------------------------------------------------------------------------------------
+
+
+def train_step(run: Run, micro_batches: list[Batch]) -> None:
+    """One optimizer step on this process' share of a batch, and what the processes have to tell each other after it."""
+    recipe, progress = run.recipe, run.progress
+    seed_step(recipe.seed, run.steps_done, run.accelerator.process_index)
+    statistics = batch_norm_statistics(run) if recipe.on_non_finite == "skip" else {}
+    loss = forward_backward(run, micro_batches)
+    most = math.inf if recipe.clip_grad is None else recipe.clip_grad
+    norm = run.accelerator.clip_grad_norm_(run.model.parameters(), most)
+    unreadable = [name for batch in micro_batches for name in batch.unreadable]
+    told = tell(run, loss, unreadable)
+    # with a scaler an infinite gradient is its business: it skips the step and scales less
+    finite = math.isfinite(told.loss) and (run.accelerator.scaler is not None or math.isfinite(norm))
+    if finite:
+        run.optimizer.step()
+        progress.loss_sum += told.loss
+        if run.ema is not None:
+            run.ema.update(run.bare_model)
+    elif recipe.on_non_finite == "stop":
+        fail_together(run.accelerator, non_finite_error(run, told.loss, float(norm), micro_batches))
+    else:
+        progress.skipped += 1
+        run.say(f"skipped step {run.steps_done + 1}: the loss is {told.loss}, the gradient's norm {float(norm)}")
+        for name, buffer in statistics.items():
+            run.bare_model.get_buffer(name).copy_(buffer)
+    run.optimizer.zero_grad()
+    progress.step += 1
+    if told.unreadable:
+        note_unreadable(run, unreadable)
+    if told.stop:
+        stop(run)
+    if told.checkpoint:
+        save(run)
+
+
+def forward_backward(run: Run, micro_batches: list[Batch]) -> Tensor:
+    """Accumulates the gradient of the step's loss; returns this process' share of the loss."""
+    total = torch.zeros((), device=run.accelerator.device)
+    for index, batch in enumerate(micro_batches, start=1):
+        images, targets = send_to_device((batch.images, batch.labels), run.accelerator.device, non_blocking=True)
+        if run.mixup is not None:
+            images, targets = run.mixup(images, targets)
+        last = index == len(micro_batches)
+        with nullcontext() if last else run.accelerator.no_sync(run.model):
+            with run.accelerator.autocast():
+                logits = run.model(images)
+            loss = run.criterion(logits.float(), targets) / len(micro_batches)
+            run.accelerator.backward(loss)
+        total += loss.detach()
+    return total
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the processes told each other after a step.
+
+    Attributes:
+        loss: mean over them. stop: one got a signal. checkpoint: one is due. unreadable: how many images are new.
+    """
+
+    loss: float
+    stop: bool
+    checkpoint: bool
+    unreadable: int
+
+
+def tell(run: Run, loss: Tensor, unreadable: list[str]) -> Told:
+    """One exchange between the processes."""
+    due = run.accelerator.is_main_process and run.clock.due(run.steps_done + 1)
+    wishes = [run.requests.received is not None, due, len(set(unreadable) - set(run.progress.unreadable))]
+    mine = torch.cat([loss.reshape(1), torch.tensor(wishes, dtype=loss.dtype, device=loss.device)])
+    total, stop, checkpoint, new = run.accelerator.reduce(mine, reduction="sum").tolist()
+    return Told(total / run.accelerator.num_processes, stop > 0, checkpoint > 0, int(new))
+
+
+def batch_norm_statistics(run: Run) -> dict[str, Tensor]:
+    """Copies of the model's buffers, which a forward that is not finite would spoil for good."""
+    return {name: buffer.clone() for name, buffer in run.bare_model.named_buffers()}
+
+
+def non_finite_error(run: Run, loss: float, norm: float, micro_batches: list[Batch]) -> NonFiniteLossError:
+    """What happened, where, on which images, and what is still good."""
+    indices = [index for batch in micro_batches for index in batch.indices.tolist()]
+    names = [run.data.train.name_of(index) for index in gather_object(indices)]
+    path = run.folder / "non_finite.txt"
+    if run.accelerator.is_main_process:
+        path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    newest = next(iter(checkpoints(run.folder / CHECKPOINT_FOLDER)), "none yet")
+    rate = run.optimizer.param_groups[0]["lr"]
+    return NonFiniteLossError(
+        f"the loss is {loss} and the gradient's norm {norm} at step {run.steps_done + 1} (epoch "
+        f"{run.progress.epoch + 1}, learning rate {rate:.2e}), on {names[0]} and {len(names) - 1} other images listed "
+        f"in {path}: lower --learning-rate, or use --on-non-finite skip; last good checkpoint: {newest}"
+    )
+
+
+def note_unreadable(run: Run, names: list[str]) -> None:
+    """Lists unreadable images in the run's folder; stops the run where there are more than the recipe allows."""
+    progress, most = run.progress, int(run.recipe.max_bad_images * run.data.train.num_images)
+    progress.unreadable = sorted({*progress.unreadable, *gather_object(names)})
+    if run.accelerator.is_main_process:
+        write_unreadable(run.folder, progress.unreadable)
+    if len(progress.unreadable) > most:
+        error = UnreadableImagesError(
+            f"{len(progress.unreadable)} training images cannot be read, {most} are allowed (--max-bad-images "
+            f"{run.recipe.max_bad_images}): mend those listed in {run.folder / 'unreadable.txt'}, such as "
+            f"{progress.unreadable[0]}, or allow more"
+        )
+        fail_together(run.accelerator, error)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -307,28 +342,45 @@ def non_finite_message(run: Run, loss: float, step: int) -> str:
 # --------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_folder(run: Run) -> Path:
-    """Where the checkpoint after the epochs done stands."""
-    return run.folder / CHECKPOINT_FOLDER / f"epoch-{run.epoch:05d}"
+def stop(run: Run) -> None:
+    """Writes a checkpoint and ends the run, all processes together."""
+    save(run)
+    progress = run.progress
+    signal = run.requests.received or "another process"
+    raise Interrupted(
+        f"stopped by {signal} at epoch {progress.epoch + 1}, step {progress.step} of {run.steps_per_epoch}: "
+        "the checkpoint is written, the same command goes on from it"
+    )
 
 
 def save(run: Run) -> None:
-    """Writes metrics, curves and the checkpoint of the epochs done."""
-    generators = gather_object([rng_state()])
+    """Writes a checkpoint of everything, and after an epoch metrics and curves."""
+    progress = run.progress
     if run.accelerator.is_main_process:
-        write_metrics(run.folder, run.history)
-        draw_curves(run.folder, run.history)
         scaler = run.accelerator.scaler
         state = {
             "data": data_summary(run.data),
-            "history": run.history,
-            "scaler": scaler.state_dict() if scaler else None,
+            "recipe": run.recipe.to_json(),
+            "progress": vars(progress),
             "model": run.bare_model.state_dict(),
+            "ema": run.ema.module.state_dict() if run.ema else None,
             "optimizer": run.optimizer.state_dict(),
-            "generators": generators,
+            "scaler": scaler.state_dict() if scaler else None,
         }
-        write_checkpoint(checkpoint_folder(run), state, keep=run.recipe.keep_checkpoints)
+        # an epoch's last step and its evaluation are two places
+        name = f"step-{run.steps_done:09d}-epoch-{progress.epoch:05d}"
+        write_checkpoint(run.folder / CHECKPOINT_FOLDER / name, state, keep=run.recipe.keep_checkpoints)
+        if progress.step == 0:
+            show_history(run)
     run.accelerator.wait_for_everyone()
+    run.clock.restart()
+
+
+def show_history(run: Run) -> None:
+    """Writes what a user watches: metrics and curves."""
+    write_metrics(run.folder, run.progress.history)
+    if run.progress.history:
+        draw_curves(run.folder, run.progress.history)
 
 
 def resume(run: Run) -> None:
@@ -344,82 +396,78 @@ def resume(run: Run) -> None:
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.bare_model.load_state_dict(state["model"])
+    if run.ema is not None:
+        run.ema.module.load_state_dict(state["ema"])
     run.optimizer.load_state_dict(state["optimizer"])
-    run.history = state["history"]
-    generators = state["generators"]
-    if len(generators) == run.accelerator.num_processes:
-        set_rng_state(generators[run.accelerator.process_index])
-    else:
-        run.say(f"the checkpoint is of {len(generators)} processes: drop path draws anew on this number of processes")
+    run.progress = progress = Progress(**state["progress"])
     if run.accelerator.is_main_process:
-        write_metrics(run.folder, run.history)
-    if run.epoch == run.recipe.epochs:
-        run.say(f"{run.folder} is finished: {run.epoch} epochs, nothing left to train")
+        show_history(run)
+    if progress.epoch == run.recipe.total_epochs:
+        run.say(f"{run.folder} is finished: {progress.epoch} epochs, nothing left to train")
     else:
-        run.say(f"resuming {run.folder} after epoch {run.epoch} of {run.recipe.epochs}")
+        where = f", at step {progress.step} of {run.steps_per_epoch}" if progress.step else ""
+        run.say(f"resuming {run.folder} after epoch {progress.epoch} of {run.recipe.total_epochs}{where}")
 
 
 def data_summary(data: ImageData) -> dict[str, Any]:
     """What must not change between the parts of a run."""
-    return {"train": len(data.train), "val": len(data.val), "label_names": data.label_names}
+    return {
+        "train": data.train.num_images,
+        "val": data.val.num_images,
+        "label_names": data.label_names,
+        "fingerprint": data.fingerprint,
+    }
 
 
 def described(summary: dict[str, Any]) -> str:
     """A data summary for a person."""
-    return f"{summary['train']} and {summary['val']} images of {len(summary['label_names'])} classes"
+    return (
+        f"{summary['train']} and {summary['val']} images of {len(summary['label_names'])} classes "
+        f"(fingerprint {summary['fingerprint'][:12]})"
+    )
+
+
+def save_best(run: Run) -> None:
+    """Writes the weights of the epoch just done where it is the best one: in `best`, and for EMA in `ema-best`."""
+    for key, name, model in (("val_top1", "best", run.bare_model), ("ema_top1", "ema-best", run.ema)):
+        tops = [line.get(key) for line in run.progress.history]
+        if model is not None and all(tops[-1] > top for top in tops[:-1]):
+            write_weights(run, name, model)
 
 
 def finish(run: Run) -> None:
-    """Writes the weights folder with its card, and says where it is and how to use it."""
-    recipe, folder = run.recipe, run.folder / MODEL_FOLDER
-    if run.accelerator.is_main_process:
-        model = run.bare_model
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        num_images = (len(run.data.train), len(run.data.val))
-        family = type(model).__name__ if isinstance(model, PretrainedMixin) else None
-        card = model_card(recipe, family, run.history[-1], num_images, parameters)
-        save_folder(model, folder, data_config=run.data_config, config={"label_names": run.data.label_names}, card=card)
+    """Writes the weights folders with their cards, and says where they are and how to use them."""
+    write_weights(run, "model", run.bare_model)
+    if run.ema is not None:
+        write_weights(run, "ema", run.ema)
     run.accelerator.wait_for_everyone()
-    last = run.history[-1]
-    right = round(last["val_top1"] * len(run.data.val))
+    best = max(run.progress.history, key=lambda line: line["val_top1"])
+    last = run.progress.history[-1]
+    right = round(last["val_top1"] * run.data.val.num_images)
+    averaged = f", with EMA {100 * last['ema_top1']:.2f} %" if "ema_top1" in last else ""
     run.say(
-        f"\ntop-1 {100 * last['val_top1']:.2f} % ({right} of {len(run.data.val)} validation images), "
-        f"top-5 {100 * last['val_top5']:.2f} %\n"
-        f"weights:   {folder}\n"
+        f"\ntop-1 {100 * last['val_top1']:.2f} % ({right} of {run.data.val.num_images} validation images), "
+        f"top-5 {100 * last['val_top5']:.2f} %{averaged}; "
+        f"best epoch {best['epoch']} with {100 * best['val_top1']:.2f} %\n"
+        f"weights:   {run.folder / 'model'} (last), {run.folder / 'best'} (best)\n"
         f"curves:    {run.folder / 'curves.png'}\n"
-        f"evaluate:  {evaluate_command(recipe, folder)}"
+        f"evaluate:  {evaluate_command(run.recipe, run.folder / 'model')}"
     )
+    if run.recipe.push_to_hub and run.accelerator.is_main_process:
+        run.say(f"published: {push_folder(run.folder / 'best', run.recipe.push_to_hub)}")
+
+
+def write_weights(run: Run, name: str, model: nn.Module) -> None:
+    """A weights folder in the run's folder, by the main process."""
+    if run.accelerator.is_main_process:
+        model = model.module if isinstance(model, ModelEmaV3) else model
+        summary = data_summary(run.data)
+        save_weights(model, run.folder / name, run.recipe, run.data_config, summary, run.progress.history)
 
 
 def evaluate_command(recipe: Recipe, folder: Path) -> str:
     """The command that measures the weights again."""
-    data = f"--data {recipe.data}" + (f" --data-dir {recipe.data_dir}" if recipe.data_dir else "")
-    precision = f" --precision {recipe.precision}" if recipe.precision != "no" else ""
-    return f"python recipes/evaluate.py --weights {folder} {data}{precision}"
-
-
-def evaluate_weights(
-    model: nn.Module, data: ImageData, *, batch_size: int, precision: str, num_workers: int
-) -> dict[str, Any]:
-    """Evaluates a loaded model on the validation images with its own preprocessing; for `recipes/evaluate.py`.
-
-    Raises:
-        ValueError: where the data has another number of classes than the model.
-    """
-    if len(data.label_names) != model.num_classes:
-        raise ValueError(
-            f"the weights know {model.num_classes} classes and the data has {len(data.label_names)}: "
-            "evaluate on the data set they were trained for"
-        )
-    accelerator = Accelerator(mixed_precision=precision, dataloader_config=DataLoaderConfiguration(split_batches=True))
-    use_cores(accelerator, threads=None)
-    config = resolve_model_data_config(model)
-    loader = eval_loader(
-        data.val,
-        create_transform(**config, is_training=False),
-        channels=config["input_size"][0],
-        batch_size=batch_size,
-        num_workers=num_workers,
-    )
-    model, loader = accelerator.prepare(model, loader)
-    return asdict(evaluate(model, loader, accelerator, progress=True))
+    options = {"data": recipe.data, "data-dir": recipe.data_dir, "dataset": recipe.dataset}
+    given = [f"--{name} {value}" for name, value in options.items() if value is not None]
+    given += [f"--precision {recipe.precision}"] if recipe.precision != "no" else []
+    return " ".join(["python recipes/evaluate.py", f"--weights {folder}", *given])

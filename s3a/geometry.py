@@ -155,16 +155,18 @@ def sparse_scan(height: int, width: int, size: int = 7, fixed: Fixed = "window")
     Raises:
         ValueError: for a size below 1 or another word for `fixed`.
     """
+    return tuple(step for step in scan_passes(height, width, size, fixed) if step is not None)
+
+
+def scan_passes(height: int, width: int, size: int, fixed: Fixed) -> tuple[Neighborhood | None, Neighborhood | None]:
+    """The local and the anchor pass of `sparse_scan`, None for one that is left out."""
     if fixed not in FIXED:
         raise unknown("fixed", fixed, FIXED)
     size = check_size(size)
     shorter = min(height, width)
     window, anchors = (size, shorter // size) if fixed == "window" else (shorter // size, size)
-
-    scan = []
-    if window > 1:
-        scan.append(Neighborhood(odd(window)))
-    if anchors > 1:
-        dilation = max(1, min(window, shorter // odd(anchors)))
-        scan.append(Neighborhood(odd(anchors), dilation))
-    return tuple(scan)
+    dilation = max(1, min(window, shorter // odd(anchors)))
+    return (
+        Neighborhood(odd(window)) if window > 1 else None,
+        Neighborhood(odd(anchors), dilation) if anchors > 1 else None,
+    )

@@ -46,22 +46,34 @@ class Pointwise(nn.Linear):
         return conv2d(x.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1)
 
 
-class Stem(nn.Sequential):
-    """Images [batch, channels, height, width] to tokens [batch, height / 4, width / 4, dim], sizes rounded up."""
+class Region(nn.Module):
+    """What `s3a.compile_model` compiles in one piece; instances of one class share their code where they can.
 
-    def __init__(self, in_chans: int, dim: int) -> None:
+    Called with tokens or images, which have the map's size, and then whatever else its forward takes.
+    """
+
+
+class Stem(nn.Sequential, Region):
+    """Images [batch, channels, height, width] to tokens [batch, height / 4, width / 4, dim], sizes rounded up.
+
+    Four 3x3 convolutions, each followed by BatchNorm and, but for the last, GELU; or with `norm_last`, all of them
+    by GELU and then BatchNorm.
+    """
+
+    def __init__(self, in_chans: int, dim: int, *, norm_last: bool = False) -> None:
         widths = (in_chans, dim // 2, dim // 2, dim, dim)
         layers: list[nn.Module] = []
         for index, stride in enumerate((2, 1, 2, 1)):
+            norm, act = nn.BatchNorm2d(widths[index + 1]), nn.GELU()
             layers += [nn.Conv2d(widths[index], widths[index + 1], 3, stride=stride, padding=1)]
-            layers += [nn.BatchNorm2d(widths[index + 1]), nn.GELU()]
-        super().__init__(*layers[:-1])
+            layers += [act, norm] if norm_last else [norm, act]
+        super().__init__(*(layers if norm_last else layers[:-1]))
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
 
 
-class Downsample(nn.Module):
+class Downsample(Region):
     """Halves the map (rounded up) and changes the width of the tokens: strided convolution, BatchNorm."""
 
     def __init__(self, dim: int, out_dim: int) -> None:
@@ -225,8 +237,12 @@ class S3A(nn.Module):
             raise ValueError(f"tokens have shape {tuple(x.shape)}: they must be [batch, height, width, {self.dim}]")
         plan = plan or self.plan(x)
         qkv = self.qkv(x)  # [batch, height, width, 3 * dim]
-        heads = qkv.flatten(1, 2).unflatten(2, (3, self.num_heads, self.head_dim))
-        query, key = rotate(heads[:, :, :2], plan.cosine, plan.sine).unbind(2)  # [batch, tokens, heads, head_dim]
-        value = heads[:, :, 2]
+        query, key, value = self.split_heads(qkv, plan)
         attended = attend_plan(query, key, value, plan.scan)
         return self.proj(attended.reshape(x.shape) + self.lepe(qkv[..., 2 * self.dim :]))
+
+    def split_heads(self, qkv: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, both rotated, and values of projected tokens; each [batch, tokens, heads, head_dim]."""
+        heads = qkv.flatten(1, 2).unflatten(2, (3, self.num_heads, self.head_dim))
+        query, key = rotate(heads[:, :, :2], plan.cosine, plan.sine).unbind(2)
+        return query, key, heads[:, :, 2]

@@ -3,15 +3,20 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from s3a.data import Source
 from s3a.errors import unknown
 
 Precision = Literal["no", "bf16", "fp16"]
+Schedule = Literal["epoch", "step"]
+OnNonFinite = Literal["stop", "skip"]
+Tracker = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +27,16 @@ class Recipe:
     """What the run is called; None is the data's name."""
     model: str
     """A model that timm knows; `import s3a` adds ours."""
+    weights: str | None = None
+    """Fine-tune from a weights folder, or from ORG/NAME on the Hub; None starts from fresh weights."""
     data: Source
     """Where the images come from."""
     data_dir: Path | None = None
-    """For imagefolder: the folder with train/CLASS/* and val/CLASS/*."""
+    """The folder of an imagefolder (train/CLASS/*, val/CLASS/*), or of parquet or webdataset shards."""
+    dataset: str | None = None
+    """For hub: ORG/NAME or ORG/NAME:CONFIG."""
+    streaming: bool = False
+    """Read shards as a stream instead of copying them to the cache of the datasets library."""
     image_size: int
     """Side of the square that the network sees, in pixels."""
     seed: int = 0
@@ -34,21 +45,35 @@ class Recipe:
     """Where the run is written; None is runs/NAME, with the name of the run."""
 
     epochs: int
-    """Passes over the training images, warm-up included."""
+    """Passes over the training images, warm-up included and cooldown not."""
     batch_size: int
     """Images per optimizer step, over all processes."""
+    accumulate: int = 1
+    """Forward and backward passes per optimizer step; they share its images."""
     learning_rate: float
     """Peak learning rate for 512 images a step; follows the batch size in proportion."""
     warmup_epochs: float = 0
     """Epochs of linear warm-up."""
+    cooldown_epochs: int = 0
+    """Epochs at the smallest learning rate, after the others."""
+    schedule: Schedule = "epoch"
+    """Whether the learning rate moves each epoch or each step."""
     min_learning_rate: float = 1e-5
     """Where the cosine ends."""
     weight_decay: float = 0.05
     """AdamW's; not on biases and 1-d parameters."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; None does not clip."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes."""
     drop_path: float | None = None
     """Stochastic depth of the last block; None is the model's own."""
+    ema_decay: float | None = None
+    """Decay of the moving average of the weights, for 512 images a step; None keeps no average."""
+    sync_batch_norm: bool = True
+    """Share BatchNorm's statistics among the processes, on CUDA."""
+    freeze_batch_norm: bool = False
+    """Leave BatchNorm's statistics as they are."""
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest area of the random crop, as shares of the image."""
@@ -59,26 +84,50 @@ class Recipe:
     auto_augment: str | None = None
     """timm's augmentation policy, such as rand-m9-mstd0.5-inc1."""
     color_jitter: float | None = None
-    """Strength of the colour jitter."""
+    """Strength of the colour jitter; auto_augment takes its place."""
     random_erasing: float = 0.0
     """How often a rectangle is overwritten with noise."""
+    repeats: int = 1
+    """Repeated augmentation: how often an image stands in an epoch, each time augmented anew."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 is none."""
+    cutmix: float = 0.0
+    """Alpha of cutmix; 0 is none."""
+    mixup_switch: float = 0.5
+    """How often cutmix stands in for mixup, where both are on."""
     crop_pct: float = 0.875
     """Evaluation: side of the centre crop as a share of the resized image's shorter side."""
+    max_bad_images: float = 0.001
+    """Share of the training images that may be unreadable; they are skipped and listed. More stop the run."""
 
     precision: Precision = "no"
     """Mixed precision: no, bf16 or fp16."""
+    compile: bool = False
+    """Compile the model."""
+    grad_checkpointing: bool = False
+    """Trade a second forward of every block for its activations."""
     num_workers: int = 0
     """Processes that decode and augment; 0 does it in the training process."""
     cpu_threads: int | None = None
     """Threads of each process on the CPU; None shares the machine's cores among the processes."""
+    checkpoint_every: str | None = None
+    """A checkpoint between those at the ends of epochs: every so many steps (500) or minutes (10m)."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
+    on_non_finite: OnNonFinite = "stop"
+    """At a loss or gradient that is not finite: stop the run, or skip the step and count it."""
+    track: Tracker | None = None
+    """Where Accelerate logs the run too."""
+    push_to_hub: str | None = None
+    """Publish the best weights as ORG/NAME on the Hub at the end."""
 
     def __post_init__(self) -> None:
-        for field in ("image_size", "epochs", "batch_size", "learning_rate", "keep_checkpoints", "cpu_threads"):
+        positive = ("image_size", "epochs", "batch_size", "learning_rate", "keep_checkpoints", "cpu_threads", "repeats")
+        for field in (*positive, "accumulate", "clip_grad"):
             if getattr(self, field) is not None and not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be above 0")
-        for field in ("warmup_epochs", "num_workers", "weight_decay", "seed", "min_learning_rate", "color_jitter"):
+        counts = ("warmup_epochs", "cooldown_epochs", "num_workers", "weight_decay", "seed", "min_learning_rate")
+        for field in (*counts, "color_jitter", "mixup", "cutmix"):
             if not 0 <= (getattr(self, field) or 0) < math.inf:
                 raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be 0 or more")
         for field, most in (("crop_scale", 1), ("crop_ratio", math.inf)):
@@ -87,7 +136,8 @@ class Recipe:
                 raise ValueError(f"{option(field)} is {low} {high}: it must be a smaller and a larger number above 0")
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"--crop-pct is {self.crop_pct}: it must be above 0 and at most 1")
-        for field in ("label_smoothing", "horizontal_flip", "random_erasing", "drop_path"):
+        shares = ("label_smoothing", "horizontal_flip", "random_erasing", "drop_path", "mixup_switch", "max_bad_images")
+        for field in (*shares, "ema_decay"):
             if not 0 <= (getattr(self, field) or 0) <= 1:
                 raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be between 0 and 1")
         if self.warmup_epochs >= self.epochs:
@@ -95,6 +145,25 @@ class Recipe:
                 f"--warmup-epochs is {self.warmup_epochs} and --epochs is {self.epochs}: "
                 "the warm-up must be shorter than the run; use --warmup-epochs 0 for none"
             )
+        if self.checkpoint_every is not None and not re.fullmatch(r"[1-9]\d*m?", self.checkpoint_every):
+            raise ValueError(
+                f"--checkpoint-every is {self.checkpoint_every!r}: it must be steps (500) or minutes (10m), above 0"
+            )
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs with the cooldown."""
+        return self.epochs + self.cooldown_epochs
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate for the batch size."""
+        return self.learning_rate * self.batch_size / 512
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @property
     def run_name(self) -> str:
@@ -105,6 +174,15 @@ class Recipe:
     def folder(self) -> Path:
         """Where the run is written."""
         return self.output_dir or Path("runs") / self.run_name
+
+    def trackable(self) -> dict[str, int | float | str | bool]:
+        """The recipe as trackers take it: numbers, words and truth values."""
+        plain = {field: getattr(self, field) for field in vars(self)}
+        return {
+            field: value if isinstance(value, int | float | str | bool) else str(value)
+            for field, value in plain.items()
+            if value is not None
+        }
 
     def to_json(self) -> str:
         """The recipe as `recipe.json` holds it."""
@@ -126,6 +204,7 @@ def digits() -> Recipe:
         batch_size=64,
         learning_rate=1.6e-2,
         warmup_epochs=1.5,
+        schedule="step",
         drop_path=0.1,
         crop_scale=(0.8, 1.0),
         crop_ratio=(0.9, 1.1),
@@ -134,7 +213,69 @@ def digits() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {recipe.__name__: recipe for recipe in (digits,)}
+def imagenet(model: str, drop_path: float, **changes: Any) -> Recipe:
+    """The paper's training on ImageNet-1k at 224 px: DeiT's recipe (arXiv 2012.12877), 300 epochs and 10 of cooldown.
+
+    Args:
+        drop_path: the size's own.
+        changes: fields that differ.
+    """
+    fields = {
+        "name": f"{model}_imagenet",
+        "data": "hub",
+        "dataset": "ILSVRC/imagenet-1k",
+        "image_size": 224,
+        "epochs": 300,
+        "cooldown_epochs": 10,
+        "batch_size": 2048,
+        "learning_rate": 5e-4,
+        "warmup_epochs": 5,
+        "ema_decay": 0.99996,
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "color_jitter": 0.4,
+        "random_erasing": 0.25,
+        "repeats": 3,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "precision": "bf16",
+        "compile": True,
+        "num_workers": 8,
+        "checkpoint_every": "15m",
+    }
+    return Recipe(model=model, drop_path=drop_path, **{**fields, **changes})
+
+
+def imagenet_384(model: str, drop_path: float, **changes: Any) -> Recipe:
+    """Fine-tuning at 384 px, 30 epochs, from the weights of the 224 px run; no published recipe exists.
+
+    Settings are DeiT's and Swin's for a higher resolution: a small constant-shaped cosine, little weight decay, no
+    repeated augmentation, a full-size evaluation crop.
+    """
+    fields = {
+        "name": f"{model}_384",
+        "weights": f"runs/{model}_imagenet/model",
+        "image_size": 384,
+        "crop_pct": 1.0,
+        "epochs": 30,
+        "cooldown_epochs": 0,
+        "batch_size": 512,
+        "learning_rate": 1e-5,
+        "min_learning_rate": 1e-6,
+        "warmup_epochs": 0,
+        "weight_decay": 1e-8,
+        "repeats": 1,
+    }
+    return imagenet(model, drop_path, **{**fields, **changes})
+
+
+# Drop path as the paper trained each size.
+DROP_PATH = {"ssvit_tiny": 0.1, "ssvit_small": 0.15, "ssvit_base": 0.4, "ssvit_large": 0.5}
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "digits": digits,
+    **{f"{model}_imagenet": partial(imagenet, model, rate) for model, rate in DROP_PATH.items()},
+    **{f"{model}_384": partial(imagenet_384, model, rate) for model, rate in DROP_PATH.items()},
+}
 
 
 def named_recipe(name: str) -> Recipe:

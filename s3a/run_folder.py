@@ -5,20 +5,32 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
 
 from s3a.checkpoint import checkpoints
+from s3a.model_card import Score, TrainingFacts, Weights, model_card
 from s3a.recipe import Recipe, option
+from s3a.weights import save_folder
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RECIPE_NAME, METRICS_NAME, CURVES_NAME = "recipe.json", "metrics.jsonl", "curves.png"
-MODEL_FOLDER, CHECKPOINT_FOLDER = "model", "checkpoints"
+CHECKPOINT_FOLDER = "checkpoints"
 
 
-# May differ between the parts of one run: places, and how the work is spread over the machine.
-INCIDENTAL = ("output_dir", "data_dir", "num_workers", "cpu_threads", "keep_checkpoints")
+# May differ between the parts of one run: places, and what does not change its weights.
+PLACES = ("output_dir", "data_dir")
+HOUSEKEEPING = (
+    "num_workers",
+    "cpu_threads",
+    "keep_checkpoints",
+    "checkpoint_every",
+    "track",
+    "max_bad_images",
+    "push_to_hub",
+)
+INCIDENTAL = (*PLACES, *HOUSEKEEPING)
 
 
 def claim_folder(recipe: Recipe) -> Path:
@@ -71,6 +83,11 @@ def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     write_whole(folder / METRICS_NAME, "".join(json.dumps(line) + "\n" for line in history))
 
 
+def write_unreadable(folder: Path, names: list[str]) -> None:
+    """Writes `unreadable.txt`, a line per training image that cannot be read."""
+    write_whole(folder / "unreadable.txt", "".join(f"{name}\n" for name in names))
+
+
 def draw_curves(folder: Path, history: list[dict[str, Any]]) -> None:
     """Draws loss, accuracy and learning rate against the epoch into `curves.png`."""
     epochs = [line["epoch"] for line in history]
@@ -79,8 +96,9 @@ def draw_curves(folder: Path, history: list[dict[str, Any]]) -> None:
     loss.plot(epochs, [line["val_loss"] for line in history], label="validation")
     loss.set(title="loss", xlabel="epoch")
     loss.legend(frameon=False)
-    for key, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
-        accuracy.plot(epochs, [100 * line[key] for line in history], label=label)
+    for key, label in (("val_top1", "top-1"), ("val_top5", "top-5"), ("ema_top1", "top-1, EMA")):
+        if key in history[-1]:
+            accuracy.plot(epochs, [100 * line[key] for line in history], label=label)
     accuracy.set(
         title=f"validation accuracy, last top-1 {100 * history[-1]['val_top1']:.2f} %", xlabel="epoch", ylabel="%"
     )
@@ -96,58 +114,55 @@ def draw_curves(folder: Path, history: list[dict[str, Any]]) -> None:
     partial.replace(folder / CURVES_NAME)
 
 
-def model_card(
-    recipe: Recipe, family: str | None, last: dict[str, Any], num_images: tuple[int, int], parameters: int
-) -> str:
-    """The README of the weights folder.
+def save_weights(
+    model: nn.Module,
+    folder: Path,
+    recipe: Recipe,
+    data_config: dict[str, Any],
+    data: dict[str, Any],
+    history: list[dict[str, Any]],
+) -> None:
+    """Writes a weights folder with its card.
 
     Args:
-        family: the class of this library that loads the weights; None for a model of timm's own.
-        last: the last epoch's line of metrics.
-        num_images: training and validation images.
-        parameters: trainable parameters.
+        folder: named by which weights these are, a key of WEIGHTS.
+        data_config: timm's preprocessing.
+        data: counts, label names and fingerprint of the data; they are kept in `config.json`.
+        history: the run's metrics, epoch by epoch; those of these weights last.
     """
-    top1 = EvalResult(
-        task_type="image-classification",
-        dataset_type=recipe.data,
-        dataset_name=recipe.run_name,
-        metric_type="accuracy",
-        metric_name="top-1",
-        metric_value=round(100 * last["val_top1"], 3),
+    kind = WEIGHTS[folder.name]
+    options = {field: value for field, value in json.loads(recipe.to_json()).items() if field not in INCIDENTAL}
+    scores = all_scores(history)
+    facts = TrainingFacts(
+        name=recipe.run_name,
+        weights=kind,
+        scores=scores,
+        dataset=recipe.dataset or recipe.data,
+        num_train=data["train"],
+        num_val=data["val"],
+        fingerprint=data["fingerprint"],
+        recipe=options,
     )
-    data = ModelCardData(
-        license="mit",
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "s3a"],
-        model_name=recipe.run_name,
-        eval_results=[top1],
-    )
-    rows = [(key, value) for key, value in json.loads(recipe.to_json()).items() if key not in INCIDENTAL]
-    options = "\n".join(f"| `{key}` | {value} |" for key, value in rows)
-    load = (
-        f'from s3a import {family}\n\nmodel = {family}.from_pretrained("FOLDER_OR_REPO")'
-        if family
-        else 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)'
-    )
-    text = f"""---
-{data.to_yaml()}
----
+    counts = {name: value for name, value in data.items() if name != "label_names"}
+    score = {"weights": kind, "epoch": scores[kind].epoch, "top1": scores[kind].top1}
+    config = {"label_names": data["label_names"], "data": counts, "score": score}
+    card = model_card(model, facts, data_config=data_config)
+    save_folder(model, folder, data_config=data_config, config=config, card=card)
 
-# {recipe.model} trained on {recipe.run_name}
 
-{parameters:,} parameters.
-Top-1 {100 * last["val_top1"]:.2f} %, top-5 {100 * last["val_top5"]:.2f} % on {num_images[1]:,} validation images
-after epoch {last["epoch"]}, the last one; trained on {num_images[0]:,} images at {recipe.image_size} px.
+# The weights folders of a run, and which weights each one holds.
+WEIGHTS: dict[str, Weights] = {"model": "last", "best": "best", "ema": "ema", "ema-best": "ema-best"}
 
-```python
-{load}
-```
 
-## Recipe
-
-| option | value |
-| --- | --- |
-{options}
-"""
-    return str(ModelCard(text))
+def all_scores(history: list[dict[str, Any]]) -> dict[Weights, Score]:
+    """What the last and the best weights scored, plain and averaged."""
+    last, best = history[-1], max(history, key=lambda line: line["val_top1"])
+    scores = {
+        "last": Score(epoch=last["epoch"], top1=last["val_top1"], top5=last["val_top5"]),
+        "best": Score(epoch=best["epoch"], top1=best["val_top1"], top5=best["val_top5"]),
+    }
+    if "ema_top1" in last:
+        best = max(history, key=lambda line: line["ema_top1"])
+        scores["ema"] = Score(epoch=last["epoch"], top1=last["ema_top1"])
+        scores["ema-best"] = Score(epoch=best["epoch"], top1=best["ema_top1"])
+    return scores

@@ -1,12 +1,14 @@
-"""Weights folders, the Hub, and conversion of official checkpoints.
+"""Weights folders, here and on the Hub, and conversion of official checkpoints.
 
-A weights folder holds `config.json` (timm's format) and `model.safetensors`; pickles are read by
-`read_checkpoint` alone, for conversion. Loading is strict: a key too many, a key too few or another shape is
+A weights folder, or a repository on the Hub, holds `config.json` (timm's format) and `model.safetensors`; pickles are
+read by `read_checkpoint` alone, for conversion. Loading is strict: a key too many, a key too few or another shape is
 an error that names it.
 """
 
+import inspect
 import json
 import re
+import shutil
 import struct
 from argparse import Namespace
 from collections.abc import Callable
@@ -18,25 +20,27 @@ from typing import Any, TypeVar
 
 import timm
 import torch
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import Tensor, nn
 
 from s3a.errors import unknown
+from s3a.hub import download, upload
+from s3a.model_card import model_card, name_repository
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
+
+# The files of a weights folder, each with what helps where a Hub repository lacks it.
+FILES = {
+    CONFIG_NAME: "only repositories of this library's or timm's models are loaded; check the name",
+    WEIGHTS_NAME: "only safetensors weights are loaded, never pickles; ask its authors for them",
+}
+AGAIN = "write it again with save_pretrained"
+TOGETHER = "both files must come from one model"
+NOT_THE_MODELS = frozenset(inspect.signature(timm.create_model).parameters) - {"kwargs"}  # where weights come from
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -88,70 +92,110 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
 def write_config(
     model: nn.Module, path: Path, data_config: dict[str, Any] | None, config: dict[str, Any] | None
 ) -> None:
-    """timm's config.json; the number of classes stands at its top level alone (transformers passes it too)."""
+    """timm's config.json, as transformers takes it too.
+
+    The number of classes stands at its top level alone, and so do the names of the classes, which a model that was
+    loaded has among its pretrained_cfg.
+    """
     save_config_for_hf(model, path, model_config=config, data_config=data_config)
     written = json.loads(path.read_text(encoding="utf-8"))
-    written["model_args"].pop("num_classes", None)
+    written.get("model_args", {}).pop("num_classes", None)
+    for key in ("label_names", "label_descriptions"):
+        if key in written["pretrained_cfg"]:
+            written.setdefault(key, written["pretrained_cfg"].pop(key))
     path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def load_folder(folder: Path, **model_args: Any) -> nn.Module:
+def load_folder(folder: Path, source: str | None = None, **model_args: Any) -> nn.Module:
     """Builds the model that a weights folder describes and fills it, strictly.
 
     Args:
+        source: what errors call the folder; None is its path.
         model_args: more arguments for the model, such as drop_path_rate.
 
     Raises:
         FileNotFoundError: where a file is missing.
         ValueError: where one cannot be read, or the weights are not those of the model.
     """
-    config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    for path in (config_path, weights_path):
-        if not path.is_file():
+    source = source or str(folder)
+    for name in FILES:
+        if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"weights folder {str(folder)!r} has no {path.name}: it must hold {CONFIG_NAME} and {WEIGHTS_NAME}; "
+                f"weights folder {source!r} has no {name}: it must hold {CONFIG_NAME} and {WEIGHTS_NAME}; "
                 "write it with save_pretrained or tools/convert_official.py"
             )
-    check_config(config_path)
-    pretrained_cfg, name, saved_args = load_model_config_from_path(folder)
-    classes = pretrained_cfg["num_classes"]
-    state = read_safetensors(weights_path)
-    with torch.device("meta"):
-        model = timm.create_model(
-            name, pretrained_cfg=pretrained_cfg, **{**saved_args, "num_classes": classes, **model_args}
-        )
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    described = f"the {name} with {classes} classes that {CONFIG_NAME} describes"
-    check_state(state, expected, f"{weights_path} does not hold {described}")
-    model.load_state_dict(state, assign=True)
+    model = build_model(folder / CONFIG_NAME, f"{source}/{CONFIG_NAME}", model_args)
+    fill(model, folder / WEIGHTS_NAME, f"{source}/{WEIGHTS_NAME}")
     return model.eval()
 
 
-def check_config(path: Path) -> None:
-    """Raises ValueError unless the file is a timm config.json with what loading needs."""
-    again = "write the folder again with save_pretrained"
+def build_model(path: Path, shown: str, model_args: dict[str, Any]) -> nn.Module:
+    """The model of a config.json, without memory for its weights.
+
+    Args:
+        shown: what errors call the file.
+        model_args: more arguments for the model; what is wrong with them is the model's to say.
+    """
+    check_config(path, shown)
+    pretrained_cfg, name, saved_args = load_model_config_from_path(path.parent)
+    saved_args = {**saved_args, "num_classes": pretrained_cfg["num_classes"]}
+    broken = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+    with torch.device("meta"):
+        try:
+            model = timm.create_model(name, pretrained_cfg=pretrained_cfg, **saved_args)
+        except broken as error:
+            raise ValueError(f"{shown}: {name} cannot be built with its model_args ({error}): {AGAIN}") from error
+        if model_args:
+            model = timm.create_model(name, pretrained_cfg=pretrained_cfg, **{**saved_args, **model_args})
+    return model
+
+
+def check_config(path: Path, shown: str) -> None:
+    """Raises ValueError unless the file is a timm config.json with what loading needs, and nothing else to load."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): {again}") from error
+        raise ValueError(f"{shown} is not JSON ({error}): {AGAIN}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no JSON object: {again}")
+        raise ValueError(f"{shown} holds no JSON object: {AGAIN}")
+    if "architecture" not in config and "model_type" in config:
+        raise ValueError(f"{shown} is for a {config['model_type']!r} of transformers: load that with transformers")
     missing = [key for key in ("architecture", "num_classes", "pretrained_cfg") if key not in config]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: {again}")
+        raise ValueError(f"{shown} lacks {', '.join(missing)}: {AGAIN}")
     if not timm.is_model(config["architecture"]):
-        raise unknown(f"{path}: architecture", config["architecture"], timm.list_models())
+        raise unknown(f"{shown}: architecture", config["architecture"], timm.list_models())
     classes = config["num_classes"]
     if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
-        raise ValueError(f"{path}: num_classes is {classes!r}: it must be an integer of 0 or more; {again}")
+        raise ValueError(f"{shown}: num_classes is {classes!r}: it must be an integer of 0 or more; {AGAIN}")
+    for key in ("pretrained_cfg", "model_args"):
+        if not isinstance(config.get(key, {}), dict):
+            raise ValueError(f"{shown}: {key} is {config[key]!r}: it must be a JSON object; {AGAIN}")
+    foreign = sorted(config.get("model_args", {}).keys() & NOT_THE_MODELS)
+    if foreign:
+        raise ValueError(f"{shown}: model_args holds {', '.join(foreign)}: only the model's own arguments may; {AGAIN}")
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def fill(model: nn.Module, path: Path, shown: str) -> None:
+    """Gives a model without memory the tensors of a safetensors file: exactly its keys, shapes and kinds of numbers."""
+    state, expected = read_safetensors(path, shown), model.state_dict()
+    name, classes = model.pretrained_cfg["architecture"], model.num_classes
+    problem = f"{shown} does not hold the {name} with {classes} classes that {CONFIG_NAME} describes"
+    check_state(state, {key: tuple(tensor.shape) for key, tensor in expected.items()}, f"{problem}; {TOGETHER}")
+    kinds = [key for key, tensor in expected.items() if tensor.is_floating_point() != state[key].is_floating_point()]
+    if kinds:
+        raise ValueError(
+            f"{problem}; {TOGETHER}: integers for floating-point numbers or vice versa: {shortened(kinds)}"
+        )
+    model.load_state_dict(state, assign=True)
+
+
+def read_safetensors(path: Path, shown: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file; ValueError where it is truncated or something else."""
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}): copy or download it again") from error
+        raise ValueError(f"{shown} is no whole safetensors file ({error}): copy or download it again") from error
 
 
 def check_state(state: dict[str, Tensor], expected: dict[str, tuple[int, ...]], problem: str) -> None:
@@ -180,43 +224,8 @@ def shortened(names: list[str], most: int = 3) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------
-# The Hub
+# Folders and repositories
 # --------------------------------------------------------------------------------------------------------
-
-
-def download_folder(repo: str, **options: Any) -> Path:
-    """The local folder of a Hub repository's config and weights, downloaded where the cache lacks them.
-
-    Args:
-        options: revision, token, cache_dir, local_files_only, as in `huggingface_hub.hf_hub_download`.
-
-    Raises:
-        FileNotFoundError: where the repository, the revision or one of the two files does not exist or
-            cannot be reached.
-    """
-    if repo.count("/") != 1:  # a name alone would be looked up, and retried, on the network
-        raise FileNotFoundError(f"{repo!r} is neither a local folder nor a Hub repository ORG/NAME")
-    asked = f"{repo!r} is no local folder, and as a Hub repository"
-    revision = options.get("revision") or "main"
-    try:
-        hf_hub_download(repo, CONFIG_NAME, **options)
-        return Path(hf_hub_download(repo, WEIGHTS_NAME, **options)).parent
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{repo!r} is neither a local folder nor a Hub repository ORG/NAME") from error
-    except GatedRepoError as error:
-        raise FileNotFoundError(f"{asked} it is gated: ask for access on its page and pass token=") from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"{asked} it does not exist or is private: check the name, or pass token=") from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{asked} it has no revision {revision!r}: pass one that exists") from error
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{asked} it is not in the cache and the Hub cannot be reached: check the path, or the network"
-        ) from error
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{asked} it lacks {CONFIG_NAME} or {WEIGHTS_NAME} at {revision!r}: only safetensors weights are loaded"
-        ) from error
 
 
 def load_pretrained(
@@ -233,23 +242,48 @@ def load_pretrained(
 
     Args:
         folder_or_repo: a folder, or ORG/NAME on the Hub.
-        revision: branch, tag or commit of the repository.
-        token, cache_dir, local_files_only: as in `huggingface_hub.hf_hub_download`.
+        revision: branch, tag or commit of the repository; None is its main branch.
+        token, cache_dir, local_files_only: of the repository, see `hub.download`.
         num_classes: another number of classes: the head is made anew, all else is loaded.
         model_args: more arguments for the model, such as drop_path_rate.
 
     Raises:
-        FileNotFoundError: where the folder, the repository or a file in it does not exist.
-        ValueError: where the weights are not whole or not those of the model in `config.json`.
+        FileNotFoundError: where the folder, the repository or a file in it does not exist, or cannot be had.
+        ValueError: where the weights are not whole or not those of the model in `config.json`, or where a folder
+            is asked for a revision.
     """
     folder = Path(folder_or_repo)
-    if not folder.is_dir():
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{str(folder)!r} is a local folder, without revisions: leave revision={revision!r} out")
+        model = load_folder(folder, **model_args)
+    else:
         options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = download_folder(str(folder_or_repo), **options)
-    model = load_folder(folder, **model_args)
+        folder = download(str(folder_or_repo), FILES, **options)
+        model = load_folder(folder, f"{folder_or_repo}@{folder.name}", **model_args)
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
     return model
+
+
+def push_folder(folder: Path, repo: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
+    """Publishes a weights folder as a Hub repository, made where there is none, in one commit; returns its URL.
+
+    Where the model card shows how to load the model, it gets the repository's name.
+
+    Args:
+        repo: ORG/NAME.
+        token: of somebody who may write there; None is the stored one.
+        private: of a new repository; None is the organisation's default.
+
+    Raises:
+        FileNotFoundError, ValueError: where the folder is no whole weights folder, or cannot be published.
+    """
+    load_folder(folder)  # what cannot be loaded is not published
+    with TemporaryDirectory() as copy:
+        paths = [Path(shutil.copy(folder / name, copy)) for name in (*FILES, CARD_NAME) if (folder / name).is_file()]
+        name_repository(Path(copy) / CARD_NAME, repo)
+        return upload(paths, repo, token=token, private=private)
 
 
 class PretrainedMixin:
@@ -264,24 +298,30 @@ class PretrainedMixin:
         """`load_pretrained`, with its options and errors; ValueError too for the weights of another family."""
         model = load_pretrained(folder_or_repo, revision, **options)
         if not isinstance(model, cls):
+            own = isinstance(model, PretrainedMixin)
+            loader = f"{type(model).__name__}.from_pretrained" if own else "timm.create_model"
             raise ValueError(
-                f"{str(folder_or_repo)!r} holds a {type(model).__name__}, not a {cls.__name__}: "
-                f"load it with {type(model).__name__}.from_pretrained"
+                f"{str(folder_or_repo)!r} holds a {type(model).__name__}, not a {cls.__name__}: load it with {loader}"
             )
         return model
 
-    def push_to_hub(self, repo: str, *, token: str | None = None, private: bool = False, **options: Any) -> str:
-        """Publishes the model as a Hub repository, created if absent; returns the commit's URL.
+    def push_to_hub(
+        self, repo: str, *, token: str | bool | None = None, private: bool | None = None, **options: Any
+    ) -> str:
+        """Publishes the model as a Hub repository, made where there is none, in one commit; returns its URL.
 
         Args:
             repo: ORG/NAME.
-            options: of `save_pretrained`.
+            token: of somebody who may write there; None is the stored one.
+            private: of a new repository; None is the organisation's default.
+            options: of `save_pretrained`; without a card, one is written from what the model itself tells.
+
+        Raises:
+            ValueError: where it cannot be published; says why, and what helps.
         """
-        api = HfApi(token=token)
-        api.create_repo(repo, private=private, exist_ok=True)
         with TemporaryDirectory() as folder:
-            save_folder(self, folder, **options)
-            return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload model"))
+            save_folder(self, folder, **{"card": model_card(self), **options})
+            return push_folder(Path(folder), repo, token=token, private=private)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -309,6 +349,10 @@ class KeyTable:
         """Whether the key holds nothing learned."""
         return any(re.fullmatch(pattern, key) for pattern in self.dropped)
 
+    def changes(self, key: str) -> bool:
+        """Whether the key is an official one that is not ours too."""
+        return self.knows(key) and (self.drops(key) or self.rename(key) != key)
+
     def rename(self, key: str) -> str:
         """Our key."""
         pattern, ours = next(row for row in self.renamed if re.fullmatch(row[0], key))
@@ -334,6 +378,11 @@ def convert_state(state: dict[str, Tensor], model: nn.Module, table: KeyTable) -
             converted[key] = tensor.reshape(shape)
     check_state(converted, expected, "the checkpoint is not of this model")
     return converted
+
+
+def filter_official(state: dict[str, Tensor], model: nn.Module, table: KeyTable) -> dict[str, Tensor]:
+    """For timm: converts official checkpoints, leaves our own as they are."""
+    return convert_state(state, model, table) if any(map(table.changes, state)) else state
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -1,13 +1,23 @@
 """What every test starts from, and what several need."""
 
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 from command_line import Command, make_command
+from hub_server import HUB, Hub
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands do; read when torch loads
+
+# Read when huggingface_hub loads: the Hub of all tests, and of the processes they start, is one on loopback.
+home = tempfile.TemporaryDirectory(prefix="s3a-tests-")
+os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HOME": home.name, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(name, None)
 
 import pytest
 import torch
@@ -24,6 +34,14 @@ torch.set_num_threads(1)
 def fixed_seed() -> None:
     """The same random numbers at every run, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    """The Hub on loopback without repositories, and its clients with an empty cache."""
+    HUB.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    return HUB
 
 
 @pytest.fixture

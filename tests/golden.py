@@ -6,12 +6,16 @@ rules are written from the papers' prose with loops and dense masks, and share n
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 DATA = Path(__file__).parent / "data"
 
@@ -58,6 +62,8 @@ def fill(key: str, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(shape, dtype=torch.long)
     if key.endswith("RoPE.angle"):
         return (1.0 / 10000 ** torch.linspace(0, 1, shape[0] // 2)).repeat_interleave(2)
+    if key.endswith("fold.weights"):  # one-hot kernels, also those of `unfold`
+        return torch.eye(shape[0]).reshape(shape)
     noise = normal(zlib.crc32(key.encode()), shape)[0]
     leaf = key.rsplit(".", 1)[-1]
     if leaf in ("running_mean", "bias"):
@@ -72,20 +78,20 @@ def fill(key: str, shape: tuple[int, ...]) -> Tensor:
     return gain * noise / int(np.prod(shape[1:])) ** 0.5
 
 
-def official_shapes(model: str) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of an official SSViT state dict: "tiny", "small", "base" or "large"."""
-    entry = json.loads((DATA / "ssvit_official_shapes.json").read_text(encoding="utf-8"))[model]
+def official_shapes(size: str, family: str = "ssvit") -> dict[str, tuple[int, ...]]:
+    """Key -> shape of an official state dict: "tiny" of "ssvit", "small" of "svit", "medium" of "vvt"."""
+    entry = json.loads((DATA / f"{family}_official_shapes.json").read_text(encoding="utf-8"))[size]
     shapes = {}
     for pattern, shape in entry["shapes"].items():
-        stage = pattern.split(".")[1]
-        copies = entry["depths"][int(stage)] if "*" in pattern else 1
+        blocks, is_block, _ = pattern.partition(".*")
+        copies = entry["depths"][blocks] if is_block else 1
         shapes.update({pattern.replace("*", str(block)): tuple(shape) for block in range(copies)})
     return shapes
 
 
-def official_state(model: str) -> dict[str, Tensor]:
-    """An official SSViT state dict, filled by the rule."""
-    return {key: fill(key, shape) for key, shape in official_shapes(model).items()}
+def official_state(size: str, family: str = "ssvit") -> dict[str, Tensor]:
+    """An official state dict, filled by the rule."""
+    return {key: fill(key, shape) for key, shape in official_shapes(size, family).items()}
 
 
 def recorded(name: str) -> dict[str, Tensor]:
@@ -105,6 +111,26 @@ def error(ours: Tensor, right: Tensor) -> float:
     """The largest difference, in standard deviations of what is right."""
     assert ours.shape == right.shape
     return ((ours.double() - right.double()).abs().max() / right.double().std(correction=0)).item()
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how many elements each result has that is computed under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.elements += [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        return output
+
+
+def count_largest(call: Callable[[], Any]) -> int:
+    """The elements of the largest tensor that a call makes; on the meta device it costs nothing to ask."""
+    with Sizes() as sizes:
+        call()
+    return max(sizes.elements)
 
 
 # --------------------------------------------------------------------------------------------------------

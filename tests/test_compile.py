@@ -15,9 +15,17 @@ from torch._inductor.exc import CppCompileError
 
 import s3a
 from s3a.dynamo import compiling
-from s3a.layers import Downsample, Stem
+from s3a.layers import Region
 
-SMALL = {"dims": (16, 32), "depths": (3, 2), "num_heads": (1, 2), "mlp_ratios": (2, 2), "layer_scale": (None, None)}
+OWN = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("s3a.")]
+SMALL = {
+    "ssvit_nano": {"mlp_ratios": (2, 2), "layer_scale": (None, None)},
+    "svit_nano": {"mlp_ratio": 2, "layer_scale": (None, None), "super_token_sizes": (4, 1)},
+    "vvt_nano": {"mlp_ratios": (2, 2)},
+}
+# What has code of its own on 48 x 48 pixels, with maps of 12 x 12 and 6 x 6 tokens: a stem, a downsampling and the
+# blocks of either map, for SSViT those of two scans on the first and of one on the second.
+KINDS = {"ssvit_nano": 5, "svit_nano": 4, "vvt_nano": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +38,10 @@ def fresh_compiler():
     s3a.compile.region_code.cache_clear()
 
 
-def small_model(**model_args) -> torch.nn.Module:
+def small_model(name: str = "ssvit_nano", **model_args) -> torch.nn.Module:
     torch.manual_seed(0)
-    return timm.create_model("ssvit_nano", num_classes=5, **{**SMALL, **model_args})
+    sizes = {"dims": (16, 32), "depths": (3, 2), "num_heads": (1, 2), **SMALL[name]}
+    return timm.create_model(name, num_classes=5, **{**sizes, **model_args})
 
 
 def graphs() -> int:
@@ -50,14 +59,23 @@ def test_a_compiled_model_is_the_same_function_under_the_same_keys():
     assert counters["graph_break"] == {}
 
 
-@pytest.mark.parametrize(("first", "backend"), [((2, 3), "inductor"), ((1, 4), "aot_eager"), ((24, 2), "aot_eager")])
-def test_blocks_share_code_and_batch_sizes_stop_compiling(first, backend, monkeypatch):
-    """Maps of 12 x 12 and 6 x 6: two scans and one, a stem, a downsampling; once, and once with any batch size."""
+@pytest.mark.parametrize(
+    ("name", "first", "backend"),
+    [
+        ("ssvit_nano", (2, 3), "inductor"),
+        ("ssvit_nano", (1, 4), "aot_eager"),
+        ("ssvit_nano", (24, 2), "aot_eager"),
+        ("svit_nano", (1, 4), "aot_eager"),
+        ("vvt_nano", (24, 2), "aot_eager"),
+    ],
+)
+def test_blocks_share_code_and_batch_sizes_stop_compiling(name, first, backend, monkeypatch):
+    """Each kind once, and once with any batch size."""
     compile_with(backend, monkeypatch)
-    model = small_model().eval()
+    model = small_model(name).eval()
     plain = copy.deepcopy(model)
     s3a.compile_model(model)
-    kinds = 2 + 1 + 2
+    kinds = KINDS[name]
     with torch.no_grad():
         for times, batch_size in enumerate(first, start=1):
             model(torch.randn(batch_size, 3, 48, 48))
@@ -99,6 +117,28 @@ def test_training_gives_the_same_gradients_and_drop_path_compiles_nothing():
     assert graphs() == before
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_every_family_trains_compiled(name, monkeypatch):
+    """Logits, gradients and statistics, with the same paths dropped, at two batch sizes; a third compiles nothing."""
+    compile_with("aot_eager", monkeypatch)
+    model = small_model(name, drop_path_rate=0.3).train()
+    plain = copy.deepcopy(model)
+    assert list(s3a.compile_model(model).state_dict()) == list(plain.state_dict())
+    for batch_size in (2, 3):
+        images, outcomes = torch.randn(batch_size, 3, 40, 56), []
+        for each in (model, plain):
+            torch.manual_seed(1)
+            logits = each(images)
+            gradients = torch.autograd.grad(logits.square().sum(), list(each.parameters()))
+            outcomes.append([logits, *gradients, *each.buffers()])
+        for compiled, eager in zip(*outcomes, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+    before = graphs()
+    model(torch.randn(5, 3, 40, 56)).sum().backward()
+    assert graphs() == before
+    assert counters["graph_break"] == {}
+
+
 def test_bf16_compiles():
     model = small_model().eval().to(torch.bfloat16)
     plain = copy.deepcopy(model)
@@ -115,6 +155,26 @@ def test_the_whole_model_is_one_graph():
     with torch.no_grad():
         torch.testing.assert_close(whole(images), model(images), rtol=1e-5, atol=1e-6)
     assert graphs() == 1
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_whole_of_every_family_trains_as_one_graph(name):
+    """A second batch size compiles once more, with the batch size left open, and a third never."""
+    model = small_model(name, depths=(1, 1), drop_path_rate=0.3).train()
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for batch_size in (2, 3, 4):
+        whole(torch.randn(batch_size, 3, 32, 48)).sum().backward()
+    assert graphs() == 2
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_exported_programs_take_any_batch_size(name):
+    model, images = small_model(name, depths=(1, 1)).eval(), torch.randn(2, 3, 40, 56)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    for batch_size in (1, 2, 7):
+        images = torch.randn(batch_size, 3, 40, 56)
+        torch.testing.assert_close(program(images), model(images), rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_without_our_blocks_is_refused():
@@ -134,14 +194,16 @@ def test_a_compiled_model_copies_and_saves(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", timm.list_models("ssvit_*"))
+@pytest.mark.parametrize(
+    "name", [name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) for name in OWN]
+)
 def test_every_model_compiles_without_graph_breaks(name, training, dtype, monkeypatch):
     """Once per (class, scan, map), counted here from the modules. Traced and differentiated, not compiled to code."""
     compile_with("aot_eager", monkeypatch)
     model = timm.create_model(name, num_classes=3).to(dtype).train(training)
     images = torch.randn(2, 3, 48, 64, dtype=dtype)
     kinds = set()
-    regions = [each for each in model.modules() if hasattr(each, "draw_kept") or isinstance(each, Stem | Downsample)]
+    regions = [each for each in model.modules() if isinstance(each, Region)]
     hooks = [
         region.register_forward_pre_hook(lambda region, args: kinds.add(kind_of(region, args[0]))) for region in regions
     ]
@@ -164,7 +226,8 @@ def compile_with(backend: str, monkeypatch) -> None:
 
 
 def kind_of(module: torch.nn.Module, x: torch.Tensor) -> tuple:
-    scan = s3a.sparse_scan(*x.shape[1:3], module.attn.size, module.attn.fixed) if hasattr(module, "attn") else None
+    attn = getattr(module, "attn", None)
+    scan = s3a.sparse_scan(*x.shape[1:3], attn.size, attn.fixed) if isinstance(attn, s3a.S3A) else None
     return type(module), scan, x.shape
 
 

@@ -1,6 +1,7 @@
-"""What timm's tools expect of a model, over every registered SSViT; large ones on the meta device."""
+"""What timm's tools expect of a model, over every one that this library registers; large ones on the meta device."""
 
 import copy
+import sys
 
 import pytest
 import timm
@@ -12,16 +13,21 @@ from timm.models._manipulate import group_with_matcher
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
 
-from s3a.models.ssvit import SIZES
+import s3a
 
-NAMES = tuple(SIZES)
-RUN = ("ssvit_nano", "ssvit_tiny")  # those that the tests compute with
+NAMES = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("s3a.")]
+NANOS = [name for name in NAMES if name.endswith("_nano")]
+RUN = [*NANOS, "ssvit_tiny"]  # those that the tests compute with
+SIZES = {name: sys.modules[timm.model_entrypoint(name).__module__].SIZES[name] for name in NAMES}
 
 
 def build(name: str, **options: object) -> nn.Module:
-    """A model in evaluation mode; only small ones hold numbers."""
-    with torch.device("cpu" if name in RUN else "meta"):
+    """A model in evaluation mode; only small ones hold numbers, and large ones have few blocks unless told."""
+    if name in RUN:
         return timm.create_model(name, **options).eval()
+    few = tuple(min(depth, 2) for depth in SIZES[name]["depths"])
+    with torch.device("meta"):
+        return timm.create_model(name, **{"depths": few, **options}).eval()
 
 
 def draw(name: str, height: int = 64, width: int = 96) -> Tensor:
@@ -38,8 +44,21 @@ def map_shapes(name: str, height: int = 64, width: int = 96) -> list[tuple[int, 
 
 
 def test_every_model_is_registered():
-    assert sorted(timm.list_models("ssvit_*")) == sorted(NAMES)
-    assert timm.list_pretrained("ssvit_*") == []
+    """Those of the papers, and a nano of each family; no weights are hosted."""
+    published = {
+        "ssvit": ("tiny", "small", "base", "large"),
+        "svit": ("small", "base", "large"),
+        "vvt": ("tiny", "small", "medium", "large"),
+    }
+    assert set(NAMES) == {f"{family}_{size}" for family, sizes in published.items() for size in ("nano", *sizes)}
+    assert not set(NAMES) & set(timm.list_pretrained())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_families(name: str):
+    """Each has a class of its own at the top of the library."""
+    family = {"ssvit": s3a.SSViT, "svit": s3a.SViT, "vvt": s3a.VVT}[name.partition("_")[0]]
+    assert type(build(name)) is family
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -66,21 +85,23 @@ def test_features_of_some_stages(name: str, out_indices: tuple[int, ...]):
     assert model.feature_info.reduction() == [64 // shape[2] for shape in expected]
 
 
-def test_features_are_those_of_the_whole_model():
+@pytest.mark.parametrize("name", NANOS)
+def test_features_are_those_of_the_whole_model(name: str):
     torch.manual_seed(0)
-    whole = build("ssvit_nano")
+    whole = build(name)
     torch.manual_seed(0)
-    backbone = build("ssvit_nano", features_only=True, out_indices=(0, 1, 2))
+    backbone = build(name, features_only=True, out_indices=(0, 1, 2))
     backbone.load_state_dict({f"model.{key}": tensor for key, tensor in whole.state_dict().items()}, strict=False)
-    x = draw("ssvit_nano")
+    x = draw(name)
     with torch.inference_mode():
         tokens, maps = whole.forward_features(x), backbone(x)
     assert torch.equal(maps[-1], tokens.permute(0, 3, 1, 2))
 
 
-def test_features_of_odd_sizes():
+@pytest.mark.parametrize("name", NANOS)
+def test_features_of_odd_sizes(name: str):
     """Sizes round up; the reduction holds to a pixel."""
-    maps = build("ssvit_nano", features_only=True)(draw("ssvit_nano", 45, 70))
+    maps = build(name, features_only=True)(draw(name, 45, 70))
     assert [tuple(map.shape[2:]) for map in maps] == [(12, 18), (6, 9), (3, 5)]
 
 
@@ -96,11 +117,12 @@ def test_forward_intermediates(name: str):
     assert name not in RUN or torch.equal(tokens, expected)
 
 
+@pytest.mark.parametrize("name", NANOS)
 @pytest.mark.parametrize(
     ("indices", "taken"), [(None, [0, 1, 2]), (1, [2]), (2, [1, 2]), ([0], [0]), ([0, 2], [0, 2]), ([-2], [1])]
 )
-def test_intermediates_of_indices(indices, taken: list[int]):
-    model, x = build("ssvit_nano"), draw("ssvit_nano")
+def test_intermediates_of_indices(name: str, indices, taken: list[int]):
+    model, x = build(name), draw(name)
     with torch.inference_mode():
         every = model.forward_intermediates(x, intermediates_only=True)
         some = model.forward_intermediates(x, indices=indices, intermediates_only=True)
@@ -108,8 +130,9 @@ def test_intermediates_of_indices(indices, taken: list[int]):
     assert all(torch.equal(map, every[index]) for map, index in zip(some, taken, strict=True))
 
 
-def test_intermediates_channels_last():
-    model, x = build("ssvit_nano"), draw("ssvit_nano")
+@pytest.mark.parametrize("name", NANOS)
+def test_intermediates_channels_last(name: str):
+    model, x = build(name), draw(name)
     with torch.inference_mode():
         first = model.forward_intermediates(x, output_fmt="NCHW", intermediates_only=True)
         last = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
@@ -118,28 +141,31 @@ def test_intermediates_channels_last():
         model.forward_intermediates(x, output_fmt="NLC")
 
 
+@pytest.mark.parametrize("name", NANOS)
 @pytest.mark.parametrize("stop_early", [False, True])
-def test_intermediates_stop_early(stop_early: bool):
+def test_intermediates_stop_early(name: str, stop_early: bool):
     """The stages after the last index run only if they must."""
-    model, ran = build("ssvit_nano"), []
+    model, ran = build(name), []
     for index, stage in enumerate(model.stages):
         stage.register_forward_hook(lambda *_, index=index: ran.append(index))
-    tokens, maps = model.forward_intermediates(draw("ssvit_nano"), indices=[0], stop_early=stop_early)
+    tokens, maps = model.forward_intermediates(draw(name), indices=[0], stop_early=stop_early)
     assert ran == ([0] if stop_early else [0, 1, 2])
-    assert tuple(maps[0].shape) == map_shapes("ssvit_nano")[0]
-    assert tokens.shape[-1] == SIZES["ssvit_nano"]["dims"][ran[-1]]
+    assert tuple(maps[0].shape) == map_shapes(name)[0]
+    assert tokens.shape[-1] == SIZES[name]["dims"][ran[-1]]
 
 
+@pytest.mark.parametrize("name", NANOS)
 @pytest.mark.parametrize("indices", [[3], [-4], 4])
-def test_intermediates_out_of_range(indices):
+def test_intermediates_out_of_range(name: str, indices):
     with pytest.raises((AssertionError, ValueError), match="out of range"):
-        build("ssvit_nano").forward_intermediates(draw("ssvit_nano"), indices=indices)
+        build(name).forward_intermediates(draw(name), indices=indices)
 
 
+@pytest.mark.parametrize("name", NANOS)
 @pytest.mark.parametrize(("indices", "kept"), [([0], [0]), ([0, 1], [0, 1]), (1, [2]), ([-1], [2])])
-def test_prune_intermediate_layers(indices, kept: list[int]):
+def test_prune_intermediate_layers(name: str, indices, kept: list[int]):
     """What is not needed is gone, and the maps are the same."""
-    model, x = build("ssvit_nano"), draw("ssvit_nano")
+    model, x = build(name), draw(name)
     with torch.inference_mode():
         before = model.forward_intermediates(x, indices=kept, intermediates_only=True)
         assert model.prune_intermediate_layers(indices) == kept
@@ -150,17 +176,19 @@ def test_prune_intermediate_layers(indices, kept: list[int]):
     assert len(model.stages) == kept[-1] + 1
 
 
-def test_pruning_may_keep_the_head():
-    model, x = build("ssvit_nano"), draw("ssvit_nano")
+@pytest.mark.parametrize("name", NANOS)
+def test_pruning_may_keep_the_head(name: str):
+    model, x = build(name), draw(name)
     with torch.inference_mode():
         before = model(x)
         model.prune_intermediate_layers(1, prune_head=False)
         assert torch.equal(model(x), before)
 
 
-def test_fx_tracing():
+@pytest.mark.parametrize("name", NANOS)
+def test_fx_tracing(name: str):
     """timm and torchvision cut features out of a symbolic trace by the names of modules."""
-    model, x = build("ssvit_nano"), draw("ssvit_nano")
+    model, x = build(name), draw(name)
     traced = create_feature_extractor(model, {"stages.0": "map", "head": "logits"})
     with torch.inference_mode():
         parts, logits = traced(x), model(x)
@@ -201,8 +229,9 @@ def test_reset_classifier(name: str):
         model.reset_classifier(3, "max")
 
 
-def test_a_new_classifier_is_fresh_and_the_body_is_kept():
-    model, x = build("ssvit_nano"), draw("ssvit_nano")
+@pytest.mark.parametrize("name", NANOS)
+def test_a_new_classifier_is_fresh_and_the_body_is_kept(name: str):
+    model, x = build(name), draw(name)
     before = copy.deepcopy(model)
     model.reset_classifier(1000)
     with torch.inference_mode():
@@ -213,21 +242,23 @@ def test_a_new_classifier_is_fresh_and_the_body_is_kept():
     assert not model.head.bias.any()
 
 
-def test_a_new_classifier_follows_device_and_dtype():
+@pytest.mark.parametrize("name", NANOS)
+def test_a_new_classifier_follows_device_and_dtype(name: str):
     """A head for a model on a device, or in another dtype, must take its outputs."""
-    model = build("ssvit_nano").bfloat16()
+    model = build(name).bfloat16()
     model.reset_classifier(4)
     assert model.head.weight.dtype == torch.bfloat16
-    assert model(draw("ssvit_nano").bfloat16()).shape == (2, 4)
+    assert model(draw(name).bfloat16()).shape == (2, 4)
     large = build("ssvit_large")
     large.reset_classifier(4)
     assert large.head.weight.device.type == "meta"
 
 
+@pytest.mark.parametrize("name", NANOS)
 @pytest.mark.parametrize("drop_rate", [0.0, 0.5])
-def test_drop_rate_acts_in_training_only(drop_rate: float):
-    model = build("ssvit_nano", drop_rate=drop_rate)
-    tokens = torch.randn(2, 4, 6, 128)
+def test_drop_rate_acts_in_training_only(name: str, drop_rate: float):
+    model = build(name, drop_rate=drop_rate)
+    tokens = torch.randn(2, 4, 6, model.num_features)
     model.forward_head(tokens)
     pooled = model.forward_head(tokens, pre_logits=True)
     assert not (pooled == 0).any()
@@ -243,7 +274,8 @@ def test_drop_rate_acts_in_training_only(drop_rate: float):
 @pytest.mark.parametrize("name", NAMES)
 def test_layer_groups(name: str):
     """The stem first, then block by block, then the head; every parameter in one group."""
-    model, depths = build(name), SIZES[name]["depths"]
+    depths = SIZES[name]["depths"]
+    model = build(name, depths=depths)
     groups = group_parameters(model, model.group_matcher())
     assert len(groups) == 1 + sum(depths) + 1
     names = [key for group in groups.values() for key in group]
@@ -252,7 +284,14 @@ def test_layer_groups(name: str):
     expected = [("stages", str(s), "blocks", str(b)) for s, depth in enumerate(depths) for b in range(depth)]
     assert prefixes == [set(), *({prefix} for prefix in expected), set()]
     assert {key.split(".")[0] for key in groups[0]} == {"stem"}
-    assert {key.split(".")[0] for key in groups[max(groups)]} == {"proj", "norm", "head"}
+    body = {"stem", "stages"}
+    assert {key.split(".")[0] for key in groups[max(groups)]} == {key.split(".")[0] for key in names} - body
+
+
+def test_a_stages_norm_learns_with_its_last_block():
+    groups = group_with_matcher(build("vvt_nano").named_parameters(), build("vvt_nano").group_matcher(), reverse=True)
+    for stage, depth in enumerate(SIZES["vvt_nano"]["depths"]):
+        assert groups[f"stages.{stage}.norm.weight"] == groups[f"stages.{stage}.blocks.{depth - 1}.norm1.weight"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -284,9 +323,10 @@ def test_layer_decay_and_weight_decay():
     assert len(decayed) == sum(parameter.ndim > 1 for parameter in model.parameters())
 
 
-def test_set_grad_checkpointing():
+@pytest.mark.parametrize("name", NANOS)
+def test_set_grad_checkpointing(name: str):
     """On, off, and no change in what is computed."""
-    model, x = build("ssvit_nano"), draw("ssvit_nano")
+    model, x = build(name), draw(name)
     with torch.inference_mode():
         before = model(x)
         model.set_grad_checkpointing()
@@ -334,13 +374,15 @@ def test_state_dict_holds_what_is_learned(name: str):
     model(draw(name))
     assert set(model.state_dict()) == before
     buffers = {key.rsplit(".", 1)[-1] for key, _ in model.named_buffers()}
-    assert buffers == {"running_mean", "running_var", "num_batches_tracked"}
+    has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert buffers == ({"running_mean", "running_var", "num_batches_tracked"} if has_batch_norm else set())
     assert before == {key for key, _ in (*model.named_parameters(), *model.named_buffers())}
 
 
-def test_deep_copies_are_apart():
+@pytest.mark.parametrize("name", NANOS)
+def test_deep_copies_are_apart(name: str):
     """As EMA needs them, also after a forward; the copy computes the same and shares nothing."""
-    model, x = build("ssvit_nano"), draw("ssvit_nano")
+    model, x = build(name), draw(name)
     with torch.no_grad():
         before = model(x)
         twin = copy.deepcopy(model)
@@ -351,9 +393,10 @@ def test_deep_copies_are_apart():
     assert timm.utils.ModelEmaV3(model).module(x).shape == (2, 1000)
 
 
-def test_the_classifier_comes_last():
+@pytest.mark.parametrize("name", NANOS)
+def test_the_classifier_comes_last(name: str):
     """timm's adaptive gradient clipping leaves out the last two parameters as the classifier's."""
-    model = build("ssvit_nano")
+    model = build(name)
     kept = {id(parameter) for parameter in model_parameters(model, exclude_head=True)}
     assert [key for key, parameter in model.named_parameters() if id(parameter) not in kept] == [
         "head.weight",

@@ -3,6 +3,7 @@
 import json
 import runpy
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +80,70 @@ def test_cost_is_the_published_one(name: str) -> None:
     assert round(cost.gmacs, 2) == whole
 
 
+@pytest.mark.parametrize(
+    ("name", "side", "printed"),
+    [
+        ("svit_small", 224, 4.4),
+        ("svit_small", 384, 14.1),
+        ("svit_base", 224, 9.9),
+        ("svit_large", 224, 15.6),
+        ("svit_large", 384, 49.7),
+        ("vvt_large", 224, 10.8),
+        ("vvt_large", 384, 31.8),
+    ],
+)
+def test_whole_cost_is_the_published_one_of_other_papers(name: str, side: int, printed: float) -> None:
+    """They count norms as well, under 1 %, and round to a digit. Layers alone are far from it."""
+    cost = count_cost(meta_model(name), side, side)
+    assert printed - 0.05 <= 1.01 * cost.gmacs and cost.gmacs <= printed + 0.05
+    assert cost.published_gmacs < 0.9 * printed
+
+
+def svit_macs(height: int, width: int) -> tuple[int, int]:
+    """Layers and products of `svit_small`, added up by hand; the zeros that fill the last cells count."""
+    dims, depths, sizes = (64, 128, 320, 512), (3, 5, 9, 3), (8, 4, 1, 1)
+    _, (rows, columns), *stages = maps(height, width)
+    layers = rows * columns * 9 * (3 * 32 + 32**2) + stages[0][0] * stages[0][1] * 9 * (32 * 64 + 64**2)
+    products = 0
+    for index, ((rows, columns), dim, depth, size) in enumerate(zip(stages, dims, depths, sizes, strict=True)):
+        tokens, cells = rows * columns, -(-rows // size) * -(-columns // size)
+        layers += depth * (tokens * (9 * dim + 8 * dim**2 + 36 * dim) + cells * 4 * dim**2)
+        products += depth * (2 * cells**2 * dim + (3 * 9 * cells * size**2 * dim if size > 1 else 0))
+        layers += tokens * 9 * dims[index - 1] * dim if index else 0
+    return layers + tokens * 512 * 1024 + 1024 * 1000, products
+
+
+def vvt_macs(height: int, width: int) -> tuple[int, int]:
+    """Layers and products of `vvt_tiny`, added up by hand: keys times values, queries times that, and their norm."""
+    layers = products = 0
+    stages = zip(maps(height, width)[2:], (96, 160, 320, 512), (1, 2, 5, 8), (8, 8, 4, 4), strict=True)
+    before = None
+    for (rows, columns), dim, heads, ratio in stages:
+        tokens, head_dim = rows * columns, dim // 2 // heads
+        layers += tokens * (9 * before if before else 49 * 3) * dim
+        layers += 2 * (tokens * (2 * dim**2 + 2 * ratio * dim**2 + 9 * ratio * dim) + 2 * dim**2)
+        products += 2 * tokens * heads * (2 * 4 * head_dim**2 + 4 * head_dim)
+        before = dim
+    return layers + 512 * 1000, products
+
+
+@pytest.mark.parametrize(("name", "by_hand"), [("svit_small", svit_macs), ("vvt_tiny", vvt_macs)])
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (250, 131)])
+def test_cost_of_other_families_equals_a_count_by_hand(name: str, by_hand: Callable, height: int, width: int) -> None:
+    layers, products = by_hand(height, width)
+    cost = count_cost(meta_model(name), height, width)
+    assert cost.published_gmacs * 2**30 == layers
+    assert round(cost.gmacs * 1e9) == layers + products
+
+
+@pytest.mark.parametrize("name", ["svit_nano", "vvt_nano"])
+def test_nanos_cost_alike(name: str) -> None:
+    """Within 10 % of `ssvit_nano`, on ten classes of 64 px: parameters, and cost by both counts."""
+    ours, peer = (count_cost(meta_model(each, num_classes=10), 64, 64) for each in (name, "ssvit_nano"))
+    for count in ("parameters", "published_gmacs", "gmacs"):
+        assert getattr(ours, count) == pytest.approx(getattr(peer, count), rel=0.1), count
+
+
 @pytest.mark.parametrize(("height", "width"), [(96, 160), (250, 131)])
 def test_cost_equals_a_count_by_hand(height: int, width: int) -> None:
     dims, depths, *_ = SIZES["ssvit_tiny"]
@@ -135,6 +200,8 @@ def test_cost_command_for_people(command: Command) -> None:
     assert status == 0
     assert ["ssvit_tiny", "15,095,688", "2.42", "2.79"] in rows
     assert ["ssvit_large", "100,234,112", "18.21", "20.44"] in rows
+    assert ["svit_small", "25,495,624", "3.80", "4.34"] in rows
+    assert ["vvt_large", "61,848,520", "9.47", "10.79"] in rows
     assert "2^30" in out
     assert "10^9" in out
 
@@ -161,6 +228,29 @@ def write_checkpoint(path: Path, state: dict[str, Tensor]) -> Path:
 
 def with_classes(state: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
     return {**state, **{key: state[key][:num_classes].clone() for key in ("head.weight", "head.bias")}}
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "parameters"), [("svit", "small", "25,495,624"), ("vvt", "tiny", "12,882,440")]
+)
+def test_other_families_convert(command: Command, tmp_path: Path, family: str, size: str, parameters: str) -> None:
+    source = write_checkpoint(tmp_path / "official.pth", golden.official_state(size, family))
+    folder = tmp_path / "converted"
+    status, out, err = command("convert_official", source, "--model", f"{family}_{size}", "--output", folder)
+    loader = {"svit": s3a.SViT, "vvt": s3a.VVT}[family]
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    assert all(said in out for said in (parameters, "1000 classes", f"s3a.{loader.__name__}.from_pretrained"))
+    with torch.inference_mode():
+        logits = loader.from_pretrained(folder)(golden.images(0, (2, 3, 224, 224)))
+    recorded = golden.recorded("baselines_logits")[f"{family}_{size}_224x224"]
+    assert golden.error(logits, recorded) <= 1e-5
+
+
+@pytest.mark.parametrize("wrong", ["vvt_small", "ssvit_tiny", "svit_small"])
+def test_conversion_names_the_family_that_fits(command: Command, tmp_path: Path, wrong: str) -> None:
+    source = write_checkpoint(tmp_path / "official.pth", golden.official_state("tiny", "vvt"))
+    result = command("convert_official", source, "--model", wrong, "--output", tmp_path / "folder")
+    check_refused(result, f"does not fit {wrong}: it fits vvt_tiny; pass --model vvt_tiny")
 
 
 def test_converted_folder_gives_the_official_logits(command: Command, tmp_path: Path) -> None:

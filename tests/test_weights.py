@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from argparse import Namespace
 from functools import cache
@@ -15,11 +16,15 @@ from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from s3a import SSViT
-from s3a.models.ssvit import OFFICIAL_KEYS, checkpoint_filter_fn
+from s3a import VVT, SSViT, SViT
+from s3a.models import ssvit, svit, vvt
+from s3a.models.ssvit import OFFICIAL_KEYS
 from s3a.weights import convert_state, read_checkpoint
 
-OFFICIAL = ("tiny", "small", "base", "large")
+FAMILIES = {"ssvit": ssvit, "svit": svit, "vvt": vvt}
+OFFICIAL = [
+    tuple(name.split("_")) for family in FAMILIES.values() for name in family.SIZES if not name.endswith("_nano")
+]
 
 
 def assert_equal_states(model: nn.Module, other: nn.Module) -> None:
@@ -90,6 +95,23 @@ def test_round_trip(tmp_path: Path, options: dict):
     x = torch.randn(2, options.get("in_chans", 3), 40, 56)
     with torch.inference_mode():
         assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize(("name", "family"), [("svit_nano", SViT), ("vvt_nano", VVT)])
+def test_round_trip_of_the_others(tmp_path: Path, name: str, family: type):
+    model = timm.create_model(name, num_classes=5, in_chans=1, drop_path_rate=0.1).eval()
+    model.save_pretrained(tmp_path)
+    loaded = family.from_pretrained(tmp_path)
+    assert type(loaded) is family
+    assert_equal_states(loaded, model)
+    assert_equal_states(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), model)
+    x = torch.randn(2, 1, 40, 56)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x))
+    with pytest.raises(
+        ValueError, match=rf"holds a {family.__name__}, not a SSViT.*{family.__name__}\.from_pretrained"
+    ):
+        SSViT.from_pretrained(tmp_path)
 
 
 def test_loaded_models_train(folder: Path):
@@ -330,39 +352,39 @@ def test_config_without_an_entry(folder: Path, key: str):
 
 
 @cache
-def empty(size: str) -> nn.Module:
+def empty(size: str, family: str = "ssvit") -> nn.Module:
     """A published size without numbers."""
     with torch.device("meta"):
-        return timm.create_model(f"ssvit_{size}")
+        return timm.create_model(f"{family}_{size}")
 
 
-def official_empty(size: str) -> dict[str, Tensor]:
+def official_empty(size: str, family: str = "ssvit") -> dict[str, Tensor]:
     """An official state dict without numbers."""
-    return {key: torch.empty(shape, device="meta") for key, shape in official_shapes(size).items()}
+    return {key: torch.empty(shape, device="meta") for key, shape in official_shapes(size, family).items()}
 
 
-@pytest.mark.parametrize("size", OFFICIAL)
-def test_every_official_key_is_accounted_for(size: str):
-    """Ours, all of them, in our shapes; of theirs, only the rotary frequencies are left behind."""
-    state, model = official_empty(size), empty(size)
-    converted = convert_state(state, model, OFFICIAL_KEYS)
+@pytest.mark.parametrize(("family", "size"), OFFICIAL)
+def test_every_official_key_is_accounted_for(family: str, size: str):
+    """Ours, all of them, in our shapes; of theirs, only constants are left behind."""
+    state, model, table = official_empty(size, family), empty(size, family), FAMILIES[family].OFFICIAL_KEYS
+    converted = convert_state(state, model, table)
     expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
     assert {key: tensor.shape for key, tensor in converted.items()} == expected
-    left = [key for key in state if OFFICIAL_KEYS.drops(key)]
-    assert left == [f"layers.{stage}.RoPE.angle" for stage in range(4)]
+    left = {key for key in state if table.drops(key)}
+    assert left == {key for key in state if key.endswith(("RoPE.angle", "fold.weights"))}
     assert len(converted) == len(state) - len(left)
 
 
-@pytest.mark.parametrize("size", OFFICIAL)
-def test_every_missing_official_key_is_named(size: str):
+@pytest.mark.parametrize(("family", "size"), OFFICIAL)
+def test_every_missing_official_key_is_named(family: str, size: str):
     """Each key in turn, but one block stands for all."""
-    state = official_empty(size)
+    state, table = official_empty(size, family), FAMILIES[family].OFFICIAL_KEYS
     for key in state:
-        if (".blocks." in key and ".blocks.0." not in key) or OFFICIAL_KEYS.drops(key):
+        if re.search(r"(blocks|block\d)\.[1-9]", key) or table.drops(key):
             continue
         rest = {other: tensor for other, tensor in state.items() if other != key}
-        with pytest.raises(ValueError, match=f"missing: {OFFICIAL_KEYS.rename(key)}$"):
-            convert_state(rest, empty(size), OFFICIAL_KEYS)
+        with pytest.raises(ValueError, match=f"missing: {re.escape(table.rename(key))}$"):
+            convert_state(rest, empty(size, family), table)
 
 
 @pytest.mark.parametrize(
@@ -384,6 +406,24 @@ def test_surplus_official_keys_are_named(surplus: str, named: str):
 
 
 @pytest.mark.parametrize(
+    ("family", "size", "surplus", "named"),
+    [
+        ("svit", "small", "layers.0.blocks.0.attn.stoken_refine.rpe", r"surplus: stages\.0\.blocks\.0\.attn\.rpe"),
+        ("svit", "small", "layers.2.blocks.0.gamma_1", r"surplus: stages\.2\.blocks\.0\.ls1\.gamma"),
+        ("svit", "small", "layers.0.RoPE.angle", r"has not: layers\.0\.RoPE\.angle"),
+        ("vvt", "tiny", "block4.2.norm1.weight", r"surplus: stages\.3\.blocks\.2\.norm1\.weight"),
+        ("vvt", "tiny", "patch_embed1.norm.scale", r"surplus: stem\.norm\.scale"),
+        ("vvt", "tiny", "block1.0.attn.sr.weight", r"has not: block1\.0\.attn\.sr\.weight"),
+        ("vvt", "tiny", "cls_token", r"has not: cls_token"),
+    ],
+)
+def test_surplus_official_keys_of_the_others_are_named(family: str, size: str, surplus: str, named: str):
+    state = {**official_empty(size, family), surplus: torch.empty(1)}
+    with pytest.raises(ValueError, match=named):
+        convert_state(state, empty(size, family), FAMILIES[family].OFFICIAL_KEYS)
+
+
+@pytest.mark.parametrize(
     ("key", "shape"), [("head.bias", (999,)), ("head.weight", (1024, 1000)), ("proj.weight", (1024, 512, 2, 1))]
 )
 def test_official_shapes_must_fit(key: str, shape: tuple[int, ...]):
@@ -393,10 +433,20 @@ def test_official_shapes_must_fit(key: str, shape: tuple[int, ...]):
         convert_state(state, empty("tiny"), OFFICIAL_KEYS)
 
 
-@pytest.mark.parametrize(("size", "other"), [("tiny", "small"), ("small", "tiny"), ("base", "large")])
-def test_sizes_are_not_mixed_up(size: str, other: str):
+@pytest.mark.parametrize(
+    ("family", "size", "other"),
+    [
+        ("ssvit", "tiny", "small"),
+        ("ssvit", "small", "tiny"),
+        ("ssvit", "base", "large"),
+        ("svit", "base", "large"),
+        ("vvt", "small", "medium"),
+        ("vvt", "large", "medium"),
+    ],
+)
+def test_sizes_are_not_mixed_up(family: str, size: str, other: str):
     with pytest.raises(ValueError, match="not of this model"):
-        convert_state(official_empty(size), empty(other), OFFICIAL_KEYS)
+        convert_state(official_empty(size, family), empty(other, family), FAMILIES[family].OFFICIAL_KEYS)
 
 
 def test_values_go_where_they_belong():
@@ -411,16 +461,31 @@ def test_values_go_where_they_belong():
     assert torch.equal(converted["stem.9.weight"], state["patch_embed.proj.9.weight"])
 
 
-def test_timm_loads_official_checkpoints(tmp_path: Path):
+@pytest.mark.parametrize(("family", "size"), [("ssvit", "tiny"), ("svit", "small"), ("vvt", "tiny")])
+def test_timm_loads_official_checkpoints(family: str, size: str, tmp_path: Path):
     """As a file of pretrained weights; our own state dicts pass through untouched."""
-    model, state = empty("tiny"), official_state("tiny")
+    model, state = empty(size, family), official_state(size, family)
     torch.save({"model": state}, tmp_path / "official.pth")
     overlay = {"file": str(tmp_path / "official.pth")}
-    loaded = timm.create_model("ssvit_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
-    expected = convert_state(state, model, OFFICIAL_KEYS)
+    loaded = timm.create_model(f"{family}_{size}", pretrained=True, pretrained_cfg_overlay=overlay)
+    expected = convert_state(state, model, FAMILIES[family].OFFICIAL_KEYS)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
     ours = model.state_dict()
-    assert checkpoint_filter_fn(ours, model) is ours
+    assert FAMILIES[family].checkpoint_filter_fn(ours, model) is ours
+
+
+def test_values_of_the_others_go_where_they_belong():
+    state = official_state("base", "svit")
+    converted = convert_state(state, empty("base", "svit"), svit.OFFICIAL_KEYS)
+    assert torch.equal(converted["stages.3.downsample.reduction.weight"], state["layers.2.downsample.proj.0.weight"])
+    assert torch.equal(converted["stages.2.blocks.5.ls1.gamma"], state["layers.2.blocks.5.gamma_1"].flatten())
+    assert torch.equal(converted["stages.1.blocks.2.mlp.dwconv.bias"], state["layers.1.blocks.2.mlp2.conv.conv.bias"])
+    state = official_state("tiny", "vvt")
+    converted = convert_state(state, empty("tiny", "vvt"), vvt.OFFICIAL_KEYS)
+    assert torch.equal(converted["stem.proj.weight"], state["patch_embed1.proj.weight"])
+    assert torch.equal(converted["stages.3.downsample.norm.bias"], state["patch_embed4.norm.bias"])
+    assert torch.equal(converted["stages.0.blocks.1.attn.gate.2.weight"], state["block1.1.attn.se_fc.2.weight"])
+    assert torch.equal(converted["stages.2.norm.weight"], state["norm3.weight"])
 
 
 # --------------------------------------------------------------------------------------------------------

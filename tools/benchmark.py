@@ -29,6 +29,7 @@ from s3a.attention import attend_plan
 from s3a.errors import unknown
 from s3a.geometry import FIXED, Neighborhood, Scan, sparse_scan
 from s3a.measure import read_results, row, take_turns, write_result
+from s3a.models.backbone import Backbone
 from s3a.plan import plan_scan
 from s3a.plan.tiles import axis_tiles
 
@@ -291,6 +292,13 @@ PUBLISHED_TOP1 = {
     "ssvit_small": 84.4,
     "ssvit_base": 85.3,
     "ssvit_large": 85.7,
+    "svit_small": 83.6,
+    "svit_base": 84.8,
+    "svit_large": 85.3,
+    "vvt_tiny": 79.2,
+    "vvt_small": 82.6,
+    "vvt_medium": 83.8,
+    "vvt_large": 84.1,
     "swin_tiny_patch4_window7_224": 81.3,
     "swin_small_patch4_window7_224": 83.0,
     "swin_base_patch4_window7_224": 83.5,
@@ -333,7 +341,7 @@ def model_call(options: Model, name: str) -> Callable[[], Any]:
     images = torch.randn(options.batch_size, 3, options.image_size, options.image_size, device=device, dtype=weights)
     labels = torch.arange(options.batch_size, device=device)
     if not options.eager:
-        model = s3a.compile_model(model) if name.startswith("ssvit") else torch.compile(model)
+        model = s3a.compile_model(model) if isinstance(model, Backbone) else torch.compile(model)
 
     def precision() -> AbstractContextManager:
         return torch.autocast(device.type, dtype) if options.autocast else nullcontext()
@@ -369,7 +377,8 @@ def draw_models(rows: list[dict[str, Any]], path: Path) -> None:
     """Measured throughput against published top-1."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for family, color in (("ssvit", "tab:blue"), ("swin", "tab:gray"), ("convnext", "tab:green")):
+    colors = {"ssvit": "tab:blue", "svit": "tab:orange", "vvt": "tab:red", "swin": "tab:gray", "convnext": "tab:green"}
+    for family, color in colors.items():
         points = [
             (each["images_per_second"], PUBLISHED_TOP1[each["model"]], each["model"])
             for each in rows

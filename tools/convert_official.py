@@ -63,15 +63,13 @@ def convert(state: dict[str, Tensor], name: str, table: KeyTable) -> nn.Module:
     """The named model with the weights of the official state dict, and with its number of classes.
 
     Raises:
-        ValueError: for the weights of something else; where another size of the family fits, it is named.
+        ValueError: for the weights of something else; where another model fits, it is named.
     """
     model = build(name, state, table)
     try:
         converted = convert_state(state, model, table)
     except ValueError as error:
-        fitting = [
-            other for other, its_table in key_tables().items() if its_table is table and fits(state, other, table)
-        ]
+        fitting = [other for other, its_table in key_tables().items() if fits(state, other, its_table)]
         remedy = f": it fits {' and '.join(fitting)}; pass --model {fitting[0]}" if fitting else f" ({error})"
         raise ValueError(f"the checkpoint does not fit {name}{remedy}") from error
     model.load_state_dict(converted, assign=True)
@@ -89,6 +87,8 @@ def build(name: str, state: dict[str, Tensor], table: KeyTable) -> nn.Module:
 
 def fits(state: dict[str, Tensor], name: str, table: KeyTable) -> bool:
     """Whether the state dict holds the model's weights."""
+    if not all(map(table.knows, state)):
+        return False
     try:
         convert_state(state, build(name, state, table), table)
     except ValueError:

@@ -14,8 +14,8 @@ from s3a.cost import Cost, count_cost
 from s3a.errors import unknown
 
 LEGEND = """\
-published: GMACs as papers print them ("FLOPs"): convolutions and pointwise layers alone, in units of 2^30
-whole:     GMACs with the scores and values of attention, in units of 10^9"""
+layers: GMACs of convolutions and pointwise layers alone, in units of 2^30: the "FLOPs" of the SSViT paper
+whole:  GMACs with the products of attention, in units of 10^9: those of the SViT and VVT papers"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +61,9 @@ def table(costs: dict[str, Cost], height: int, width: int) -> str:
     """The costs for a person."""
     longest = max(map(len, [*costs, "model"]))
     lines = [f"One image of {height} x {width} pixels.", ""]
-    lines += [f"{'model':{longest}}  {'parameters':>12}  {'published':>9}  {'whole':>7}"]
+    lines += [f"{'model':{longest}}  {'parameters':>12}  {'layers':>7}  {'whole':>7}"]
     for name, cost in costs.items():
-        lines += [f"{name:{longest}}  {cost.parameters:12,}  {cost.published_gmacs:9.2f}  {cost.gmacs:7.2f}"]
+        lines += [f"{name:{longest}}  {cost.parameters:12,}  {cost.published_gmacs:7.2f}  {cost.gmacs:7.2f}"]
     return "\n".join([*lines, "", LEGEND])
 
 

@@ -23,7 +23,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: TiledPass, scale: 
 
     # A tile is treated as an image of its own. All tiles are gathered at once, tile batch after tile batch, so
     # that each of them is a slice; a gather or a call less is a synchronization of the cores less.
-    images = len(query)
+    images = query.shape[0]
     query_rows = rows_of([batch.queries for batch in layout.batches], images, query.shape[1])
     key_rows = rows_of([batch.keys for batch in layout.batches], images, query.shape[1])
     queries = query.flatten(0, 1).index_select(0, query_rows)

@@ -1,0 +1,231 @@
+"""What a recipe names, built: model, data, optimizer, schedule, and Accelerate around them."""
+
+import random
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration, is_tensorboard_available, is_wandb_available
+from timm.data import Mixup, create_transform, resolve_model_data_config
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from s3a.compile import compile_model
+from s3a.cost import count_cost
+from s3a.data import EvalLoader, TrainLoader, load_data
+from s3a.errors import unknown
+from s3a.hub import create_repository
+from s3a.machine import use_cores
+from s3a.recipe import Recipe
+from s3a.run_folder import claim_folder
+from s3a.weights import PretrainedMixin, load_pretrained
+
+
+def build(recipe: Recipe) -> dict[str, Any]:
+    """The fields of a `Run`, by name. Claims the run's folder last, so that a recipe that cannot run leaves no trace.
+
+    Raises:
+        ValueError, FileNotFoundError: for a recipe that cannot run here.
+    """
+    if not timm.is_model(recipe.model):
+        raise unknown("model", recipe.model, timm.list_models())
+    check_tracker(recipe.track)
+    data = load_data(recipe.data, recipe.data_dir, dataset=recipe.dataset, streaming=recipe.streaming)
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision,
+        step_scheduler_with_optimizer=False,
+        log_with=recipe.track,
+        project_config=ProjectConfiguration(
+            project_dir=str(recipe.folder), logging_dir=str(recipe.folder / "tracking")
+        ),
+    )
+    check_processes(recipe, accelerator)
+    use_cores(accelerator, recipe.cpu_threads)
+    seed_step(recipe.seed, step=0, process=-1)  # the same weights on every process
+    model = build_model(recipe, data.label_names)
+    check_image_size(model, recipe.image_size)
+    data_config = resolve_model_data_config(model)
+    channels = data_config["input_size"][0]
+    data_config |= {"input_size": (channels, recipe.image_size, recipe.image_size), "crop_pct": recipe.crop_pct}
+    loading = {
+        "channels": channels,
+        "batch_size": recipe.batch_size,
+        "process_index": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+        "num_workers": recipe.num_workers,
+        "pin_memory": accelerator.device.type == "cuda",
+    }
+    train_loader = TrainLoader(
+        data.train,
+        train_transform(recipe, data_config),
+        accumulate=recipe.accumulate,
+        repeats=recipe.repeats,
+        seed=recipe.seed,
+        **loading,
+    )
+    val_loader = EvalLoader(data.val, create_transform(**data_config, is_training=False), **loading)
+    model = model.to(accelerator.device)
+    ema = None
+    if recipe.ema_decay is not None:
+        ema = ModelEmaV3(model, decay=recipe.ema_decay ** (recipe.batch_size / 512))
+    optimizer = create_optimizer_v2(model, "adamw", lr=recipe.peak_learning_rate, weight_decay=recipe.weight_decay)
+    scheduler = build_scheduler(recipe, optimizer, train_loader.steps_per_epoch)
+    model = prepare_model(recipe, model, accelerator)
+    with accelerator.main_process_first():
+        folder = claim_folder(recipe)
+    if recipe.push_to_hub and accelerator.is_main_process:
+        create_repository(recipe.push_to_hub)  # now, so that a missing right does not show after the last epoch
+    accelerator.init_trackers(recipe.run_name, config=recipe.trackable())
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return {
+        "recipe": recipe,
+        "folder": folder,
+        "accelerator": accelerator,
+        "data": data,
+        "data_config": data_config,
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "criterion": SoftTargetCrossEntropy()
+        if recipe.mixes
+        else nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing),
+        "mixup": build_mixup(recipe, len(data.label_names)),
+        "ema": ema,
+        "train_loader": train_loader,
+        "val_loader": val_loader,
+    }
+
+
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Seeds every generator of a process for one step, so that a step's randomness does not depend on those before."""
+    entropy = np.random.SeedSequence((seed, step, process + 1))
+    state = int(entropy.generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+
+
+def build_model(recipe: Recipe, label_names: list[str]) -> nn.Module:
+    """The recipe's model, with fresh weights or those to fine-tune, which keep their head where the classes agree."""
+    drop_path = {} if recipe.drop_path is None else {"drop_path_rate": recipe.drop_path}
+    try:
+        if recipe.weights is None:
+            model = timm.create_model(recipe.model, num_classes=len(label_names), **drop_path)
+        else:
+            model = load_pretrained(recipe.weights, **drop_path)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise ValueError(f"--model {recipe.model} has no drop path: use --drop-path None") from error
+    if recipe.weights is not None:
+        name = model.pretrained_cfg["architecture"]
+        if name != recipe.model:
+            raise ValueError(f"--weights {recipe.weights} holds a {name}: use --model {name}, or other weights")
+        if model.pretrained_cfg.get("label_names") != label_names:
+            model.reset_classifier(len(label_names))
+    if recipe.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+def check_image_size(model: nn.Module, side: int) -> None:
+    """Raises ValueError where the model does not take squares of so many pixels: a forward on the meta device says."""
+    try:
+        count_cost(model, side, side)
+    except ValueError as error:
+        raise ValueError(f"--image-size is {side}: {error}") from error
+
+
+def check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Raises ValueError where the recipe and the processes that Accelerate started do not go together."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if accelerator.device.type != "cuda":
+            raise ValueError("FSDP needs CUDA: on this machine leave it out of the accelerate configuration, for DDP")
+        if recipe.ema_decay is not None:
+            raise ValueError(f"--ema-decay is {recipe.ema_decay}: no average is kept of sharded weights; use None")
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--precision is fp16, which needs a GPU: use bf16 or no")
+    share = recipe.batch_size // (accelerator.num_processes * recipe.accumulate)
+    if recipe.mixes and share % 2:
+        raise ValueError(
+            f"--batch-size is {recipe.batch_size}, {share} images a forward: mixup and cutmix need an even number; "
+            "change it, or use --mixup 0 --cutmix 0"
+        )
+
+
+def check_tracker(track: str | None) -> None:
+    """Raises ValueError where the tracker is not installed."""
+    installed = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if track is not None and not installed[track]():
+        raise ValueError(f"--track is {track}, which is not installed: pip install {track}")
+
+
+def prepare_model(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """SyncBN and compilation, where the recipe and the machine have them."""
+    if recipe.sync_batch_norm and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if recipe.compile:
+        if isinstance(model, PretrainedMixin):
+            compile_model(model)
+        else:
+            model.compile()
+    return model
+
+
+def build_scheduler(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
+    """timm's cosine with warm-up and cooldown; a function of the epoch or step alone."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=recipe.epochs,
+        cooldown_epochs=recipe.cooldown_epochs,
+        warmup_epochs=recipe.warmup_epochs,
+        warmup_lr=1e-6,
+        min_lr=recipe.min_learning_rate,
+        step_on_epochs=recipe.schedule == "epoch",
+        updates_per_epoch=steps_per_epoch,
+    )
+    return scheduler
+
+
+def build_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, which smooth the labels too."""
+    if not recipe.mixes:
+        return None
+    return Mixup(
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        switch_prob=recipe.mixup_switch,
+        label_smoothing=recipe.label_smoothing,
+        num_classes=num_classes,
+    )
+
+
+def train_transform(recipe: Recipe, data_config: dict[str, Any]) -> Any:
+    """timm's augmentation as the recipe has it; ValueError for a policy that timm does not know."""
+    try:
+        return create_transform(
+            input_size=data_config["input_size"],
+            is_training=True,
+            scale=recipe.crop_scale,
+            ratio=recipe.crop_ratio,
+            hflip=recipe.horizontal_flip,
+            color_jitter=recipe.color_jitter,
+            auto_augment=recipe.auto_augment,
+            re_prob=recipe.random_erasing,
+            re_mode="pixel",
+            interpolation=data_config["interpolation"],
+            mean=data_config["mean"],
+            std=data_config["std"],
+        )
+    except AssertionError as error:
+        raise ValueError(
+            f"--auto-augment is {recipe.auto_augment!r}: it must be a policy of timm's, such as rand-m9-mstd0.5-inc1"
+        ) from error

@@ -1,0 +1,168 @@
+"""Loaders: what a process sees in which step.
+
+A torch DataLoader whose items are whole micro-batches, named by epoch and number.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from s3a.data.batches import Batch, EvalBatches, MicroBatch, TrainBatches, Transform
+from s3a.data.images import DataError, Images
+from s3a.data.slices import EvalSlices, Slices
+from s3a.images import image_mode
+
+
+class Schedule(Sampler[MicroBatch]):
+    """The micro-batches of the next pass, in order. Workers live on between passes and learn the epoch from it."""
+
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches, self.epoch, self.first = num_batches, 0, 0
+
+    def __len__(self) -> int:
+        return self.num_batches - self.first
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return iter([(self.epoch, number) for number in range(self.first, self.num_batches)])
+
+
+class Reported(Dataset[Batch | DataError]):
+    """Batches, or what kept one from being made: a DataLoader would bury the message in a worker's traceback."""
+
+    def __init__(self, batches: Dataset[Batch]) -> None:
+        self.batches = batches
+
+    def __getitem__(self, which: MicroBatch) -> Batch | DataError:
+        try:
+            return self.batches[which]
+        except (DataError, OSError) as error:
+            return DataError(str(error))  # not the error itself: others' cannot always be sent between processes
+
+
+def unpacked(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
+    """The batches; raises the DataError that stands for one."""
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise DataError(*batch.args)  # a new one: its frames must not hold it, or workers would outlive it
+        yield batch
+
+
+def batch_loader(batches: Dataset[Batch], schedule: Schedule, num_workers: int, pin_memory: bool) -> DataLoader:
+    """A DataLoader whose items are whole batches. Its own generator: a pass must not advance that of the model."""
+    return DataLoader(
+        Reported(batches),
+        batch_size=None,
+        sampler=schedule,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator(),
+    )
+
+
+class TrainLoader:
+    """Shuffled, augmented images for the optimizer steps of a process.
+
+    A step has the same images and augmentation on any number of processes and workers and for any `accumulate`: process
+    p gets the p-th slice. An image that cannot be read is replaced by the one behind it in the split, and named.
+    Only one pass at a time: a new one ends those begun before.
+
+    Args:
+        images: the training split.
+        transform: PIL image to [channels, height, width] float32; may draw from any global generator.
+        channels: of the network's input, 1 or 3.
+        batch_size: images per optimizer step, over all processes.
+        accumulate: micro-batches per step on each process.
+        repeats: how often an image is in the epoch, each time augmented anew, side by side; an epoch has as many draws
+            as without, and so fewer different images (repeated augmentation, arXiv 1902.05509 and 1901.09335, as in
+            DeiT and timm's RepeatAugSampler).
+        seed: of the order and the augmentation.
+        process_index: of this process.
+        num_processes: that share each step.
+        num_workers: processes that decode and augment; 0 does it in this one. They live as long as the loader.
+        pin_memory: whether batches are put where a GPU copies from without waiting.
+
+    Raises:
+        ValueError: where the batch cannot be cut that way, or there are fewer images than one batch.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        transform: Transform,
+        *,
+        channels: int,
+        batch_size: int,
+        accumulate: int = 1,
+        repeats: int = 1,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        if repeats < 1:
+            raise ValueError(f"--repeats is {repeats}: it must be above 0; 1 has every image once an epoch")
+        slices = Slices(batch_size, accumulate, process_index, num_processes)
+        if images.num_images < batch_size:
+            raise ValueError(
+                f"--batch-size is {batch_size} but there are {images.num_images} training images: use a smaller one"
+            )
+        self.accumulate, self.steps_per_epoch = accumulate, images.num_images // batch_size
+        batches = TrainBatches(images, transform, image_mode(channels), slices, self.steps_per_epoch, repeats, seed)
+        self._schedule = Schedule(batches.num_batches)
+        self._loader = batch_loader(batches, self._schedule, num_workers, pin_memory)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
+        """This process' micro-batches of each optimizer step, from `first_step` on; nothing before it is decoded."""
+        if not 0 <= first_step <= self.steps_per_epoch:
+            raise ValueError(f"first_step is {first_step}: an epoch has {self.steps_per_epoch} steps")
+        self._schedule.epoch, self._schedule.first = epoch, first_step * self.accumulate
+        batches = unpacked(self._loader)
+        for _ in range(first_step, self.steps_per_epoch):
+            yield list(islice(batches, self.accumulate))
+
+
+class EvalLoader:
+    """Every image of a split exactly once over all processes, in order.
+
+    Each process gets equally many batches of equal shapes; what is missing is padded with black images of label -1 and
+    index -1. An image that cannot be read has label -1 too, and is named.
+
+    Args:
+        images: the split.
+        transform: PIL image to [channels, height, width] float32, without randomness.
+        channels: of the network's input, 1 or 3.
+        batch_size: images per batch, over all processes.
+        process_index: of this process.
+        num_processes: that share each batch.
+        num_workers: processes that decode; 0 does it in this one. They live as long as the loader.
+        pin_memory: whether batches are put where a GPU copies from without waiting.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        transform: Transform,
+        *,
+        channels: int,
+        batch_size: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"--batch-size is {batch_size}: it must be above 0")
+        slices = EvalSlices(images.num_images, batch_size, process_index, num_processes)
+        self._schedule = Schedule(slices.num_batches)
+        batches = EvalBatches(images, transform, image_mode(channels), slices)
+        self._loader = batch_loader(batches, self._schedule, num_workers, pin_memory)
+
+    def __len__(self) -> int:
+        return len(self._schedule)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return unpacked(self._loader)

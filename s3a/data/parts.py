@@ -1,0 +1,52 @@
+"""A split that is stored in several files: which of them has a row, and which of its rows that is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from s3a.data.decode import Cell
+
+SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "valid", "test")}
+"""What others may call our two splits; the first that is there is taken."""
+
+
+class Part(ABC):
+    """A shard: `num_rows` rows, read from the first to the last."""
+
+    name: str
+    num_rows: int
+
+    @abstractmethod
+    def read(self, needed: np.ndarray) -> Iterator[tuple[int, Cell | None, int]]:
+        """At least the rows where `needed` ([num_rows] bool) is true, ascending: number, undecoded image, label."""
+
+
+class Parts:
+    """The shards of a split, one behind the other. `starts` has the first row of each, and the end."""
+
+    def __init__(self, parts: Sequence[Part], split: str) -> None:
+        self.parts, self.split = list(parts), split
+        self.sizes = tuple(part.num_rows for part in parts)
+        self.starts = np.cumsum([0, *self.sizes])
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index: int) -> Part:
+        return self.parts[index]
+
+    @property
+    def num_rows(self) -> int:
+        """Of the whole split."""
+        return int(self.starts[-1])
+
+    def of(self, rows: np.ndarray | int) -> np.ndarray:
+        """Which part each row is in."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def name_of(self, row: int) -> str:
+        """The row by its number in the split, and in its part where there are several."""
+        part = int(self.of(row))
+        name = f"row {row} of {self.split}"
+        return name if len(self) == 1 else f"{name} (row {row - self.starts[part]} of {self[part].name})"

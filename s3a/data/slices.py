@@ -1,0 +1,60 @@
+"""Which positions of an epoch a process has in a micro-batch."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Cuts an epoch into optimizer steps, a step into a slice per process, a slice into micro-batches."""
+
+    batch_size: int
+    accumulate: int
+    process_index: int
+    num_processes: int
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be above 0")
+        parts = self.num_processes * self.accumulate
+        if self.batch_size % parts:
+            raise ValueError(
+                f"--batch-size is {self.batch_size} for {self.num_processes} processes and --accumulate "
+                f"{self.accumulate}: it must be a multiple of {parts}, "
+                f"such as {max(1, round(self.batch_size / parts)) * parts}"
+            )
+
+    def positions(self, number: int) -> np.ndarray:
+        """Positions in the epoch of this process' micro-batch of that number: [n] int64."""
+        step, part = divmod(number, self.accumulate)
+        size = self.batch_size // self.num_processes // self.accumulate
+        start = step * self.batch_size + (self.process_index * self.accumulate + part) * size
+        return np.arange(start, start + size)
+
+
+@dataclass(frozen=True)
+class EvalSlices:
+    """Cuts a split into batches and each batch into a slice per process; the last ones may be shorter."""
+
+    num_images: int
+    batch_size: int
+    process_index: int
+    num_processes: int
+
+    @property
+    def num_batches(self) -> int:
+        """The same on every process."""
+        return -(-self.num_images // self.batch_size)
+
+    def size(self, number: int) -> int:
+        """Images and padding in batch `number`, the same on every process."""
+        left = min(self.batch_size, self.num_images - number * self.batch_size)
+        return -(-left // self.num_processes)
+
+    def positions(self, number: int) -> np.ndarray:
+        """Rows of this process in batch `number`, which may be none: [n] int64."""
+        end = min((number + 1) * self.batch_size, self.num_images)
+        start = number * self.batch_size + self.process_index * self.size(number)
+        return np.arange(min(start, end), min(start + self.size(number), end))

@@ -1,0 +1,76 @@
+"""The sources of images by name, and what each needs to be told."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from s3a.data.hub import load_hub
+from s3a.data.images import ImageData
+from s3a.data.local import load_digits, load_fashion_mnist, load_image_folder
+from s3a.data.parquet import load_parquet
+from s3a.data.webdataset import load_webdataset
+from s3a.errors import unknown
+
+Source = Literal["digits", "fashion-mnist", "hub", "imagefolder", "parquet", "webdataset"]
+
+
+@dataclass(frozen=True)
+class SourceRule:
+    """A source: what it is loaded with, and which options it takes."""
+
+    load: Callable[..., ImageData]
+    data_dir: str | None = None
+    """what --data-dir must hold; None where the source takes none"""
+    needs_data_dir: bool = True
+    instead: str = ""
+    """where a folder is refused: what was meant"""
+    takes_dataset: bool = False
+    streams: bool = False
+
+
+SOURCES: dict[str, SourceRule] = {
+    "digits": SourceRule(load_digits, instead="the digits come with scikit-learn: use --data imagefolder"),
+    "fashion-mnist": SourceRule(load_fashion_mnist, data_dir="the four idx files", needs_data_dir=False),
+    "hub": SourceRule(
+        load_hub, instead="a folder is --data imagefolder, parquet or webdataset", takes_dataset=True, streams=True
+    ),
+    "imagefolder": SourceRule(load_image_folder, data_dir="train/CLASS/* and val/CLASS/*"),
+    "parquet": SourceRule(load_parquet, data_dir="train*.parquet and val*.parquet", streams=True),
+    "webdataset": SourceRule(load_webdataset, data_dir="train*.tar and val*.tar", streams=True),
+}
+
+
+def load_data(
+    data: str, data_dir: Path | None = None, *, dataset: str | None = None, streaming: bool = False
+) -> ImageData:
+    """The images of a source.
+
+    Args:
+        data: its name.
+        data_dir: the folder it is in, for sources that are folders.
+        dataset: for `hub`: ORG/NAME or ORG/NAME:CONFIG.
+        streaming: for `hub`, `parquet` and `webdataset`: read the images as they are needed, with no copy of them.
+
+    Raises:
+        FileNotFoundError: for files or a repository that are missing.
+        ValueError: for an unknown source, options that do not fit it, or images without usable labels.
+    """
+    if data not in SOURCES:
+        raise unknown("data", data, SOURCES)
+    rule = SOURCES[data]
+    if data_dir is None and rule.data_dir and rule.needs_data_dir:
+        raise ValueError(f"--data {data} needs --data-dir DIR, a folder with {rule.data_dir}")
+    if data_dir is not None and not rule.data_dir:
+        raise ValueError(f"--data-dir is {str(data_dir)!r} but {rule.instead}")
+    if dataset is not None and not rule.takes_dataset:
+        raise ValueError(f"--dataset is {dataset!r} but --data is {data}: use --data hub")
+    if dataset is None and rule.takes_dataset:
+        raise ValueError(f"--data {data} needs --dataset ORG/NAME or ORG/NAME:CONFIG, such as ILSVRC/imagenet-1k")
+    if streaming and not rule.streams:
+        streaming_sources = ", ".join(name for name, other in SOURCES.items() if other.streams)
+        raise ValueError(f"--streaming is for --data {streaming_sources}: leave it out for {data}")
+    options = {"data_dir": data_dir} if rule.data_dir else {}
+    options |= {"dataset": dataset} if rule.takes_dataset else {}
+    options |= {"streaming": streaming} if rule.streams else {}
+    return rule.load(**options)

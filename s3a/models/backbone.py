@@ -1,0 +1,343 @@
+"""What the model families share: stages of residual blocks, and timm's model contract around them.
+
+Shapes: images [batch, in_chans, height, width], tokens [batch, height, width, dim] channels-last inside,
+maps of `features_only` and `forward_intermediates` [batch, dim, height, width].
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, LayerScale, trunc_normal_
+from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_function, register_notrace_module
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from s3a.errors import unknown
+from s3a.layers import Pointwise, Region
+from s3a.weights import PretrainedMixin
+
+MIN_IMAGE_SIZE = 32
+POOLINGS = ("avg", "")
+
+BackboneT = TypeVar("BackboneT", bound="Backbone")
+
+
+class ResidualBlock(Region):
+    """Attention and a feed-forward network, both residual, behind a residual position encoding if one is given.
+
+    Args:
+        attn: has `dim`, `plan(x)` for what it needs to know of a map (or None), and takes tokens and that plan.
+        mlp: the feed-forward network.
+        norm1, norm2: in front of either.
+        drop_path: stochastic depth of both branches.
+        pos_conv: the position encoding.
+        layer_scale: the initial value of both scales; None for no layer scale.
+    """
+
+    def __init__(
+        self,
+        *,
+        attn: nn.Module,
+        mlp: nn.Module,
+        norm1: nn.Module,
+        norm2: nn.Module,
+        drop_path: float,
+        pos_conv: nn.Module | None = None,
+        layer_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.pos_conv = pos_conv
+        self.norm1 = norm1
+        self.attn = attn
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(attn.dim, layer_scale)
+        self.norm2 = norm2
+        self.mlp = mlp
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(attn.dim, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def draw_kept(self, x: Tensor) -> Tensor:
+        """Stochastic depth for one forward: [2, batch, 1, 1, 1], the factor of either branch of every image."""
+        return torch.stack([self.drop_path(x.new_ones(x.shape[0], 1, 1, 1)) for _ in range(2)])
+
+    def forward(self, x: Tensor, plan: Any = None, kept: Tensor | None = None) -> Tensor:
+        """Transforms tokens. `plan` is what `attn.plan` returns, `kept` what `draw_kept` does; None keeps both."""
+        if self.pos_conv is not None:
+            x = x + self.pos_conv(x)
+        attended = self.ls1(self.attn(self.norm1(x), plan))
+        x = x + (attended if kept is None else kept[0] * attended)
+        fed = self.ls2(self.feed(x))
+        return x + (fed if kept is None else kept[1] * fed)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The feed-forward network behind its norm."""
+        return self.mlp(self.norm2(x))
+
+
+@register_notrace_module  # plans depend on the map's size, which torch.fx does not know
+class Stage(nn.Module):
+    """Blocks of one width on one map.
+
+    Plans and stochastic depth come from outside the blocks: so all that do the same run the same code.
+
+    Args:
+        downsample: in front of the blocks; for the first stage, whose map the stem makes, an identity.
+        blocks: of one width.
+        norm: behind the blocks.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: list[ResidualBlock], norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.Identity() if norm is None else norm
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        drops = self.training and any(block.drop_path.drop_prob for block in self.blocks)
+        for block in self.blocks:
+            plan = block.attn.plan(x)
+            kept = block.draw_kept(x) if drops else None
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, plan, kept, use_reentrant=False)
+            else:
+                x = block(x, plan, kept)
+        return self.norm(x)
+
+
+class Backbone(PretrainedMixin, nn.Module):
+    """A stem, stages and a classifier, with timm's model contract.
+
+    Any input from 32 x 32 pixels up, square or not. A family's constructor makes the stem and the stages of a
+    table of sizes, hands them over, and initialises all weights.
+
+    Args:
+        stem: images to tokens of a quarter of their size (rounded up).
+        stages: each halves the map but the first.
+        head_hidden_size: width of a pointwise layer in front of the pooling; None for no such layer.
+        num_classes: classes of the head; 0 for none.
+        in_chans: channels of the images.
+        global_pool: "avg", or "" to keep the map.
+        drop_rate: dropout in front of the classifier.
+    """
+
+    output_fmt = "NHWC"
+    citation = ""  # of the paper, in BibTeX
+
+    def __init__(
+        self,
+        *,
+        stem: nn.Module,
+        stages: list[Stage],
+        head_hidden_size: int | None,
+        num_classes: int,
+        in_chans: int,
+        global_pool: str,
+        drop_rate: float,
+    ) -> None:
+        super().__init__()
+        dims = [stage.blocks[0].attn.dim for stage in stages]
+        self.in_chans, self.num_features = in_chans, dims[-1]
+        self.head_hidden_size = head_hidden_size or self.num_features
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**index, "module": f"stages.{index}"} for index, dim in enumerate(dims)
+        ]
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+
+        self.proj = Pointwise(self.num_features, head_hidden_size) if head_hidden_size else nn.Identity()
+        self.norm = nn.BatchNorm2d(head_hidden_size) if head_hidden_size else nn.Identity()
+        self.act = nn.SiLU() if head_hidden_size else nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head_pruned = False
+        self.reset_classifier(num_classes, global_pool)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Nothing beyond the biases and 1-d parameters that every optimizer factory leaves out."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for layer-wise learning rates: the stem, then stages (coarse) or blocks."""
+        norms = [(rf"^stages\.({index})\.norm", (len(stage.blocks) - 1,)) for index, stage in enumerate(self.stages)]
+        fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), *norms]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades a second forward of every block for its activations, in training."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The linear classifier."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head with fresh weights (none for 0 classes), and another pooling if given."""
+        if global_pool is not None:
+            if global_pool not in POOLINGS:
+                raise unknown("global_pool", global_pool, POOLINGS)
+            self.global_pool = global_pool
+        if num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes}: it must be 0 (no classifier) or more")
+        if self.head_pruned:
+            raise ValueError("the head was pruned: build the model anew for another classifier")
+        self.num_classes = num_classes
+        weight = next(self.stages.parameters())
+        like = {"device": weight.device, "dtype": weight.dtype}
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **like) if num_classes else nn.Identity()
+        self.head.apply(init_linear)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last stage's tokens: [batch, height, width, num_features], 1/32 of the image a side (nano: 1/16)."""
+        check_images(x, self.in_chans)
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits [batch, num_classes] of last-stage tokens, or the pooled [batch, head_hidden_size] before them."""
+        x = self.act(self.norm(self.proj(x).permute(0, 3, 1, 2)))  # [batch, head_hidden_size, height, width]
+        if self.global_pool == "avg":
+            x = self.head_drop(x.mean((2, 3)))
+            return x if pre_logits else self.head(x)
+        x = self.head_drop(x.permute(0, 2, 3, 1))  # [batch, height, width, head_hidden_size]
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to logits."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps that stages end with, before the next one halves them.
+
+        Args:
+            indices: which stages; an int for the last so many, None for all.
+            norm: accepted for timm's sake; no norm follows the stages, and those that end with one of their own
+                always apply it.
+            stop_early: do not run the stages after the last index.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: return the maps alone, not (last tokens, maps).
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise unknown("output_fmt", output_fmt, ("NCHW", "NHWC"))
+        check_images(x, self.in_chans)
+        taken, last = feature_take_indices(len(self.stages), indices)
+        maps = []
+        x = self.stem(x)
+        for index, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if index in taken:
+                maps.append(x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x)
+        return maps if intermediates_only else (x, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the stages that `indices` do not need, and the head; returns the indices kept."""
+        taken, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_head:
+            self.proj = self.norm = self.act = nn.Identity()
+            self.head = nn.Identity()
+            self.num_classes, self.head_pruned = 0, True
+        return taken
+
+
+@register_notrace_function
+def check_images(x: Tensor, in_chans: int) -> None:
+    """Raises ValueError for images that the network cannot take."""
+    if x.ndim != 4 or x.shape[1] != in_chans or x.shape[0] == 0:
+        raise ValueError(
+            f"images have shape {tuple(x.shape)}: they must be [batch, {in_chans}, height, width], one at least; "
+            "build the model with in_chans= for other channels"
+        )
+    if min(x.shape[2:]) < MIN_IMAGE_SIZE:
+        raise ValueError(
+            f"images are {x.shape[2]} x {x.shape[3]} pixels: each side must be at least {MIN_IMAGE_SIZE}; "
+            "resize or pad them"
+        )
+
+
+def check_arguments(
+    dims: tuple[int, ...], tables: dict[str, tuple[Any, ...]], *, in_chans: int, drop_rate: float, drop_path_rate: float
+) -> None:
+    """Raises ValueError unless every table of sizes has an entry for every stage, and the rest lies in its range."""
+    if in_chans < 1 or not 0 <= drop_rate <= 1 or not 0 <= drop_path_rate <= 1:
+        raise ValueError(
+            f"in_chans is {in_chans}, drop_rate {drop_rate}, drop_path_rate {drop_path_rate}: "
+            "channels must be at least 1, and rates between 0 and 1"
+        )
+    for name, table in tables.items():
+        if len(table) != len(dims):
+            raise ValueError(f"{name} is {table} and dims is {dims}: each must have an entry for every stage")
+    if not dims or min(tables["depths"]) < 1:
+        raise ValueError(
+            f"dims is {dims} and depths is {tables['depths']}: one stage at least, each of one block or more"
+        )
+
+
+def drop_path_rates(last: float, depths: tuple[int, ...]) -> list[list[float]]:
+    """Stochastic depth of every block of every stage: linear over all blocks, from 0 at the first to `last`."""
+    total = sum(depths)
+    rates = iter([last * index / max(total - 1, 1) for index in range(total)])
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def init_linear(module: nn.Module) -> None:
+    """Linear layers: truncated normal weights of std 0.02, zero biases."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def create(
+    family: type[BackboneT],
+    name: str,
+    pretrained: bool,
+    checkpoint_filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
+    **model_args: Any,
+) -> BackboneT:
+    """timm's factory, for a family's model of any number of stages."""
+    return build_model_with_cfg(
+        family,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": tuple(range(len(model_args["dims"]))), "feature_cls": "getter"},
+        **model_args,
+    )
+
+
+def default_cfg(**changes: Any) -> dict[str, Any]:
+    """timm's description of the published preprocessing; no weights are hosted."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0",
+        "classifier": "head",
+        "license": "mit",
+        **changes,
+    }

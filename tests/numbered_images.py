@@ -1,0 +1,93 @@
+"""Images that carry their own number, so that a test can tell which one it was given, from whatever source."""
+
+import io
+import random
+import tarfile
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from torch import Tensor
+
+from s3a.data import DatasetImages
+
+NUM_CLASSES = 3
+NAMES = ["cat", "dog", "owl"]
+
+
+def encoded(number: int, kind: str = "PNG") -> bytes:
+    """A 2 x 2 image, exactly of that number."""
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2), (number % 256, number // 256, 7)).save(file, kind, lossless=True)
+    return file.getvalue()
+
+
+def number_of(image: Image.Image) -> int:
+    """The number of a decoded image; that of evaluation's black ones is 0."""
+    red, green, _ = image.getpixel((1, 1))
+    return red + 256 * green
+
+
+def numbered(image: Image.Image) -> Tensor:
+    """A transform without randomness: the number, as an image of one pixel."""
+    return torch.full((1, 1, 1), float(number_of(image)))
+
+
+def noisy(image: Image.Image) -> Tensor:
+    """A transform that draws from all three generators: the number, then the draws, as four channels."""
+    draws = (random.random(), np.random.rand(), float(torch.rand(())))
+    return torch.tensor([number_of(image), *draws]).reshape(4, 1, 1)
+
+
+def make_images(count: int, broken: tuple[int, ...] = (), split: str = "train") -> DatasetImages:
+    """Images 0 to count - 1 at hand, with label number % NUM_CLASSES; those that are `broken` cannot be decoded."""
+    return DatasetImages(as_dataset(range(count), broken), split)
+
+
+def as_dataset(numbers: range, broken: tuple[int, ...] = ()) -> Dataset:
+    """The images of these numbers."""
+    cells = [{"bytes": b"no image" if i in broken else encoded(i), "path": None} for i in numbers]
+    features = Features(image=ImageFeature(), label=ClassLabel(names=NAMES))
+    return Dataset.from_dict({"image": cells, "label": [i % NUM_CLASSES for i in numbers]}, features)
+
+
+def write_parquet(path: Path, numbers: range, broken: tuple[int, ...] = ()) -> None:
+    """A shard as pyarrow alone writes it, in groups of 7 rows: encoded images, numbers as labels, another column."""
+    table = pa.table(
+        {
+            "caption": [f"image {i}" for i in numbers],
+            "picture": [b"no image" if i in broken else encoded(i) for i in numbers],
+            "class": pa.array([i % NUM_CLASSES for i in numbers], pa.int32()),
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=7)
+
+
+def write_tar(path: Path, numbers: range, broken: tuple[int, ...] = ()) -> None:
+    """A shard in the WebDataset layout, with images of three endings and a file that is of no use."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for i in numbers:
+            ending, kind = (("png", "PNG"), ("webp", "WEBP"), ("BMP", "BMP"))[i % 3]
+            image = b"no image" if i in broken else encoded(i, kind)
+            for name, content in ((ending, image), ("json", b"{}"), ("cls", f"{i % NUM_CLASSES}\n".encode())):
+                member = tarfile.TarInfo(f"folder.v1/{i:04d}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def write_shards(folder: Path, kind: str, num_train: int, num_val: int, broken: tuple[int, ...] = ()) -> Path:
+    """Both splits in uneven shards of a kind, "parquet" or "tar"; the numbers of val follow those of train."""
+    write = write_parquet if kind == "parquet" else write_tar
+    cuts = [0, num_train // 5, num_train // 2, num_train]
+    for shard, (start, end) in enumerate(pairwise(cuts)):
+        write(folder / f"train-{shard:04d}.{kind}", range(start, end), broken)
+    write(folder / "val" / f"0.{kind}", range(num_train, num_train + num_val), broken)
+    return folder

@@ -1,0 +1,160 @@
+"""Says what is in image files: python tools/predict.py --weights FOLDER_OR_REPO IMAGE... [--overlay DIR]."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+# Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+import tyro
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from s3a import cli
+from s3a.attribution import attribute, check_explicable
+from s3a.images import image_mode, read_image
+from s3a.overlay import draw, prepare
+from s3a.weights import load_pretrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Prints the most probable classes of image files, and draws where the model looked."""
+
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE [IMAGE ...]")]
+    """The files."""
+    weights: str
+    """A weights folder, or ORG/NAME on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub repository."""
+    top: int = 5
+    """How many classes to print."""
+    overlay: Path | None = None
+    """A folder for a picture per image: the anchors and reference windows that spoke for its class."""
+    json: bool = False
+    """Print JSON instead of text."""
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ValueError("no IMAGE is given: name one image file at least")
+        if self.top < 1:
+            raise ValueError(f"--top is {self.top}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A class and its probability."""
+
+    label: str
+    index: int
+    probability: float
+
+
+def main(options: Options) -> None:
+    """Predicts image by image. One that cannot be read is an error of its own, and the others are predicted."""
+    model = load_pretrained(options.weights, options.revision)
+    names = label_names(model)
+    config = resolve_model_data_config(model)
+    mode, steps = image_mode(config["input_size"][0]), create_transform(**config, is_training=False).transforms
+    pictures = picture_paths(options.images, options.overlay) if options.overlay else [None] * len(options.images)
+    if options.overlay:
+        check_explicable(model)
+        make_folder(options.overlay)
+
+    results, unreadable = [], False
+    for path, picture in zip(options.images, pictures, strict=True):
+        try:
+            image = read_image(path, mode)
+        except (ValueError, OSError) as error:
+            cli.report(error)
+            unreadable = True
+            continue
+        logits = look(model, image, steps, names, path.name, picture)
+        result = {"image": str(path), "predictions": predictions(logits, names, options.top)}
+        results.append({**result, **({"overlay": str(picture)} if picture else {})})
+        if not options.json:
+            print(told(results[-1]))
+    if options.json:
+        print(json.dumps(results, indent=2, default=asdict))
+    if unreadable:
+        sys.exit(2)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of the pictures; ValueError where there can be none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--overlay {folder} cannot be made ({error.strerror}): give another folder") from error
+
+
+def label_names(model: nn.Module) -> list[str]:
+    """The names of the classes, from the weights' config.json; "class 7" where it has none.
+
+    Raises:
+        ValueError: for a model without classes, or where there are fewer or more names.
+    """
+    if model.num_classes < 1:
+        raise ValueError("the weights have no classes (num_classes is 0): use those of a classifier")
+    names = model.pretrained_cfg.get("label_names") or [f"class {index}" for index in range(model.num_classes)]
+    if isinstance(names, dict):  # timm also has index -> name
+        names = [names.get(str(index), f"class {index}") for index in range(model.num_classes)]
+    if len(names) != model.num_classes:
+        raise ValueError(
+            f"config.json has {len(names)} label_names for {model.num_classes} classes: it must name each class once"
+        )
+    return [str(name) for name in names]
+
+
+def picture_paths(images: Sequence[Path], folder: Path) -> list[Path]:
+    """A PNG for each image, numbered where names meet; ValueError where one would replace an image."""
+    paths: list[Path] = []
+    for image in images:
+        path, number = folder / f"{image.stem}.png", 1
+        while path in paths:
+            number += 1
+            path = folder / f"{image.stem}-{number}.png"
+        paths.append(path)
+    replaced = {image.resolve() for image in images} & {path.resolve() for path in paths}
+    if replaced:
+        raise ValueError(f"--overlay {folder} would replace the image {min(replaced)}: give another folder")
+    return paths
+
+
+def look(
+    model: nn.Module, image: Image.Image, steps: Sequence[Any], names: list[str], name: str, picture: Path | None
+) -> Tensor:
+    """The logits of an image, [classes]; draws into `picture` where they came from."""
+    prepared, view = prepare(image, steps)
+    if picture is None:
+        with torch.inference_mode():
+            return model(prepared[None])[0]
+    attribution = attribute(model, prepared[None])
+    (best,) = predictions(attribution.logits, names, 1)
+    draw(image, view, attribution, f"{best.label}: {100 * best.probability:.1f} %", name).savefig(picture)
+    return attribution.logits
+
+
+def predictions(logits: Tensor, names: list[str], most: int) -> list[Prediction]:
+    """The most probable classes, the first one first."""
+    top = logits.double().softmax(-1).topk(min(most, len(names)))
+    indices, probabilities = top.indices.tolist(), top.values.tolist()
+    return [Prediction(names[index], index, value) for index, value in zip(indices, probabilities, strict=True)]
+
+
+def told(result: dict[str, Any]) -> str:
+    """A result for a person."""
+    lines = [f"{100 * each.probability:7.2f} %  {each.label}" for each in result["predictions"]]
+    where = [f"   drawn in {result['overlay']}"] if "overlay" in result else []
+    return "\n".join([result["image"], *lines, *where])
+
+
+if __name__ == "__main__":
+    cli.run(Options, main)
