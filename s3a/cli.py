@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from difflib import get_close_matches
 from typing import TypeVar
 
 import tyro
@@ -56,8 +57,12 @@ def unframed(message: str) -> str:
             meant = list(dict.fromkeys(options))
         elif not head.startswith(("Argument helptext", "For full helptext")):
             wrong.append(" ".join([head, *rest]))
-    hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
-    return f"{PARSING.sub('', '; '.join(wrong))}{hint} (--help lists the options)"
+    said = PARSING.sub("", "; ".join(wrong))
+    if meant:
+        given = re.findall(r"--[\w-]+", said)
+        nearest = get_close_matches(given[0], meant, n=len(meant), cutoff=0) if given else meant
+        said += f"; did you mean {' or '.join(nearest)}?"
+    return f"{said} (--help lists the options)"
 
 
 def sections(message: str) -> Iterator[list[str]]:

@@ -20,6 +20,8 @@ class Draw:
     """The file to write - a PNG."""
     sides: tuple[int, ...] = (1,)
     """Maps, in tokens per side; see --help."""
+    both_sides: bool = False
+    """Turn the sheet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,11 @@ class Count:
 @pytest.mark.parametrize(
     ("options_type", "arguments", "expected"),
     [
-        (Draw, ["--side", "3", "--output", "x"], "Unrecognized options: --side, 3; did you mean --sides?"),
+        (
+            Draw,
+            ["--side", "3", "--output", "x"],
+            "Unrecognized options: --side, 3; did you mean --sides or --both-sides?",
+        ),
         (Draw, [], "--output must be given"),
         (Draw, ["--outputs", "x"], "--output must be given; Unrecognized options: --outputs x"),
         (Draw, ["--output"], "Missing value for argument '--output'. Expected 1 values."),
@@ -49,7 +55,7 @@ class Count:
         (
             Draw | Count,
             ["draw", "--side", "3", "--output", "x"],
-            "Unrecognized options: --side, 3; did you mean --sides?",
+            "Unrecognized options: --side, 3; did you mean --sides or --both-sides?",
         ),
     ],
 )
