@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import s3a
 from s3a import engine
+from s3a.build import build
 from s3a.recipe import RECIPES, Recipe, named_recipe
 
 RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"
@@ -80,7 +81,7 @@ def test_a_run_learns_and_leaves_all_that_it_promises(recipe, capsys):
     folder = engine.train(recipe)
     lines = metrics_of(folder)
     assert [line["epoch"] for line in lines] == [1, 2, 3]
-    keys = "epoch train_loss val_loss val_top1 val_top5 learning_rate images_per_second"
+    keys = "epoch train_loss val_loss val_top1 val_top5 learning_rate images_per_second loader_wait"
     assert all(set(line) == set(keys.split()) for line in lines)
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     assert lines[-1]["val_top5"] == 1
@@ -127,7 +128,7 @@ def test_the_weights_folder_carries_preprocessing_and_labels(recipe):
     assert config["pretrained_cfg"]["crop_pct"] == recipe.crop_pct
     card = (folder / "README.md").read_text()
     assert "license: mit" in card
-    assert "18 validation images" in card
+    assert "| validation images | 18 |" in card
     assert str(recipe.data_dir) not in card
 
 
@@ -140,7 +141,7 @@ def train_until(recipe: Recipe, epoch: int, monkeypatch) -> None:
     step = engine.train_step
 
     def dying_step(run, *arguments):
-        if run.epoch == epoch:
+        if run.progress.epoch == epoch:
             raise Killed
         return step(run, *arguments)
 
@@ -198,7 +199,7 @@ def test_a_run_without_a_checkpoint_gives_way_to_another_recipe(recipe, monkeypa
 
 def test_a_model_without_drop_path_is_named(recipe):
     with pytest.raises(ValueError, match="--model vgg11 has no drop path: use --drop-path None"):
-        engine.prepare(dataclasses.replace(recipe, model="vgg11"))
+        build(dataclasses.replace(recipe, model="vgg11"))
 
 
 def test_other_files_are_left_alone(recipe):
@@ -236,7 +237,7 @@ def test_a_torn_image_is_named(recipe, tmp_path):
     folder = shutil.copytree(recipe.data_dir, tmp_path / "images")
     torn = folder / "train" / "light" / "003.jpg"
     torn.write_bytes(torn.read_bytes()[:400])
-    with pytest.raises(ValueError, match=r"image .*light/003\.jpg cannot be read"):
+    with pytest.raises(ValueError, match=r"1 training images cannot be read, 0 are allowed.*light/003\.jpg"):
         engine.train(dataclasses.replace(recipe, data_dir=folder))
 
 
@@ -249,11 +250,12 @@ def test_a_model_of_timm_trains_too(recipe):
 def test_a_non_finite_loss_stops_the_run_and_names_the_last_checkpoint(recipe, monkeypatch):
     step = engine.train_step
 
-    def poisoned_step(run, images, labels, number):
-        return step(run, images * (float("nan") if number == 5 else 1), labels, number)
+    def poisoned_step(run, batches):
+        factor = float("nan") if run.steps_done == 4 else 1
+        return step(run, [batch._replace(images=batch.images * factor) for batch in batches])
 
     monkeypatch.setattr(engine, "train_step", poisoned_step)
-    with pytest.raises(engine.NonFiniteLossError, match=r"nan at step 5 \(epoch 2,.*epoch-00001"):
+    with pytest.raises(engine.NonFiniteLossError, match=r"loss is nan .* at step 5 \(epoch 2,.*epoch-00001"):
         engine.train(recipe)
     assert len(metrics_of(recipe.output_dir)) == 1
 
@@ -272,16 +274,16 @@ def test_the_learning_rate_follows_batch_size_warm_up_and_cosine(recipe):
 
 
 def test_weight_decay_spares_biases_and_vectors(recipe):
-    run = engine.prepare(dataclasses.replace(recipe, weight_decay=0.3))
-    for group in run.optimizer.param_groups:
+    built = build(dataclasses.replace(recipe, weight_decay=0.3))
+    groups = built["optimizer"].param_groups
+    for group in groups:
         for parameter in group["params"]:
             assert group["weight_decay"] == (0.3 if parameter.ndim > 1 else 0)
-    assert sum(len(group["params"]) for group in run.optimizer.param_groups) == len(list(run.model.parameters()))
+    assert sum(len(group["params"]) for group in groups) == len(list(built["model"].parameters()))
 
 
 def test_drop_path_reaches_the_model(recipe):
-    run = engine.prepare(recipe)
-    assert run.bare_model.stages[-1].blocks[-1].drop_path.drop_prob == recipe.drop_path
+    assert build(recipe)["model"].stages[-1].blocks[-1].drop_path.drop_prob == recipe.drop_path
 
 
 def test_bf16_trains(recipe):
