@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram, default_decompositions
 
 from s3a.errors import unknown
 from s3a.schemes import SCHEMES, Scheme, check_scheme, quiet_import
@@ -34,6 +35,7 @@ with quiet_import():
         PerRow,
         quantize_,
     )
+    from torchao.utils import unwrap_tensor_subclass
 
 # The compiler tells every user that it does not cache code for torchao's tensors.
 warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
@@ -171,6 +173,14 @@ def take_body_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tens
 def take_head_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A hook in front of the classifier."""
     return tuple(x.to(HEAD_DTYPE) for x in inputs)
+
+
+def trace(model: nn.Module, images: Tensor, **options: Any) -> ExportedProgram:
+    """torch.export's program of a quantized model, which loads without torchao: of plain tensors and PyTorch's own
+    operators."""
+    program = torch.export.export(unwrap_tensor_subclass(deepcopy(model)), (images,), **options)
+    own = {op: how for op, how in default_decompositions().items() if getattr(op, "namespace", None) == "torchao"}
+    return program.run_decompositions(own)
 
 
 # --------------------------------------------------------------------------------------------------------
