@@ -97,11 +97,16 @@ def read_newest(parent: Path, say: Callable[[str], None]) -> Any | None:
     for folder in found:
         fault = find_fault(folder)
         if fault is None:
-            return unpack(json.loads((folder / TREE).read_text(encoding="utf-8")), load_file(folder / TENSORS))
+            return unpack(json.loads((folder / TREE).read_text(encoding="utf-8")), read_tensors(folder / TENSORS))
         say(f"checkpoint {folder} is damaged ({fault}): passing over it")
     if found:
         raise ValueError(f"every checkpoint in {parent} is damaged: restore one, or delete the folder to start anew")
     return None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file in memory: left mapped, it would take up the disk until the run ends, deleted or not."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def checkpoints(parent: Path) -> list[Path]:
