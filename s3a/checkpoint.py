@@ -5,7 +5,6 @@ is a folder with `tensors.safetensors`, `tree.json` (everything that is no tenso
 and `manifest.json` (size and SHA-256 of the two). Nothing is pickled.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -18,11 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from s3a.errors import DiskFullError, is_disk_full
+
 TENSORS, TREE, MANIFEST = "tensors.safetensors", "tree.json", "manifest.json"
-
-
-class DiskFullError(OSError):
-    """There is no room for a checkpoint; the last one is whole."""
 
 
 def write_checkpoint(folder: Path, state: Any, keep: int) -> None:
@@ -64,12 +61,6 @@ def write_files(folder: Path, tensors: dict[str, Tensor], tree: str) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
         flush(path)
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Whether a write failed for want of room; safetensors puts the number into its message."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or any(f"os error {number})" in str(error) for number in full)
 
 
 def disk_full_message(folder: Path, tensors: dict[str, Tensor], tree: str) -> str:

@@ -30,7 +30,16 @@ from s3a.evaluation import Metrics, NonFiniteLossError, UnreadableImagesError, e
 from s3a.interrupts import CheckpointClock, Interrupted, StopRequests
 from s3a.machine import fail_together
 from s3a.recipe import Recipe
-from s3a.run_folder import CHECKPOINT_FOLDER, draw_curves, save_weights, write_metrics, write_unreadable
+from s3a.run_folder import (
+    CHECKPOINT_FOLDER,
+    WEIGHTS,
+    all_scores,
+    draw_curves,
+    headline_weights,
+    save_weights,
+    write_metrics,
+    write_unreadable,
+)
 from s3a.state import model_state, optimizer_state, restore
 from s3a.weights import push_folder
 
@@ -255,6 +264,8 @@ def train_step(run: Run, micro_batches: list[Batch]) -> None:
         fail_together(run.accelerator, non_finite_error(run, told.loss, float(norm), micro_batches))
     else:
         progress.skipped += 1
+        if run.accelerator.scaler is not None:
+            run.accelerator.scaler.update()  # it has looked at this step's gradient, and must forget it
         run.say(f"skipped step {run.steps_done + 1}: the loss is {told.loss}, the gradient's norm {float(norm)}")
         for name, buffer in statistics.items():
             run.bare_model.get_buffer(name).copy_(buffer)
@@ -448,20 +459,20 @@ def finish(run: Run) -> None:
     if run.ema is not None:
         write_weights(run, "ema")
     run.accelerator.wait_for_everyone()
-    best = max(run.progress.history, key=lambda line: line["val_top1"])
-    last = run.progress.history[-1]
+    last, headline = run.progress.history[-1], headline_weights(run.progress.history)
+    best = all_scores(run.progress.history)[WEIGHTS[headline]]
     right = round(last["val_top1"] * run.data.val.num_images)
     averaged = f", with EMA {100 * last['ema_top1']:.2f} %" if "ema_top1" in last else ""
     run.say(
         f"\ntop-1 {100 * last['val_top1']:.2f} % ({right} of {run.data.val.num_images} validation images), "
         f"top-5 {100 * last['val_top5']:.2f} %{averaged}; "
-        f"best epoch {best['epoch']} with {100 * best['val_top1']:.2f} %\n"
-        f"weights:   {run.folder / 'model'} (last), {run.folder / 'best'} (best)\n"
+        f"best epoch {best.epoch} with {100 * best.top1:.2f} %\n"
+        f"weights:   {run.folder / 'model'} (last), {run.folder / headline} (best)\n"
         f"curves:    {run.folder / 'curves.png'}\n"
         f"evaluate:  {evaluate_command(run.recipe, run.folder / 'model')}"
     )
     if run.recipe.push_to_hub and run.accelerator.is_main_process:
-        run.say(f"published: {push_folder(run.folder / 'best', run.recipe.push_to_hub)}")
+        run.say(f"published: {push_folder(run.folder / headline, run.recipe.push_to_hub)}")
 
 
 def write_weights(run: Run, name: str) -> None:
