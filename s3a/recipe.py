@@ -278,6 +278,16 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
+def without_other_source(recipe: Recipe, named: Recipe) -> Recipe:
+    """The recipe, without what tells where `named` has its images from where it takes them from another source."""
+    if recipe.data == named.data:
+        return recipe
+    blank = {"dataset": None, "data_dir": None, "streaming": False}
+    return dataclasses.replace(
+        recipe, **{field: value for field, value in blank.items() if getattr(recipe, field) == getattr(named, field)}
+    )
+
+
 def named_recipe(name: str) -> Recipe:
     """The recipe of that name; ValueError with the nearest one if there is none."""
     if name not in RECIPES:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
+import runpy
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -302,6 +305,18 @@ def test_a_clock_of_minutes(monkeypatch):
     assert not interrupts.CheckpointClock(None).due(step=1)
 
 
+def test_the_end_of_a_launcher_asks_to_stop(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    requests = interrupts.StopRequests()
+    assert requests.received is None
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert requests.received == "the end of its launcher"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert interrupts.StopRequests().received is None
+    monkeypatch.undo()
+    assert interrupts.StopRequests().received is None, "without a launcher a parent may go, as a shell does under nohup"
+
+
 def test_published_at_the_end(recipe, hub: Hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     folder = train(recipe, push_to_hub="lizards/trained")
@@ -347,6 +362,21 @@ def test_the_papers_recipe(size, drop_path):
         "crop_pct": 0.875,
     }
     assert {key: getattr(recipe, key) for key in written} == written
+
+
+def test_another_source_takes_the_place_of_the_recipes(tmp_path, monkeypatch, capsys):
+    def printed(*options: str) -> dict:
+        monkeypatch.setattr(sys, "argv", ["train.py", *options, "--print-recipe"])
+        runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "train.py"), run_name="__main__")
+        return json.loads(capsys.readouterr().out)
+
+    hub = printed("ssvit_tiny_imagenet")
+    assert (hub["data"], hub["dataset"]) == ("hub", "ILSVRC/imagenet-1k")
+    assert hub == json.loads(named_recipe("ssvit_tiny_imagenet").to_json())
+    folder = printed("ssvit_tiny_imagenet", "--data", "imagefolder", "--data-dir", str(tmp_path))
+    assert folder == {**hub, "data": "imagefolder", "dataset": None, "data_dir": str(tmp_path)}
+    kept = printed("ssvit_tiny_imagenet", "--data", "imagefolder", "--data-dir", "x", "--dataset", "me/mine")
+    assert kept["dataset"] == "me/mine", "what a user asks for is refused, not dropped"
 
 
 def test_the_learning_rate_follows_the_global_batch(recipe):
