@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, default_decompositions
 
 from s3a.errors import unknown
-from s3a.schemes import SCHEMES, Scheme, check_scheme, quiet_import
+from s3a.schemes import SCHEMES, Scheme, check_scheme, check_trainable, quiet_import
 
 with quiet_import():
     from torchao.core.config import AOBaseConfig
@@ -35,6 +35,7 @@ with quiet_import():
         PerRow,
         quantize_,
     )
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
     from torchao.utils import unwrap_tensor_subclass
 
 # The compiler tells every user that it does not cache code for torchao's tensors.
@@ -56,6 +57,15 @@ CONFIGS: dict[str, Callable[[Scheme], AOBaseConfig]] = {
     ),
     "float8-weight-only": lambda scheme: Float8WeightOnlyConfig(**ALONE),
     "float8-dynamic": lambda scheme: Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), **ALONE),
+}
+
+# In training activations keep a zero point of their own: torchao's fake quantization has no symmetric tokens.
+FAKE_WEIGHTS = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
+FAKE_TOKENS = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+FAKES: dict[str, Callable[[Scheme], QATConfig]] = {
+    "int8-weight-only": lambda scheme: QATConfig(weight_config=FAKE_WEIGHTS),
+    "int8-dynamic": lambda scheme: QATConfig(activation_config=FAKE_TOKENS, weight_config=FAKE_WEIGHTS),
+    "int8-activations-int4-weights": lambda scheme: QATConfig(CONFIGS["int8-activations-int4-weights"](scheme)),
 }
 
 
@@ -134,6 +144,20 @@ def quantize(model: nn.Module, scheme: str, layers: Sequence[str] | None = None)
         weight.scale = weight.scale.to(DTYPE).to(weight.scale.dtype)  # as folders keep it
     model.quantization = Quantization(scheme, tuple(layers))
     return model
+
+
+def fake_quantize(model: nn.Module, scheme: str) -> None:
+    """Makes a model round in its forward as the scheme does, and pass gradients as if it did not; in place.
+
+    Parameters and their names stay: `quantize` takes what was trained into a plain model.
+
+    Raises:
+        ValueError: for a scheme that cannot be trained for, and for a model that is quantized already.
+    """
+    needs = check_trainable(scheme)
+    check_float(model)
+    layers, _ = choose_layers(model, scheme)
+    quantize_(model, FAKES[scheme](needs), filter_fn=lambda module, name: name in layers)
 
 
 def check_layers(model: nn.Module, scheme: str, layers: Iterable[str], where: str = "") -> None:

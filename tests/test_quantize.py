@@ -1,8 +1,10 @@
 """Quantized weights: codes and scales by hand, folders that come back bit by bit, and what is refused."""
 
+import dataclasses
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from image_folder import make_image_folder
 from PIL import Image
@@ -19,11 +22,15 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 import s3a
-from s3a import VVT, SSViT, SViT, quantize, schemes
+from s3a import VVT, SSViT, SViT, engine, quantize, schemes
+from s3a.checkpoint import read_newest
 from s3a.compile import region_code
 from s3a.cost import count_cost
+from s3a.data import load_data
+from s3a.evaluation import evaluate_weights
 from s3a.model_card import model_card
 from s3a.quantize import choose_layers, pack, unpack
+from s3a.recipe import Recipe, named_recipe
 from s3a.schemes import SCHEMES, check_scheme, check_trainable
 
 ON_CPUS = ["int8-weight-only", "int8-dynamic", "int8-activations-int4-weights", "float8-weight-only"]
@@ -391,3 +398,82 @@ def test_what_the_command_refuses(monkeypatch, capsys, weights: Path, folder: Pa
 
 def test_every_scheme_has_a_config():
     assert SCHEMES.keys() == quantize.CONFIGS.keys()
+
+
+# --------------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_fake_quantization_rounds_and_passes_gradients():
+    layer = nn.Sequential(nn.Linear(64, 8))
+    layer[0].weight.data[:, 0] = 0.2  # the largest: it is cut at 127
+    weight, x = layer[0].weight.detach().clone(), torch.randn(3, 4, 4, 64)
+    quantize.fake_quantize(layer, "int8-weight-only")
+    scale = weight.abs().amax(1, keepdim=True) / 127.5
+    rounded = (weight / scale).round().clamp(-128, 127) * scale
+    found = layer(x)
+    torch.testing.assert_close(found, nn.functional.linear(x, rounded, layer[0].bias))
+    found.sum().backward()
+    inside = (weight / scale).abs() < 127  # beyond it the gradient is cut
+    expected = x.sum((0, 1, 2)).expand(8, 64)
+    torch.testing.assert_close(layer[0].weight.grad[inside], expected[inside], rtol=1e-4, atol=1e-4)
+    assert list(layer.state_dict()) == ["0.weight", "0.bias"]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return dataclasses.replace(
+        named_recipe("digits"),
+        data="imagefolder",
+        data_dir=make_image_folder(tmp_path / "images"),
+        image_size=32,
+        batch_size=16,
+        epochs=2,
+        warmup_epochs=0,
+        cpu_threads=1,
+        ema_decay=0.5,
+        quantize="int8-dynamic",
+        output_dir=tmp_path / "run",
+    )
+
+
+def test_a_run_leaves_quantized_weights(recipe: Recipe):
+    """All of its folders; what it trains is float. Gone back an epoch, it ends with the same bytes."""
+    run = engine.train(recipe)
+    for name in ("model", "best", "ema", "ema-best"):
+        assert SSViT.from_pretrained(run / name).quantization.scheme == "int8-dynamic"
+    state = read_newest(run / "checkpoints", print)["model"]
+    plain = timm.create_model("ssvit_nano", num_classes=2).eval()
+    plain.load_state_dict(state)
+    images = torch.randn(2, 3, 32, 32)
+    right = logits(quantize.quantize(plain, "int8-dynamic"), images)
+    assert torch.equal(logits(SSViT.from_pretrained(run / "model"), images), right)
+
+    written = (run / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(next((run / "checkpoints").glob("*epoch-00002")))
+    shutil.rmtree(run / "model")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    engine.train(recipe)
+    assert (run / "model" / "model.safetensors").read_bytes() == written
+
+
+def test_runs_that_cannot_be_trained_for_a_scheme(recipe: Recipe, folder: Path):
+    with pytest.raises(ValueError, match="'float8-weight-only' cannot be trained for"):
+        engine.train(dataclasses.replace(recipe, quantize="float8-weight-only"))
+    with pytest.raises(ValueError, match="quantized already, by 'int8-dynamic'"):
+        engine.train(dataclasses.replace(recipe, quantize=None, weights=str(folder)))
+    assert not recipe.folder.exists()
+
+
+@pytest.mark.slow
+def test_digits_lose_next_to_nothing(tmp_path: Path):
+    """At most one image of 360 in int8, and four in int4."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run = engine.train(dataclasses.replace(named_recipe("digits"), output_dir=tmp_path / "run"))
+    model, data = SSViT.from_pretrained(run / "model"), load_data("digits", None)
+    right = round(360 * evaluate_weights(model, data, batch_size=64)["top1"])
+    for scheme, most in (("int8-weight-only", 1), ("int8-dynamic", 1), ("int8-activations-int4-weights", 4)):
+        found = evaluate_weights(quantize.quantize(model, scheme), data, batch_size=64)["top1"]
+        assert right - round(360 * found) <= most, scheme
