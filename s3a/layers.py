@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from s3a import int8
 from s3a.attention import attend_plan, choose_backend
 from s3a.errors import unknown
 from s3a.geometry import FIXED, Fixed, check_size, sparse_scan
@@ -36,11 +37,13 @@ class Pointwise(nn.Linear):
 
     In float32 on a CPU it runs as the 1x1 convolution that it is: PyTorch hands that to oneDNN and a matrix product
     to MKL, which on AMD processors has half the speed (LOG.md). Weights of another kind, such as quantized ones,
-    bring their own product.
+    bring their own product, but for int8-dynamic ones in compiled inference on a CPU (`int8`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         plain = type(self.weight) is nn.Parameter and x.dtype == self.weight.dtype == torch.float32
+        if int8.runs_here(x, self.weight):
+            return int8.int8_linear(x, self.weight, self.bias)
         if not (plain and x.device.type == "cpu"):
             return super().forward(x)
         return conv2d(x.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1)

@@ -22,7 +22,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 import s3a
-from s3a import VVT, SSViT, SViT, engine, quantize, schemes
+from s3a import VVT, SSViT, SViT, engine, int8, quantize, schemes
 from s3a.checkpoint import read_newest
 from s3a.compile import region_code
 from s3a.cost import count_cost
@@ -175,8 +175,31 @@ def test_compiled(tmp_path: Path, graphs, scheme: str):
     model, images = SSViT.from_pretrained(tmp_path), torch.randn(SHAPE)
     right = logits(model, images)
     region_code.cache_clear()
+    int8.PACKED.clear()
     assert (logits(s3a.compile_model(model), images) - right).norm() < 0.03 * right.norm()
     assert graphs["compiled"] > 0
+    assert len(int8.PACKED) == (24 if scheme == "int8-dynamic" and int8.CAN_MULTIPLY else 0)  # the blocks' layers
+
+
+def test_products_of_bytes():
+    """oneDNN's, and by hand in whole numbers."""
+    codes = torch.randint(0, 256, (5, 16), dtype=torch.uint8)
+    weight, scale = torch.randint(-127, 128, (7, 16), dtype=torch.int8), torch.rand(7)
+    right = (codes.long() - 128) @ weight.long().T * scale.double()
+    torch.testing.assert_close(int8.multiply_bytes(codes, weight, scale).double(), right, rtol=1 / 128, atol=0)
+
+
+def test_compiled_linear_layers():
+    """Tokens of very different sizes have scales of their own; one of zeros gives the bias."""
+    layer = nn.Sequential(nn.Linear(32, 8)).bfloat16()
+    quantize.quantize_(layer, quantize.CONFIGS["int8-dynamic"](SCHEMES["int8-dynamic"]))
+    weight, bias = layer[0].weight.detach(), layer[0].bias.detach()
+    x = (torch.randn(2, 3, 4, 32) * 10.0 ** torch.arange(-3, 1)[:, None]).bfloat16()
+    x[0, 0, 0] = 0
+    found, right = int8.int8_linear(x, weight, bias), nn.functional.linear(x.float(), weight.dequantize().float())
+    assert torch.equal(found[0, 0, 0], bias)
+    error = (found.float() - bias - right).abs().amax(-1)
+    assert (error <= 0.02 * x.float().norm(dim=-1) + 2**-9).all()
 
 
 def test_costs_and_card_are_of_the_model(folder: Path):
