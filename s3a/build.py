@@ -17,6 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
+from s3a.augmentation import train_transform
 from s3a.compile import compile_model
 from s3a.cost import count_cost, meta_copy
 from s3a.data import EvalLoader, TrainLoader, load_data
@@ -208,26 +209,3 @@ def build_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
         label_smoothing=recipe.label_smoothing,
         num_classes=num_classes,
     )
-
-
-def train_transform(recipe: Recipe, data_config: dict[str, Any]) -> Any:
-    """timm's augmentation as the recipe has it; ValueError for a policy that timm does not know."""
-    try:
-        return create_transform(
-            input_size=data_config["input_size"],
-            is_training=True,
-            scale=recipe.crop_scale,
-            ratio=recipe.crop_ratio,
-            hflip=recipe.horizontal_flip,
-            color_jitter=recipe.color_jitter,
-            auto_augment=recipe.auto_augment,
-            re_prob=recipe.random_erasing,
-            re_mode="pixel",
-            interpolation=data_config["interpolation"],
-            mean=data_config["mean"],
-            std=data_config["std"],
-        )
-    except AssertionError as error:
-        raise ValueError(
-            f"--auto-augment is {recipe.auto_augment!r}: it must be a policy of timm's, such as rand-m9-mstd0.5-inc1"
-        ) from error
