@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, is_tensorboard_available, is_wandb_available
 from timm.data import Mixup, create_transform, resolve_model_data_config
 from timm.loss import SoftTargetCrossEntropy
+from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -127,7 +128,7 @@ def build_model(recipe: Recipe, label_names: list[str]) -> nn.Module:
     given = {name: value for name, value in model_args.items() if value is not None}
     try:
         if recipe.weights is None:
-            model = timm.create_model(recipe.model, num_classes=len(label_names), **given)
+            model = timm.create_model(recipe.model, num_classes=len(label_names), **built_for(recipe), **given)
         else:
             model = load_pretrained(recipe.weights, **given)
     except TypeError as error:
@@ -145,6 +146,12 @@ def build_model(recipe: Recipe, label_names: list[str]) -> nn.Module:
     if recipe.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
+
+
+def built_for(recipe: Recipe) -> dict[str, int]:
+    """The side that a model of timm's with one fixed size is built for; nothing for others, which take any."""
+    config = get_pretrained_cfg(recipe.model)
+    return {"img_size": recipe.image_size} if config is not None and config.fixed_input_size else {}
 
 
 def check_scans(recipe: Recipe, model: nn.Module) -> None:
