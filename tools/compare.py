@@ -88,7 +88,7 @@ def parse(arguments: Sequence[str]) -> tuple[Comparison, Recipe]:
     rest: list[str] = []
     part = own
     for word in arguments:
-        if word.startswith("-"):
+        if word.startswith("--") or word == "-h":
             name = word.partition("=")[0]
             if name in map(option, DECIDED):
                 raise ValueError(f"{name} is for a single run: a comparison takes MODEL ... and --seeds")
@@ -139,7 +139,7 @@ def timing(options: Comparison, contenders: list[Contender], data: ImageData) ->
 def settings(options: Comparison, recipe: Recipe, data: ImageData) -> dict[str, Any]:
     """What the comparison is of, for whoever reads the result."""
     own = {key: getattr(options, key) for key in ("models", "scan", "size", "seeds", "equal", "reference")}
-    shared = {key: value for key, value in vars(recipe).items() if key not in (*INCIDENTAL, *vars(options))}
+    shared = {key: value for key, value in vars(recipe).items() if key not in (*INCIDENTAL, *DECIDED, "scan", "size")}
     images = {"train": data.train.num_images, "val": data.val.num_images, "fingerprint": data.fingerprint}
     return {**own, "recipe": {"name": options.recipe, **shared}, "data": images}
 

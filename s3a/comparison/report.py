@@ -6,14 +6,15 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 from s3a.comparison.results import Results
 
 # Okabe and Ito's colours, with Tol's wine for their yellow, which is pale on white. The markers differ as well.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-WIDTH, ROW_HEIGHT, GROWTH_HEIGHT, DPI = 11.0, 0.42, 3.6, 150  # inches
+WIDTH, ROW_HEIGHT, GROWTH_HEIGHT, DPI = 11.0, 0.5, 4.0, 150  # inches
+LEGEND_COLUMNS = 3
 
 Row = dict[str, Any]
 Cell = Callable[[Row], str]
@@ -118,7 +119,8 @@ def draw(results: Results, path: Path) -> None:
         time, memory = (figure.add_subplot(grid[1, column]) for column in (0, 1))
         draw_growth(time, results, "ms", "milliseconds for one image")
         draw_growth(memory, results, "mib", "MiB at the peak, for one image")
-        time.legend(frameon=False, fontsize=9)
+        columns = min(len(results.rows), LEGEND_COLUMNS)
+        figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
 
@@ -133,10 +135,10 @@ def draw_scores(axes: Axes, rows: list[Row]) -> None:
     for index, row in enumerate(rows):
         top1, look = row["top1"], style(index)
         seeds = [100 * each for each in top1["seeds"]]
-        places = [index + 0.22] * len(seeds)
+        places = [index + 0.1 + 0.3 * (seed + 1) / (len(seeds) + 1) for seed in range(len(seeds))]  # equal ones too
         axes.plot(seeds, places, linestyle="", markersize=5, markerfacecolor="none", alpha=0.8, **look)
         deviation = None if top1["deviation"] is None else 100 * top1["deviation"]
-        axes.errorbar(100 * top1["mean"], index - 0.08, xerr=deviation, capsize=4, markersize=7, **look)
+        axes.errorbar(100 * top1["mean"], index - 0.12, xerr=deviation, capsize=4, markersize=7, **look)
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
@@ -158,15 +160,17 @@ def draw_throughput(axes: Axes, rows: list[Row]) -> None:
 def draw_growth(axes: Axes, results: Results, key: str, title: str) -> None:
     """A quantity against the side of the images, both logarithmic."""
     for index, row in enumerate(results.rows):
-        points = [
-            (each["image_size"], each[key]) for each in results.growth if each["label"] == row["label"] and key in each
-        ]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=row["label"], markersize=5, linewidth=1.4, **style(index))
+        mine = [each for each in results.growth if each["label"] == row["label"] and key in each]
+        points = sorted((each["image_size"], each[key]) for each in mine)
+        axes.plot(
+            *(zip(*points, strict=True) if points else ([], [])), label=row["label"], markersize=5, **style(index)
+        )
     sides = results.sides
     axes.set(xscale="log", yscale="log", xlabel="side of the image (px)")
     axes.set_xticks(sides, [str(side) for side in sides])
     axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     finish(axes, title)
 
 
