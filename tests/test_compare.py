@@ -68,7 +68,6 @@ def test_candidates_are_all_combinations():
     assert [each.label for each in found] == [
         f"ssvit_nano {scan} size {size}" for scan in ("alternate", "dense") for size in (3, 5)
     ]
-    assert [each.folder for each in found[::2]] == ["ssvit_nano-size-3", "ssvit_nano-dense-size-3"]
 
 
 @pytest.mark.parametrize(
@@ -95,14 +94,16 @@ def test_a_scan_of_a_model_without_scans_is_refused(model, scan):
         prepare([Candidate(model=model, scan=scan)], small_recipe(), NAMES)
 
 
-def test_the_published_scan_is_the_plain_model():
-    """So its runs serve both kinds of comparison."""
-    plain, alternate = prepare(
-        [Candidate(model="ssvit_nano"), Candidate(model="ssvit_nano", scan="alternate")], small_recipe(), NAMES
-    )
-    assert plain.run(Path("runs"), 3) == alternate.run(Path("runs"), 3)
+def test_what_is_the_models_own_is_the_plain_model():
+    """Its runs serve all comparisons; others lie in folders of their own."""
+    models = ({}, {"scan": "alternate"}, {"size": 3}, {"scan": "alternate", "size": 3})
+    plain, *same = prepare([Candidate(model="ssvit_nano", **changes) for changes in models], small_recipe(), NAMES)
     assert plain.run(Path("runs"), 3).output_dir == Path("runs/ssvit_nano/seed-3")
     assert plain.run(Path("runs"), 3).seed == 3
+    assert all(each.run(Path("runs"), 3) == plain.run(Path("runs"), 3) for each in same)
+    (other,) = prepare([Candidate(model="ssvit_nano", scan="dense", size=5)], small_recipe(), NAMES)
+    assert other.run(Path("runs"), 0).output_dir == Path("runs/ssvit_nano-dense-size-5/seed-0")
+    assert (other.recipe.scan, other.recipe.size) == ("dense", 5)
 
 
 def test_costs_are_those_of_the_recipes_images():
@@ -212,7 +213,10 @@ def test_a_size_that_a_model_does_not_take_is_said():
 def made_up(num_seeds: int, growth: bool) -> Results:
     cost = {"parameters": 1234, "published_gmacs": 0.5, "gmacs": 0.6}
     rows = [
-        {"label": label, "epochs": 3, **cost, "top1": dataclasses.asdict(spread([top1] * num_seeds))}
+        {
+            **{"label": label, "epochs": 3, **cost},
+            **{name: dataclasses.asdict(spread([top1] * num_seeds)) for name in ("top1", "val_loss")},
+        }
         for label, top1 in (("a $_", 0.9), ("b", 0.8))
     ]
     compare_scores(rows, None)
@@ -231,8 +235,8 @@ def made_up(num_seeds: int, growth: bool) -> Results:
 def test_tables():
     results = made_up(2, growth=True)
     score_table, speed_table, growth_table = tables(results)
-    assert score_table[1][-3:] == ["90.00 ± 0.00", "-", "90.00 90.00"]
-    assert score_table[2][-2] == "-10.00 ± 0.00"
+    assert score_table[1][-4:] == ["90.00 ± 0.00", "-", "0.900 ± 0.000", "90.00 90.00"]
+    assert score_table[2][-3] == "-10.00 ± 0.00"
     assert speed_table[1] == ["a $_", "100", "100", "100", "100"]
     assert growth_table == [
         ["one image", "32 px", "64 px"],

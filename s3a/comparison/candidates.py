@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 import timm
+import torch
 from torch import nn
 
 from s3a.build import build_model, check_image_size
 from s3a.cost import Cost, count_cost
 from s3a.errors import unknown
 from s3a.geometry import scan_rule
+from s3a.layers import S3A
 from s3a.recipe import Recipe
 
 Equal = Literal["epochs", "compute"]
@@ -33,15 +35,16 @@ class Candidate:
         size = None if self.size is None else f"size {self.size}"
         return " ".join(part for part in (self.model, self.scan, size) if part is not None)
 
-    @property
-    def folder(self) -> str:
-        """Where its runs lie; the published scan is the plain model, which another comparison may have trained."""
-        return replace(self, scan=self.changed_scan).label.replace(" ", "-")
-
-    @property
-    def changed_scan(self) -> str | None:
-        """The scan, where it is not the published one."""
-        return None if self.scan == PUBLISHED_SCAN else self.scan
+    def plain(self) -> "Candidate":
+        """The same without what is the model's own anyway, as another comparison may have trained it."""
+        with torch.device("meta"):
+            model = timm.create_model(self.model)
+        sizes = {module.size for module in model.modules() if isinstance(module, S3A)}
+        return replace(
+            self,
+            scan=None if self.scan == PUBLISHED_SCAN else self.scan,
+            size=None if sizes == {self.size} else self.size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +52,13 @@ class Contender:
     """A candidate with what it costs and how it is trained.
 
     Attributes:
-        recipe: of all its runs, but for seed and folder.
+        folder: what the folder of its runs is called.
+        recipe: of all its runs, but for seed and place.
         cost: of one image of the recipe's size.
     """
 
     candidate: Candidate
+    folder: str
     recipe: Recipe
     cost: Cost
 
@@ -64,7 +69,7 @@ class Contender:
 
     def run(self, runs: Path, seed: int) -> Recipe:
         """The recipe of one run, which lies under `runs`."""
-        return replace(self.recipe, seed=seed, output_dir=runs / self.candidate.folder / f"seed-{seed}")
+        return replace(self.recipe, seed=seed, output_dir=runs / self.folder / f"seed-{seed}")
 
     def gmacs(self, num_images: int) -> float:
         """What a training costs in forward GMACs, counted whole; backward passes cost in proportion."""
@@ -120,9 +125,11 @@ def prepare(
     most = costs[labels.index(reference or labels[0])].gmacs
     contenders = []
     for candidate, own, cost in zip(candidates, recipes, costs, strict=True):
-        own = replace(own, scan=candidate.changed_scan)
+        plain = candidate.plain()
+        own = replace(own, scan=plain.scan, size=plain.size)
         own = scaled(own, most / cost.gmacs) if equal == "compute" else own
-        contenders.append(Contender(candidate=candidate, recipe=own, cost=cost))
+        folder = plain.label.replace(" ", "-")
+        contenders.append(Contender(candidate=candidate, folder=folder, recipe=own, cost=cost))
     return contenders
 
 

@@ -33,6 +33,12 @@ def with_error(spread: Row | None, error: str, digits: int = 2) -> str:
     return mean if spread[error] is None else f"{mean} ± {100 * spread[error]:.{digits}f}"
 
 
+def with_deviation(spread: Row) -> str:
+    """A plain figure with its deviation."""
+    deviation = "" if spread["deviation"] is None else f" ± {spread['deviation']:.3f}"
+    return f"{spread['mean']:.3f}{deviation}"
+
+
 SCORES: dict[str, Cell] = {
     "model": lambda row: row["label"],
     "parameters": lambda row: f"{row['parameters']:,}",
@@ -41,6 +47,7 @@ SCORES: dict[str, Cell] = {
     "epochs": lambda row: f"{row['epochs']}",
     "top-1 (%)": lambda row: with_error(row["top1"], "deviation"),
     "gain (points)": lambda row: with_error(row.get("top1_gain"), "error"),
+    "loss": lambda row: with_deviation(row["val_loss"]),
     "each seed": lambda row: " ".join(f"{100 * top1:.2f}" for top1 in row["top1"]["seeds"]),
 }
 SPEEDS: dict[str, Cell] = {
