@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from s3a.compile import compile_model
-from s3a.cost import count_cost
+from s3a.cost import count_cost, meta_copy
 from s3a.data import EvalLoader, TrainLoader, load_data
 from s3a.errors import unknown
 from s3a.hub import create_repository
@@ -74,6 +74,7 @@ def build(recipe: Recipe) -> dict[str, Any]:
         **loading,
     )
     val_loader = EvalLoader(data.val, create_transform(**data_config, is_training=False), **loading)
+    shell = meta_copy(model)
     model = model.to(accelerator.device)
     ema = None
     if recipe.ema_decay is not None:
@@ -93,6 +94,7 @@ def build(recipe: Recipe) -> dict[str, Any]:
         "accelerator": accelerator,
         "data": data,
         "data_config": data_config,
+        "shell": shell,
         "model": model,
         "optimizer": optimizer,
         "scheduler": scheduler,

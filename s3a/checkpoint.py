@@ -5,7 +5,6 @@ is a folder with `tensors.safetensors`, `tree.json` (everything that is no tenso
 and `manifest.json` (size and SHA-256 of the two). Nothing is pickled.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -18,11 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from s3a.errors import DiskFullError, is_disk_full
+
 TENSORS, TREE, MANIFEST = "tensors.safetensors", "tree.json", "manifest.json"
-
-
-class DiskFullError(OSError):
-    """There is no room for a checkpoint; the last one is whole."""
 
 
 def write_checkpoint(folder: Path, state: Any, keep: int) -> None:
@@ -66,12 +63,6 @@ def write_files(folder: Path, tensors: dict[str, Tensor], tree: str) -> None:
         flush(path)
 
 
-def is_disk_full(error: Exception) -> bool:
-    """Whether a write failed for want of room; safetensors puts the number into its message."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or any(f"os error {number})" in str(error) for number in full)
-
-
 def disk_full_message(folder: Path, tensors: dict[str, Tensor], tree: str) -> str:
     """How much a checkpoint needs, what there is, and what is still good."""
     needed = sum(tensor.nbytes for tensor in tensors.values()) + len(tree)
@@ -97,11 +88,16 @@ def read_newest(parent: Path, say: Callable[[str], None]) -> Any | None:
     for folder in found:
         fault = find_fault(folder)
         if fault is None:
-            return unpack(json.loads((folder / TREE).read_text(encoding="utf-8")), load_file(folder / TENSORS))
+            return unpack(json.loads((folder / TREE).read_text(encoding="utf-8")), read_tensors(folder / TENSORS))
         say(f"checkpoint {folder} is damaged ({fault}): passing over it")
     if found:
         raise ValueError(f"every checkpoint in {parent} is damaged: restore one, or delete the folder to start anew")
     return None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file in memory: left mapped, it would take up the disk until the run ends, deleted or not."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def checkpoints(parent: Path) -> list[Path]:

@@ -4,6 +4,7 @@ Everything random is a function of (seed, step, process) or (seed, epoch, image)
 the step: so a run that was stopped anywhere ends with the same weights, byte for byte, as one that never was.
 """
 
+import copy
 import math
 import sys
 import time
@@ -29,7 +30,17 @@ from s3a.evaluation import Metrics, NonFiniteLossError, UnreadableImagesError, e
 from s3a.interrupts import CheckpointClock, Interrupted, StopRequests
 from s3a.machine import fail_together
 from s3a.recipe import Recipe
-from s3a.run_folder import CHECKPOINT_FOLDER, draw_curves, save_weights, write_metrics, write_unreadable
+from s3a.run_folder import (
+    CHECKPOINT_FOLDER,
+    WEIGHTS,
+    all_scores,
+    draw_curves,
+    headline_weights,
+    save_weights,
+    write_metrics,
+    write_unreadable,
+)
+from s3a.state import model_state, optimizer_state, restore
 from s3a.weights import push_folder
 
 
@@ -53,13 +64,18 @@ class Progress:
 
 @dataclass
 class Run:
-    """A run under way: what the recipe built, and how far it has come."""
+    """A run under way: what the recipe built, and how far it has come.
+
+    Attributes:
+        shell: the model without memory, and neither compiled nor spread over processes: its weights are saved in it.
+    """
 
     recipe: Recipe
     folder: Path
     accelerator: Accelerator
     data: ImageData
     data_config: dict[str, Any]
+    shell: nn.Module
     model: nn.Module
     optimizer: Optimizer
     scheduler: Scheduler
@@ -256,6 +272,8 @@ def train_step(run: Run, micro_batches: list[Batch]) -> None:
         fail_together(run.accelerator, non_finite_error(run, told.loss, float(norm), micro_batches))
     else:
         progress.skipped += 1
+        if run.accelerator.scaler is not None:
+            run.accelerator.scaler.update()  # it has looked at this step's gradient, and must forget it
         run.say(f"skipped step {run.steps_done + 1}: the loss is {told.loss}, the gradient's norm {float(norm)}")
         for name, buffer in statistics.items():
             run.bare_model.get_buffer(name).copy_(buffer)
@@ -364,15 +382,16 @@ def stop(run: Run) -> None:
 def save(run: Run) -> None:
     """Writes a checkpoint of everything, and after an epoch metrics and curves."""
     progress = run.progress
+    model, optimizer = model_state(run.model), optimizer_state(run.model, run.optimizer.optimizer)
     if run.accelerator.is_main_process:
         scaler = run.accelerator.scaler
         state = {
             "data": data_summary(run.data),
             "recipe": run.recipe.to_json(),
             "progress": vars(progress),
-            "model": run.bare_model.state_dict(),
+            "model": model,
             "ema": run.ema.module.state_dict() if run.ema else None,
-            "optimizer": run.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": scaler.state_dict() if scaler else None,
         }
         # an epoch's last step and its evaluation are two places
@@ -403,10 +422,9 @@ def resume(run: Run) -> None:
         )
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.bare_model.load_state_dict(state["model"])
+    restore(run.model, run.optimizer.optimizer, state)
     if run.ema is not None:
         run.ema.module.load_state_dict(state["ema"])
-    run.optimizer.load_state_dict(state["optimizer"])
     run.progress = progress = Progress(**state["progress"])
     if run.accelerator.is_main_process:
         show_history(run)
@@ -437,38 +455,40 @@ def described(summary: dict[str, Any]) -> str:
 
 def save_best(run: Run) -> None:
     """Writes the weights of the epoch just done where it is the best one: in `best`, and for EMA in `ema-best`."""
-    for key, name, model in (("val_top1", "best", run.bare_model), ("ema_top1", "ema-best", run.ema)):
+    for key, name in (("val_top1", "best"), ("ema_top1", "ema-best")):
         tops = [line.get(key) for line in run.progress.history]
-        if model is not None and all(tops[-1] > top for top in tops[:-1]):
-            write_weights(run, name, model)
+        if tops[-1] is not None and all(tops[-1] > top for top in tops[:-1]):
+            write_weights(run, name)
 
 
 def finish(run: Run) -> None:
     """Writes the weights folders with their cards, and says where they are and how to use them."""
-    write_weights(run, "model", run.bare_model)
+    write_weights(run, "model")
     if run.ema is not None:
-        write_weights(run, "ema", run.ema)
+        write_weights(run, "ema")
     run.accelerator.wait_for_everyone()
-    best = max(run.progress.history, key=lambda line: line["val_top1"])
-    last = run.progress.history[-1]
+    last, headline = run.progress.history[-1], headline_weights(run.progress.history)
+    best = all_scores(run.progress.history)[WEIGHTS[headline]]
     right = round(last["val_top1"] * run.data.val.num_images)
     averaged = f", with EMA {100 * last['ema_top1']:.2f} %" if "ema_top1" in last else ""
     run.say(
         f"\ntop-1 {100 * last['val_top1']:.2f} % ({right} of {run.data.val.num_images} validation images), "
         f"top-5 {100 * last['val_top5']:.2f} %{averaged}; "
-        f"best epoch {best['epoch']} with {100 * best['val_top1']:.2f} %\n"
-        f"weights:   {run.folder / 'model'} (last), {run.folder / 'best'} (best)\n"
+        f"best epoch {best.epoch} with {100 * best.top1:.2f} %\n"
+        f"weights:   {run.folder / 'model'} (last), {run.folder / headline} (best)\n"
         f"curves:    {run.folder / 'curves.png'}\n"
         f"evaluate:  {evaluate_command(run.recipe, run.folder / 'model')}"
     )
     if run.recipe.push_to_hub and run.accelerator.is_main_process:
-        run.say(f"published: {push_folder(run.folder / 'best', run.recipe.push_to_hub)}")
+        run.say(f"published: {push_folder(run.folder / headline, run.recipe.push_to_hub)}")
 
 
-def write_weights(run: Run, name: str, model: nn.Module) -> None:
-    """A weights folder in the run's folder, by the main process."""
+def write_weights(run: Run, name: str) -> None:
+    """A weights folder in the run's folder, by the main process: of the average where it is named after it."""
+    state = run.ema.module.state_dict() if name.startswith("ema") else model_state(run.model)
     if run.accelerator.is_main_process:
-        model = model.module if isinstance(model, ModelEmaV3) else model
+        model = copy.deepcopy(run.shell)
+        model.load_state_dict(state, assign=True)
         summary = data_summary(run.data)
         save_weights(model, run.folder / name, run.recipe, run.data_config, summary, run.progress.history)
 

@@ -1,9 +1,20 @@
-"""How the library words a wrong name: the value, what it could be, and the nearest of those."""
+"""Errors that several parts of the library word, or have to tell apart."""
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 MOST_SHOWN = 16
+
+
+class DiskFullError(OSError):
+    """There is no room for a file; what was there before it is whole."""
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a write failed for want of room; safetensors puts the number into its message."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"os error {number})" in str(error) for number in full)
 
 
 def unknown(kind: str, value: object, known: Iterable[str]) -> ValueError:

@@ -166,3 +166,9 @@ def all_scores(history: list[dict[str, Any]]) -> dict[Weights, Score]:
         scores["ema"] = Score(epoch=last["epoch"], top1=last["ema_top1"])
         scores["ema-best"] = Score(epoch=best["epoch"], top1=best["ema_top1"])
     return scores
+
+
+def headline_weights(history: list[dict[str, Any]]) -> str:
+    """The folder of the weights that scored highest, of the plain ones and the average: those that papers print."""
+    scores = all_scores(history)
+    return max(("best", "ema-best"), key=lambda name: scores[WEIGHTS[name]].top1 if WEIGHTS[name] in scores else -1)

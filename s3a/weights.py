@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import Tensor, nn
 
-from s3a.errors import unknown
+from s3a.errors import DiskFullError, is_disk_full, unknown
 from s3a.hub import download, upload
 from s3a.model_card import model_card, name_repository
 
@@ -83,9 +83,22 @@ def save_folder(
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside its place and renames it, so that an interrupted write leaves the old one."""
+    """Writes a file beside its place and renames it, so that an interrupted write leaves the old one.
+
+    Raises:
+        DiskFullError: where there is no room for it.
+    """
     partial = path.with_name(path.name + ".partial")
-    write(partial)
+    try:
+        write(partial)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        if not is_disk_full(error):
+            raise
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise DiskFullError(
+            f"the disk of {path} is full, {free:.1f} MB are free: make room and run the same command again"
+        ) from error
     partial.replace(path)
 
 

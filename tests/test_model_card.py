@@ -54,10 +54,10 @@ def test_people_read_the_card(model: torch.nn.Module):
     cost = count_cost(model, 64, 96)
     assert told["image"] == ["64 x 96 pixels, 3 channels"]
     assert told["parameters"] == [f"{cost.parameters:,}"]
-    assert told["GMACs, as published"] == [f"{cost.published_gmacs:.3g}"]
-    assert told["GMACs, with attention"] == [f"{cost.gmacs:.3g}"] != told["GMACs, as published"]
+    assert told["GMACs, layers alone"] == [f"{cost.published_gmacs:.3g}"]
+    assert told["GMACs, whole"] == [f"{cost.gmacs:.3g}"] != told["GMACs, layers alone"]
     assert told["last epoch"] == ["28", "99.44 %", "100.00 %"]
-    assert told["**EMA (exponential moving average): these weights**"] == ["28", "99.72 %", ""]
+    assert told["**EMA (exponential moving average), last epoch: these weights**"] == ["28", "99.72 %", ""]
     assert told["fingerprint"] == ["`sha256:5a1ad1e5`"]
     assert told["training images"] == ["1,437"]
     assert told["crop_scale"] == ["(0.8, 1.0)"]

@@ -1,7 +1,5 @@
-"""Nothing lost: runs that are killed, stopped, spread over processes or short of disk, as real processes."""
+"""Nothing lost: runs that are killed, stopped, tampered with or short of disk, as real processes."""
 
-import json
-import os
 import random
 import shutil
 import signal
@@ -10,78 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from image_folder import make_image_folder
-
-ROOT = Path(__file__).parent.parent
-# Everything that could break a resume: averages, mixing, drop path, repeats, checkpoints inside epochs.
-OPTIONS = {
-    "--image-size": "32",
-    "--epochs": "2",
-    "--warmup-epochs": "0.5",
-    "--batch-size": "128",
-    "--repeats": "2",
-    "--mixup": "0.8",
-    "--cutmix": "1.0",
-    "--ema-decay": "0.9",
-    "--random-erasing": "0.3",
-    "--clip-grad": "1.0",
-    "--checkpoint-every": "4",
-    "--cpu-threads": "1",
-}
-STEPS = 1437 // 128  # of an epoch
-
-# Dies, or signals itself, when a function of the library is called for the so-manieth time.
-DRIVER = """
-import importlib, os, signal, sys
-sys.path.insert(0, "recipes")
-place, times, number, rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-del sys.argv[1:5]
-import train
-module, name = place.split(":")
-module = importlib.import_module(f"s3a.{module}")
-original, calls = getattr(module, name), 0
-
-def counted(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == times and os.environ.get("RANK", "0") == rank:
-        os.kill(os.getpid(), number)
-    return original(*args, **kwargs)
-
-setattr(module, name, counted)
-train.main()
-"""
-
-
-def arguments(folder: Path, **changes: str) -> list[str]:
-    options = OPTIONS | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
-    return ["digits", "--output-dir", str(folder), *(word for pair in options.items() for word in pair)]
-
-
-def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive"} | environment
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
-
-
-def train(*args: str) -> subprocess.CompletedProcess:
-    return run([sys.executable, "recipes/train.py", *args])
-
-
-def die_at(place: str, times: int, *args: str) -> subprocess.CompletedProcess:
-    ended = run([sys.executable, "-c", DRIVER, place, str(times), str(int(signal.SIGKILL)), "0", *args])
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-    return ended
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {path.parent.name: path.read_bytes() for path in folder.glob("*/model.safetensors")}
-
-
-def metrics(folder: Path) -> list[dict]:
-    measured = ("images_per_second", "loader_wait")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in measured} for line in lines]
+from PIL import Image
+from real_runs import DRIVER, ROOT, STEPS, arguments, die_at, metrics, run, train, weights
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +44,7 @@ def test_killed_anywhere_a_run_ends_with_the_same_bytes(undisturbed, tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").glob(".partial*"))
 
 
+@pytest.mark.slow
 def test_signals_checkpoint_the_step_and_say_resume_me(undisturbed, tmp_path):
     """A scheduler's two signals and Ctrl-C, one after the other: in a step, in the evaluation, in a step."""
     options = arguments(tmp_path / "run", checkpoint_every="1000")
@@ -128,74 +61,6 @@ def test_signals_checkpoint_the_step_and_say_resume_me(undisturbed, tmp_path):
     ended = train(*options)
     assert f"resuming {tmp_path / 'run'} after epoch 1 of 2, at step 3 of {STEPS}" in ended.stderr
     assert weights(tmp_path / "run") == weights(undisturbed)
-
-
-def processes(count: int, *args: str, driver: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    script = [str(ROOT / "recipes" / "train.py")]
-    if driver:
-        path = Path(args[args.index("--output-dir") + 1]).parent / "driver.py"
-        path.write_text(DRIVER)
-        script = [str(path), *driver]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return run([*launcher, *script, *args], ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
-
-
-LOSSES = """
-import sys
-sys.path.insert(0, "recipes")
-import train
-from s3a import engine
-tell = engine.tell
-
-def told(run, *args):
-    result = tell(run, *args)
-    run.say(f"loss {result.loss!r}")
-    return result
-
-engine.tell = told
-train.main()
-"""
-
-
-def losses(folder: Path, count: int) -> list[float]:
-    """The first 20 losses on so many processes; nothing in the run may depend on the process."""
-    alone = {"mixup": "0", "cutmix": "0", "drop_path": "0", "batch_size": "64", "epochs": "1", "warmup_epochs": "0"}
-    options = [*arguments(folder / "run", **alone), "--freeze-batch-norm"]
-    path = folder / "losses.py"
-    path.write_text(LOSSES)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command = [*launcher, str(path), *options] if count > 1 else [sys.executable, str(path), *options]
-    ended = run(command, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
-    assert ended.returncode == 0, ended.stderr
-    return [float(line.split()[1]) for line in ended.stderr.splitlines() if line.startswith("loss ")][:20]
-
-
-def test_two_processes_give_the_losses_of_one(tmp_path):
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for folder in folders:
-        folder.mkdir()
-    one, two = (losses(folder, count) for folder, count in zip(folders, (1, 2), strict=True))
-    assert len(one) == len(two) == 20
-    assert one[0] != one[-1]
-    assert two == pytest.approx(one, rel=1e-4)
-    last_one, last_two = (metrics(folder / "run")[-1] for folder in folders)
-    assert last_two["val_loss"] == pytest.approx(last_one["val_loss"], rel=1e-3)
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_and_both_resume(tmp_path):
-    options = arguments(tmp_path / "run", epochs="1", warmup_epochs="0")
-    driver = ("engine:forward_backward", "6", str(int(signal.SIGUSR1)), "1")  # the second process gets it
-    ended = processes(2, *options, driver=driver)
-    assert ended.returncode != 0
-    assert f"at epoch 1, step 6 of {STEPS}" in ended.stderr
-    assert "exitcode  : 75" in ended.stderr
-    assert (tmp_path / "run" / "checkpoints" / "step-000000006-epoch-00000").is_dir()
-    ended = processes(2, *options)
-    assert ended.returncode == 0, ended.stderr
-    whole = processes(2, *arguments(tmp_path / "whole", epochs="1", warmup_epochs="0"))
-    assert whole.returncode == 0, whole.stderr
-    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
 def kill_at_random(command: list[str], kills: int, seed: int) -> None:
@@ -258,6 +123,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_how_much_is_needed(undis
     assert weights(small_disk / "run") == weights(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_tampered_checkpoint_is_said_and_the_one_before_it_used(undisturbed, tmp_path):
     options = arguments(tmp_path / "run")
     die_at("engine:forward_backward", 10, *options)
@@ -271,3 +137,25 @@ def test_a_tampered_checkpoint_is_said_and_the_one_before_it_used(undisturbed, t
     assert f"at step {int(before.name.split('-')[1])} of {STEPS}" in ended.stderr
     assert weights(tmp_path / "run") == weights(undisturbed)
     shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_whole_imagenet_recipe_takes_steps_stops_and_goes_on(tmp_path):
+    """`ssvit_tiny_imagenet` as it stands, compiled, bf16, 224 px, a thousand classes; but for a smaller batch."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for index in range(1000):
+            folder = tmp_path / "images" / split / f"class_{index:03d}"
+            folder.mkdir(parents=True)
+            pixels = generator.integers(0, 255, (60, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "image.jpg")
+    options = ["ssvit_tiny_imagenet", "--data", "imagefolder", "--data-dir", str(tmp_path / "images")]
+    options += ["--batch-size", "8", "--output-dir", str(tmp_path / "run")]
+    for times, step in (("3", 3), ("2", 5)):
+        stop = ["engine:forward_backward", times, str(int(signal.SIGTERM)), "0"]
+        ended = run([sys.executable, "-c", DRIVER, *stop, *options])
+        assert ended.returncode == 75, ended.stderr
+        assert f"stopped by SIGTERM at epoch 1, step {step} of 125" in ended.stderr
+    assert f"resuming {tmp_path / 'run'} after epoch 0 of 310, at step 3 of 125" in ended.stderr
+    [*_, newest] = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert all(tensor.isfinite().all() for tensor in load_file(newest / "tensors.safetensors").values())

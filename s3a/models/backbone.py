@@ -148,6 +148,7 @@ class Backbone(PretrainedMixin, nn.Module):
         ]
         self.stem = stem
         self.stages = nn.ModuleList(stages)
+        self._no_split_modules = [type(stages[0].blocks[0]).__name__]  # read by Accelerate: what FSDP shards apart
 
         self.proj = Pointwise(self.num_features, head_hidden_size) if head_hidden_size else nn.Identity()
         self.norm = nn.BatchNorm2d(head_hidden_size) if head_hidden_size else nn.Identity()
