@@ -25,6 +25,7 @@ from s3a.comparison.scores import compare_scores, score, train_run
 from s3a.comparison.speed import measure_growth, measure_speed
 from s3a.data import ImageData, load_data
 from s3a.interrupts import Interrupted, StopRequests
+from s3a.machine import core_share
 from s3a.recipe import Recipe, named_recipe, option
 from s3a.run_folder import INCIDENTAL, write_whole
 
@@ -104,6 +105,7 @@ def main() -> None:
         options, recipe = parse(sys.argv[1:])
         candidates = list_candidates(options.models, options.scan, options.size)
         device = check_device(options.device)
+        torch.set_num_threads(recipe.cpu_threads or core_share())  # as training does: times depend on it
         data = load_data(recipe.data, recipe.data_dir, dataset=recipe.dataset, streaming=recipe.streaming)
         contenders = prepare(candidates, recipe, data.label_names, equal=options.equal, reference=options.reference)
         results = open_results(options.output_dir, timing(options, contenders, data), device)

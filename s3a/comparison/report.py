@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from s3a.comparison.results import Results
 
@@ -146,10 +146,16 @@ def draw_scores(axes: Axes, rows: list[Row]) -> None:
         axes.plot(seeds, places, linestyle="", markersize=5, markerfacecolor="none", alpha=0.8, **look)
         deviation = None if top1["deviation"] is None else 100 * top1["deviation"]
         axes.errorbar(100 * top1["mean"], index - 0.12, xerr=deviation, capsize=4, markersize=7, **look)
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.set_yticks(range(len(rows)), [with_cost(row) for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    finish(axes, f"top-1 (%): mean, deviation, {len(rows[0]['top1']['seeds'])} seeds")
+    num_seeds = len(rows[0]["top1"]["seeds"])
+    finish(axes, f"top-1 (%): mean and deviation of {num_seeds} seeds" if num_seeds > 1 else "top-1 (%), one seed")
+
+
+def with_cost(row: Row) -> str:
+    """A candidate's name, and below it what it costs."""
+    return f"{row['label']}\n{row['parameters'] / 1e6:,.2f} M, {row['gmacs']:,.3g} GMACs"
 
 
 def draw_throughput(axes: Axes, rows: list[Row]) -> None:
@@ -176,7 +182,8 @@ def draw_growth(axes: Axes, results: Results, key: str, title: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel="side of the image (px)")
     axes.set_xticks(sides, [str(side) for side in sides])
     axes.set_xticks([], minor=True)
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     finish(axes, title)
 
