@@ -304,7 +304,8 @@ def test_a_comparison_and_what_goes_on_from_it(command, arguments, tmp_path, mon
 
 
 def test_a_signal_ends_with_75_and_the_same_command_goes_on(command, arguments, tmp_path, monkeypatch):
-    """After the first run, and then while measuring; finished parts stay."""
+    """After the first run, and then while measuring; finished parts stay. Here all get the same compute."""
+    arguments += ["--equal", "compute"]
     with monkeypatch.context() as patch:
         calls = []
 
@@ -337,7 +338,11 @@ def test_a_signal_ends_with_75_and_the_same_command_goes_on(command, arguments, 
     status, out, _ = command("compare", *arguments)
     assert status == 0
     assert finished.stat().st_mtime_ns == before
-    assert len(found_in(tmp_path / "out")["growth"]) == 4
+    found = found_in(tmp_path / "out")
+    assert len(found["growth"]) == 4
+    ours, peer = found["scores"]
+    assert (ours["epochs"], peer["epochs"]) == (2, round(2 * ours["gmacs"] / peer["gmacs"]))
+    assert peer["epochs"] != 2
 
 
 @pytest.mark.parametrize(
