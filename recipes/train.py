@@ -12,15 +12,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from s3a import cli
 from s3a.engine import train
-from s3a.recipe import Recipe, named_recipe
+from s3a.recipe import Recipe, named_recipe, without_other_source
 
 
 def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--print-recipe"]
     named = bool(arguments) and not arguments[0].startswith("-")
     with cli.one_line_errors():
-        recipe = named_recipe(arguments[0] if named else "digits")
-        recipe = cli.parse(Recipe, arguments[named:], default=recipe)
+        default = named_recipe(arguments[0] if named else "digits")
+        recipe = without_other_source(cli.parse(Recipe, arguments[named:], default=default), default)
         if "--print-recipe" in sys.argv:
             print(recipe.to_json(), end="")
         else:

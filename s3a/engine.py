@@ -8,6 +8,7 @@ import copy
 import math
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from s3a.data import Batch, EvalLoader, ImageData, TrainLoader
 from s3a.evaluation import Metrics, NonFiniteLossError, UnreadableImagesError, evaluate
 from s3a.interrupts import CheckpointClock, Interrupted, StopRequests
 from s3a.machine import fail_together
-from s3a.recipe import Recipe
+from s3a.recipe import Recipe, option
 from s3a.run_folder import (
     CHECKPOINT_FOLDER,
     WEIGHTS,
@@ -157,6 +158,7 @@ def run_epoch(run: Run, bar: Any) -> None:
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         **speed,
         **({"skipped_steps": progress.skipped} if progress.skipped else {}),
+        **({"unreadable_val": len(metrics.unreadable)} if metrics.unreadable else {}),
     }
     progress.history.append(line)
     progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
@@ -239,10 +241,23 @@ def share_buffers(run: Run) -> None:
 
 
 def validate(run: Run, model: nn.Module) -> Metrics:
-    """Evaluates; stops the run where a signal asks for it."""
-    metrics = evaluate(model, run.val_loader, run.accelerator, stop=lambda: run.requests.received is not None)
+    """Evaluates; stops the run where a signal asks for it, or too many images cannot be read."""
+    most = int(run.recipe.max_bad_val_images * run.data.val.num_images)
+    metrics = evaluate(
+        model,
+        run.val_loader,
+        run.accelerator,
+        max_unreadable=run.data.val.num_images,
+        stop=lambda: run.requests.received is not None,
+    )
     if metrics is None:
         stop(run)
+    if metrics.unreadable:
+        if run.accelerator.is_main_process:
+            write_unreadable(run.folder, "val", metrics.unreadable)
+        if len(metrics.unreadable) > most:
+            save(run)
+            fail_together(run.accelerator, unreadable_error(run, "val", metrics.unreadable, most))
     return metrics
 
 
@@ -353,14 +368,19 @@ def note_unreadable(run: Run, names: list[str]) -> None:
     progress, most = run.progress, int(run.recipe.max_bad_images * run.data.train.num_images)
     progress.unreadable = sorted({*progress.unreadable, *gather_object(names)})
     if run.accelerator.is_main_process:
-        write_unreadable(run.folder, progress.unreadable)
+        write_unreadable(run.folder, "train", progress.unreadable)
     if len(progress.unreadable) > most:
-        error = UnreadableImagesError(
-            f"{len(progress.unreadable)} training images cannot be read, {most} are allowed (--max-bad-images "
-            f"{run.recipe.max_bad_images}): mend those listed in {run.folder / 'unreadable.txt'}, such as "
-            f"{progress.unreadable[0]}, or allow more"
-        )
-        fail_together(run.accelerator, error)
+        fail_together(run.accelerator, unreadable_error(run, "train", progress.unreadable, most))
+
+
+def unreadable_error(run: Run, split: str, names: Sequence[str], most: int) -> UnreadableImagesError:
+    """How many images cannot be read, where they are listed, and what helps."""
+    kind, field = {"train": ("training", "max_bad_images"), "val": ("validation", "max_bad_val_images")}[split]
+    return UnreadableImagesError(
+        f"{len(names)} {kind} images cannot be read, {most} are allowed ({option(field)} "
+        f"{getattr(run.recipe, field)}): mend those listed in {run.folder / f'unreadable_{split}.txt'}, such as "
+        f"{names[0]}, or allow more"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Requests to stop, from a scheduler, a user or a clock, taken note of and answered between two steps."""
 
+import os
 import signal
 import threading
 import time
@@ -12,16 +13,27 @@ class Interrupted(Exception):  # noqa: N818  an outcome, not an error
     """The run was asked to stop; its checkpoint is written."""
 
 
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # set by torchrun, by accelerate launch
+
+
 class StopRequests:
     """Notes SIGTERM, SIGUSR1 and Ctrl-C instead of dying of them; a second Ctrl-C interrupts at once.
 
-    Attributes:
-        received: the name of the signal, or None.
+    The end of the launcher is a request too: one that dies of a signal without passing it on leaves processes behind
+    that nobody waits for.
     """
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.signal: str | None = None
+        self.launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
         self.previous: dict[int, object] = {}
+
+    @property
+    def received(self) -> str | None:
+        """The name of the signal, or that the launcher has ended; None as long as nothing asks to stop."""
+        if self.signal is None and self.launcher not in (None, os.getppid()):
+            return "the end of its launcher"
+        return self.signal
 
     def __enter__(self) -> "StopRequests":
         if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
@@ -36,9 +48,9 @@ class StopRequests:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if number == signal.SIGINT and self.received:
+        if number == signal.SIGINT and self.signal:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+        self.signal = signal.Signals(number).name
 
 
 class CheckpointClock:

@@ -107,6 +107,8 @@ class Recipe:
     """Evaluation: side of the centre crop as a share of the resized image's shorter side."""
     max_bad_images: float = 0.001
     """Share of the training images that may be unreadable; they are skipped and listed. More stop the run."""
+    max_bad_val_images: float = 0.0
+    """The same for the validation images, which the figures then leave out."""
 
     precision: Precision = "no"
     """Mixed precision: no, bf16 or fp16."""
@@ -144,8 +146,8 @@ class Recipe:
                 raise ValueError(f"{option(field)} is {low} {high}: it must be a smaller and a larger number above 0")
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"--crop-pct is {self.crop_pct}: it must be above 0 and at most 1")
-        shares = ("label_smoothing", "horizontal_flip", "random_erasing", "drop_path", "mixup_switch", "max_bad_images")
-        for field in (*shares, "ema_decay"):
+        shares = ("label_smoothing", "horizontal_flip", "random_erasing", "drop_path", "mixup_switch", "ema_decay")
+        for field in (*shares, "max_bad_images", "max_bad_val_images"):
             if not 0 <= (getattr(self, field) or 0) <= 1:
                 raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be between 0 and 1")
         if self.warmup_epochs >= self.epochs:
@@ -318,6 +320,16 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         if model.startswith("ssvit_")
     },
 }
+
+
+def without_other_source(recipe: Recipe, named: Recipe) -> Recipe:
+    """The recipe, without what tells where `named` has its images from where it takes them from another source."""
+    if recipe.data == named.data:
+        return recipe
+    blank = {"dataset": None, "data_dir": None, "streaming": False}
+    return dataclasses.replace(
+        recipe, **{field: value for field, value in blank.items() if getattr(recipe, field) == getattr(named, field)}
+    )
 
 
 def named_recipe(name: str) -> Recipe:

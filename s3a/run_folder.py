@@ -1,6 +1,7 @@
 """What a training run leaves in its folder, beside its checkpoints: recipe, metrics, curves, model card."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ HOUSEKEEPING = (
     "checkpoint_every",
     "track",
     "max_bad_images",
+    "max_bad_val_images",
     "push_to_hub",
 )
 INCIDENTAL = (*PLACES, *HOUSEKEEPING)
@@ -83,9 +85,11 @@ def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     write_whole(folder / METRICS_NAME, "".join(json.dumps(line) + "\n" for line in history))
 
 
-def write_unreadable(folder: Path, names: list[str]) -> None:
-    """Writes `unreadable.txt`, a line per training image that cannot be read."""
-    write_whole(folder / "unreadable.txt", "".join(f"{name}\n" for name in names))
+def write_unreadable(folder: Path, split: str, names: Iterable[str]) -> Path:
+    """Writes `unreadable_train.txt` or `unreadable_val.txt`, a line per image that cannot be read; returns its path."""
+    path = folder / f"unreadable_{split}.txt"
+    write_whole(path, "".join(f"{name}\n" for name in names))
+    return path
 
 
 def draw_curves(folder: Path, history: list[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """Several processes, on this machine's CPU: the same run as one, whoever gets a signal, however weights are spread."""
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -108,3 +109,18 @@ def test_a_signal_to_one_process_stops_all_and_both_resume(tmp_path):
     whole = processes(2, *arguments(tmp_path / "whole", epochs="1", warmup_epochs="0"))
     assert whole.returncode == 0, whole.stderr
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_processes_without_their_launcher_checkpoint_and_end(tmp_path):
+    """`accelerate launch` dies of SIGTERM and passes it on to nobody."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/train.py", *arguments(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as started:
+        for line in started.stderr:
+            if "step/s" in line or "s/step" in line:
+                break
+        started.terminate()
+        rest = started.stderr.read()  # to its end, when the last process has ended
+    assert started.returncode == -signal.SIGTERM
+    assert "stopped by the end of its launcher at epoch 1, step" in rest
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))

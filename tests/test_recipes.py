@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
+import runpy
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -180,7 +183,7 @@ def broken(images: Path, tmp_path: Path) -> Path:
 
 def test_unreadable_images_are_listed_up_to_the_limit(recipe, broken):
     folder = train(recipe, data_dir=broken, max_bad_images=2 / 48)
-    listed = (folder / "unreadable.txt").read_text().splitlines()
+    listed = (folder / "unreadable_train.txt").read_text().splitlines()
     assert [Path(line).relative_to(broken / "train").as_posix() for line in listed] == ["dark/001.png", "light/002.jpg"]
     assert len(metrics(folder)) == 2
 
@@ -190,10 +193,18 @@ def test_more_unreadable_images_stop_the_run_with_their_names(recipe, broken):
         train(recipe, data_dir=broken, max_bad_images=1.5 / 48)
 
 
-def test_in_evaluation_none_may_be_unreadable(recipe, broken):
+def test_of_validation_images_none_may_be_unreadable_unless_allowed(recipe, broken):
     (broken / "val" / "dark" / "000.png").write_bytes(b"")
-    with pytest.raises(UnreadableImagesError, match=r"1 validation images cannot be read \(.*val/dark/000\.png\)"):
-        train(recipe, data_dir=broken, max_bad_images=0.5)
+    recipe = dataclasses.replace(recipe, data_dir=broken, max_bad_images=0.5)
+    with pytest.raises(UnreadableImagesError, match=r"1 validation images .*, 0 are allowed.*val/dark/000\.png"):
+        train(recipe)
+    [checkpoint] = (recipe.output_dir / "checkpoints").iterdir()
+    assert checkpoint.name == "step-000000003-epoch-00000", "the epoch's steps are not lost"
+    folder = train(recipe, max_bad_val_images=1 / 18)
+    assert [line["unreadable_val"] for line in metrics(folder)] == [1, 1]
+    right = [line["val_top1"] * 17 for line in metrics(folder)]
+    assert right == pytest.approx([round(count) for count in right])
+    assert (folder / "unreadable_val.txt").read_text() == f"{broken / 'val' / 'dark' / '000.png'}\n"
 
 
 def test_images_of_every_kind_are_trained_on(recipe, images, tmp_path):
@@ -206,7 +217,7 @@ def test_images_of_every_kind_are_trained_on(recipe, images, tmp_path):
     color.resize((1, 1)).save(into / "dot.png")
     color.convert("RGBA").save(into / "alpha.png")
     run = train(recipe, data_dir=folder, batch_size=53, num_workers=1, max_bad_images=0.0)
-    assert not (run / "unreadable.txt").exists()
+    assert not (run / "unreadable_train.txt").exists()
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -302,6 +313,18 @@ def test_a_clock_of_minutes(monkeypatch):
     assert not interrupts.CheckpointClock(None).due(step=1)
 
 
+def test_the_end_of_a_launcher_asks_to_stop(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    requests = interrupts.StopRequests()
+    assert requests.received is None
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert requests.received == "the end of its launcher"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert interrupts.StopRequests().received is None
+    monkeypatch.undo()
+    assert interrupts.StopRequests().received is None, "without a launcher a parent may go, as a shell does under nohup"
+
+
 def test_published_at_the_end(recipe, hub: Hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     folder = train(recipe, push_to_hub="lizards/trained")
@@ -347,6 +370,21 @@ def test_the_papers_recipe(size, drop_path):
         "crop_pct": 0.875,
     }
     assert {key: getattr(recipe, key) for key in written} == written
+
+
+def test_another_source_takes_the_place_of_the_recipes(tmp_path, monkeypatch, capsys):
+    def printed(*options: str) -> dict:
+        monkeypatch.setattr(sys, "argv", ["train.py", *options, "--print-recipe"])
+        runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "train.py"), run_name="__main__")
+        return json.loads(capsys.readouterr().out)
+
+    hub = printed("ssvit_tiny_imagenet")
+    assert (hub["data"], hub["dataset"]) == ("hub", "ILSVRC/imagenet-1k")
+    assert hub == json.loads(named_recipe("ssvit_tiny_imagenet").to_json())
+    folder = printed("ssvit_tiny_imagenet", "--data", "imagefolder", "--data-dir", str(tmp_path))
+    assert folder == {**hub, "data": "imagefolder", "dataset": None, "data_dir": str(tmp_path)}
+    kept = printed("ssvit_tiny_imagenet", "--data", "imagefolder", "--data-dir", "x", "--dataset", "me/mine")
+    assert kept["dataset"] == "me/mine", "what a user asks for is refused, not dropped"
 
 
 def test_the_learning_rate_follows_the_global_batch(recipe):
