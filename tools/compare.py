@@ -26,7 +26,7 @@ from s3a.comparison.speed import measure_growth, measure_speed
 from s3a.data import ImageData, load_data
 from s3a.interrupts import Interrupted, StopRequests
 from s3a.machine import core_share
-from s3a.recipe import Recipe, named_recipe, option
+from s3a.recipe import Recipe, named_recipe, option, without_other_source
 from s3a.run_folder import INCIDENTAL, write_whole
 
 
@@ -96,7 +96,8 @@ def parse(arguments: Sequence[str]) -> tuple[Comparison, Recipe]:
             part = own if name in ours else rest
         part.append(word)
     comparison = cli.parse(Comparison, own)
-    return comparison, cli.parse(Recipe, rest, default=named_recipe(comparison.recipe))
+    default = named_recipe(comparison.recipe)
+    return comparison, without_other_source(cli.parse(Recipe, rest, default=default), default)
 
 
 def main() -> None:
