@@ -24,6 +24,7 @@ from s3a.comparison.results import Results
 from s3a.comparison.scores import compare_scores, spread
 from s3a.comparison.speed import extrapolate, measure_growth, peak_memory
 from s3a.cost import count_cost
+from s3a.data import load_data
 from s3a.recipe import named_recipe
 
 NAMES = ["dark", "light"]
@@ -260,7 +261,7 @@ def test_pictures(num_seeds, growth, tmp_path):
 # --------------------------------------------------------------------------------------------------------
 
 
-def test_a_comparison_and_what_goes_on_from_it(command, arguments, tmp_path, monkeypatch):
+def test_a_comparison_and_what_goes_on_from_it(command, arguments, images, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     status, first, _ = command("compare", *arguments)
     assert status == 0
@@ -294,6 +295,15 @@ def test_a_comparison_and_what_goes_on_from_it(command, arguments, tmp_path, mon
     status, again, _ = command("compare", *arguments)
     assert (status, again) == (0, first)
     monkeypatch.undo()
+
+    # a run is taken as it is only by its own recipe, on its own images
+    data = load_data("imagefolder", images)
+    run = {"epochs": 2, "warmup_epochs": 0.5, "batch_size": 16, "data": "imagefolder", "data_dir": images}
+    recipe = small_recipe(**run, output_dir=folder / "runs" / "ssvit_nano" / "seed-0")
+    assert scores.is_finished(recipe, data)
+    assert not scores.is_finished(recipe, dataclasses.replace(data, fingerprint="other"))
+    with pytest.raises(ValueError, match=r"holds a run with --learning-rate 0\.016 \(now 1\)"):
+        scores.is_finished(dataclasses.replace(recipe, learning_rate=1), data)
 
     # times of another machine are not mixed in, nor is the file touched
     path = folder / "results.json"
