@@ -186,6 +186,8 @@ def train_epoch(run: Run, bar: Any) -> dict[str, float]:
     run.model.train()
     if recipe.freeze_batch_norm:
         freeze_batch_norm(run.model)
+    if recipe.late_drop_path is not None:
+        set_drop_path(run.bare_model, recipe.drop_path_at(progress.epoch))
     if recipe.schedule == "epoch":
         run.scheduler.step(progress.epoch)
     first, started, waited = progress.step, time.perf_counter(), 0.0
@@ -222,6 +224,12 @@ def freeze_batch_norm(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
+
+
+def set_drop_path(model: nn.Module, rate: float | None) -> None:
+    """Gives a model of this library the stochastic depth of an epoch; None leaves it as it was built."""
+    if rate is not None:
+        model.set_drop_path(rate)
 
 
 def share_buffers(run: Run) -> None:
