@@ -27,8 +27,10 @@ from s3a.hub import create_repository
 from s3a.layers import S3A
 from s3a.machine import use_cores
 from s3a.models.backbone import Backbone
+from s3a.quantize import check_float, fake_quantize
 from s3a.recipe import Recipe
 from s3a.run_folder import claim_folder
+from s3a.schemes import check_trainable
 from s3a.weights import PretrainedMixin, load_pretrained
 
 
@@ -41,6 +43,8 @@ def build(recipe: Recipe) -> dict[str, Any]:
     if not timm.is_model(recipe.model):
         raise unknown("model", recipe.model, timm.list_models())
     check_tracker(recipe.track)
+    if recipe.quantize is not None:
+        check_trainable(recipe.quantize)
     data = load_data(recipe.data, recipe.data_dir, dataset=recipe.dataset, streaming=recipe.streaming)
     accelerator = Accelerator(
         mixed_precision=recipe.precision,
@@ -76,6 +80,8 @@ def build(recipe: Recipe) -> dict[str, Any]:
     )
     val_loader = EvalLoader(data.val, create_transform(**data_config, is_training=False), **loading)
     shell = meta_copy(model)
+    if recipe.quantize is not None:
+        fake_quantize(model, recipe.quantize)
     model = model.to(accelerator.device)
     ema = None
     if recipe.ema_decay is not None:
@@ -141,6 +147,7 @@ def build_model(recipe: Recipe, label_names: list[str]) -> nn.Module:
         raise ValueError(NOT_TAKEN[refused].format(model=recipe.model)) from error
     check_scans(recipe, model)
     if recipe.weights is not None:
+        check_float(model)
         name = model.pretrained_cfg["architecture"]
         if name != recipe.model:
             raise ValueError(f"--weights {recipe.weights} holds a {name}: use --model {name}, or other weights")

@@ -67,8 +67,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def without_memory(tensor: Tensor) -> Tensor:
-    """The parameter or buffer on the meta device."""
-    empty = torch.empty_like(tensor, device="meta")
+    """The parameter or buffer on the meta device; for a quantized one, a plain tensor of what it stands for."""
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 

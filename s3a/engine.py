@@ -30,6 +30,7 @@ from s3a.data import Batch, EvalLoader, ImageData, TrainLoader
 from s3a.evaluation import Metrics, NonFiniteLossError, UnreadableImagesError, evaluate
 from s3a.interrupts import CheckpointClock, Interrupted, StopRequests
 from s3a.machine import fail_together
+from s3a.quantize import quantize
 from s3a.recipe import Recipe, option
 from s3a.run_folder import (
     CHECKPOINT_FOLDER,
@@ -509,6 +510,8 @@ def write_weights(run: Run, name: str) -> None:
     if run.accelerator.is_main_process:
         model = copy.deepcopy(run.shell)
         model.load_state_dict(state, assign=True)
+        if run.recipe.quantize is not None:
+            model = quantize(model, run.recipe.quantize)
         summary = data_summary(run.data)
         save_weights(model, run.folder / name, run.recipe, run.data_config, summary, run.progress.history)
 

@@ -115,10 +115,17 @@ def metadata(model: nn.Module, facts: TrainingFacts | None, title: str) -> str:
             if value is not None
         ]
         known = {"datasets": [facts.dataset], "metrics": ["accuracy"], "model_name": title, "eval_results": scored}
-    tags = ["image-classification", "timm", "transformers", "s3a"]
+    tags, library = ["image-classification", "timm", "transformers", "s3a"], "timm"
+    if quantization_of(model):
+        tags, library = ["image-classification", "s3a", "torchao"], "s3a"
     return ModelCardData(
-        license=license_of(model), library_name="timm", pipeline_tag="image-classification", tags=tags, **known
+        license=license_of(model), library_name=library, pipeline_tag="image-classification", tags=tags, **known
     ).to_yaml()
+
+
+def quantization_of(model: nn.Module) -> Any:
+    """The scheme and the layers (see `quantize.Quantization`); None for a float model."""
+    return getattr(model, "quantization", None)
 
 
 def license_of(model: nn.Module) -> str:
@@ -138,6 +145,8 @@ def describe(model: nn.Module, data_config: Mapping[str, Any]) -> list[str]:
         "GMACs, whole": f"{cost.gmacs:.3g}",
         "licence": license_of(model),
     }
+    if quantization := quantization_of(model):
+        rows["quantization"] = f"{quantization.scheme}, {len(quantization.layers)} linear layers; the rest bfloat16"
     units = (
         "Both costs are of one image. The first, which SSViT's paper publishes, leaves the attention products out and "
         "counts in units of 2^30; the other counts them, in units of 10^9."
@@ -174,6 +183,8 @@ def use(model: nn.Module) -> str:
     """How the model is loaded by this library, by timm and by transformers."""
     family = type(model).__name__ if hasattr(model, "from_pretrained") else None
     own = f'model = s3a.{family}.from_pretrained("{PLACEHOLDER}")\n' if family else ""
+    if quantization_of(model):  # neither timm nor transformers knows such weights
+        return f"```python\nimport s3a\n\n{own}```"
     return f"""```python
 import s3a  # registers its models with timm
 import timm

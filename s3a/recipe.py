@@ -13,6 +13,7 @@ from typing import Any, Literal
 from s3a.data import Source
 from s3a.errors import unknown
 from s3a.geometry import scan_rule
+from s3a.schemes import SchemeName
 
 Precision = Literal["no", "bf16", "fp16"]
 Schedule = Literal["epoch", "step"]
@@ -114,6 +115,8 @@ class Recipe:
     """Mixed precision: no, bf16 or fp16."""
     compile: bool = False
     """Compile the model."""
+    quantize: SchemeName | None = None
+    """Train for a quantization scheme, such as int8-dynamic, and write quantized weights; None writes float32."""
     grad_checkpointing: bool = False
     """Trade a second forward of every block for its activations."""
     num_workers: int = 0

@@ -12,7 +12,8 @@ import shutil
 import struct
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
@@ -75,11 +76,20 @@ def save_folder(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors takes neither strided views nor tensors that share memory
-    state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
+    state = {key: tensor.detach().contiguous() for key, tensor in state_to_save(model).items()}
     replace(folder / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
     replace(folder / CONFIG_NAME, lambda path: write_config(model, path, data_config, config))
     if card is not None:
         replace(folder / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
+
+
+def state_to_save(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, of plain tensors."""
+    if getattr(model, "quantization", None) is None:
+        return model.state_dict()
+    from s3a import quantize  # noqa: PLC0415  torchao is slow to import, and most models are not quantized
+
+    return quantize.flat_state(model)
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -113,6 +123,8 @@ def write_config(
     save_config_for_hf(model, path, model_config=config, data_config=data_config)
     written = json.loads(path.read_text(encoding="utf-8"))
     written.get("model_args", {}).pop("num_classes", None)
+    if getattr(model, "quantization", None) is not None:
+        written["quantization"] = asdict(model.quantization) | {"torchao": version("torchao")}
     for key in ("label_names", "label_descriptions"):
         if key in written["pretrained_cfg"]:
             written.setdefault(key, written["pretrained_cfg"].pop(key))
@@ -138,7 +150,11 @@ def load_folder(folder: Path, source: str | None = None, **model_args: Any) -> n
                 "write it with save_pretrained or tools/convert_official.py"
             )
     model = build_model(folder / CONFIG_NAME, f"{source}/{CONFIG_NAME}", model_args)
-    fill(model, folder / WEIGHTS_NAME, f"{source}/{WEIGHTS_NAME}")
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    if "quantization" in config:
+        fill_quantized(model, config, folder, source)
+    else:
+        fill(model, folder / WEIGHTS_NAME, f"{source}/{WEIGHTS_NAME}")
     return model.eval()
 
 
@@ -190,17 +206,38 @@ def check_config(path: Path, shown: str) -> None:
 
 
 def fill(model: nn.Module, path: Path, shown: str) -> None:
-    """Gives a model without memory the tensors of a safetensors file: exactly its keys, shapes and kinds of numbers."""
-    state, expected = read_safetensors(path, shown), model.state_dict()
+    """Gives a model without memory the tensors of a safetensors file, strictly."""
+    model.load_state_dict(read_state(model, model.state_dict(), path, shown), assign=True)
+
+
+def fill_quantized(model: nn.Module, config: dict[str, Any], folder: Path, source: str) -> None:
+    """`fill` for a model that `config.json` says is quantized."""
+    from s3a import quantize  # noqa: PLC0415  torchao is slow to import, and most models are not quantized
+
+    quantization = quantize.parse_quantization(config, model, f"{source}/{CONFIG_NAME}")
+    quantize.cast(model)
+    expected = quantize.expected_parts(model, quantization)
+    state = read_state(model, expected, folder / WEIGHTS_NAME, f"{source}/{WEIGHTS_NAME}")
+    quantize.assign(model, state, quantization)
+
+
+def read_state(model: nn.Module, expected: dict[str, Tensor], path: Path, shown: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: exactly the keys, shapes and kinds of numbers that are expected."""
+    state = read_safetensors(path, shown)
     name, classes = model.pretrained_cfg["architecture"], model.num_classes
     problem = f"{shown} does not hold the {name} with {classes} classes that {CONFIG_NAME} describes"
     check_state(state, {key: tuple(tensor.shape) for key, tensor in expected.items()}, f"{problem}; {TOGETHER}")
-    kinds = [key for key, tensor in expected.items() if tensor.is_floating_point() != state[key].is_floating_point()]
+    kinds = [key for key, tensor in expected.items() if kind_of(tensor) != kind_of(state[key])]
     if kinds:
-        raise ValueError(
-            f"{problem}; {TOGETHER}: integers for floating-point numbers or vice versa: {shortened(kinds)}"
-        )
-    model.load_state_dict(state, assign=True)
+        raise ValueError(f"{problem}; {TOGETHER}: another kind of numbers: {shortened(kinds)}")
+    return state
+
+
+def kind_of(tensor: Tensor) -> str:
+    """What may stand for each other: floating-point numbers that models compute in, or integers; never codes."""
+    if tensor.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return "float"
+    return "float8" if tensor.is_floating_point() else "integer" if tensor.dtype == torch.int64 else str(tensor.dtype)
 
 
 def read_safetensors(path: Path, shown: str) -> dict[str, Tensor]:
@@ -275,6 +312,11 @@ def load_pretrained(
         folder = download(str(folder_or_repo), FILES, **options)
         model = load_folder(folder, f"{folder_or_repo}@{folder.name}", **model_args)
     if num_classes is not None and num_classes != model.num_classes:
+        if getattr(model, "quantization", None) is not None:
+            raise ValueError(
+                f"num_classes is {num_classes}: {str(folder_or_repo)!r} is quantized with {model.num_classes} classes; "
+                "load the weights that it was made from"
+            )
         model.reset_classifier(num_classes)
     return model
 
@@ -394,7 +436,10 @@ def convert_state(state: dict[str, Tensor], model: nn.Module, table: KeyTable) -
 
 
 def filter_official(state: dict[str, Tensor], model: nn.Module, table: KeyTable) -> dict[str, Tensor]:
-    """For timm: converts official checkpoints, leaves our own as they are."""
+    """For timm: converts official checkpoints, leaves our own as they are; ValueError for quantized ones."""
+    if any(key.endswith("._weight_qdata") for key in state):
+        family = type(model).__name__
+        raise ValueError(f"quantized weights are not for timm: load them with {family}.from_pretrained")
     return convert_state(state, model, table) if any(map(table.changes, state)) else state
 
 
