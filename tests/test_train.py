@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import s3a
 from s3a import engine
 from s3a.build import build
+from s3a.evaluation import NonFiniteLossError
 from s3a.recipe import RECIPES, Recipe, named_recipe
 
 RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"
@@ -315,13 +316,13 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_last_checkpoint(recipe, m
         return step(run, [batch._replace(images=batch.images * factor) for batch in batches])
 
     monkeypatch.setattr(engine, "train_step", poisoned_step)
-    with pytest.raises(engine.NonFiniteLossError, match=r"loss is nan .* at step 5 \(epoch 2,.*epoch-00001"):
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan .* at step 5 \(epoch 2,.*epoch-00001"):
         engine.train(recipe)
     assert len(metrics_of(recipe.output_dir)) == 1
 
 
 def test_a_learning_rate_that_explodes_is_a_non_finite_loss(recipe):
-    with pytest.raises(engine.NonFiniteLossError, match="last good checkpoint: none yet"):
+    with pytest.raises(NonFiniteLossError, match="last good checkpoint: none yet"):
         engine.train(dataclasses.replace(recipe, learning_rate=1e25))
 
 
