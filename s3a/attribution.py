@@ -85,7 +85,8 @@ class Call:
     @property
     def passes(self) -> tuple[Neighborhood | None, Neighborhood | None]:
         """The local and the anchor pass; None for one that is left out."""
-        return scan_passes(*self.map_size, self.attention.size, self.attention.fixed)
+        attention = self.attention
+        return scan_passes(*self.map_size, attention.size, attention.fixed, attention.passes)
 
 
 @torch.enable_grad()

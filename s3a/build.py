@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, is_tensorboard_available, is_wandb_available
 from timm.data import Mixup, create_transform, resolve_model_data_config
 from timm.loss import SoftTargetCrossEntropy
+from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -17,12 +18,15 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
+from s3a.augmentation import train_transform
 from s3a.compile import compile_model
 from s3a.cost import count_cost, meta_copy
 from s3a.data import EvalLoader, TrainLoader, load_data
 from s3a.errors import unknown
 from s3a.hub import create_repository
+from s3a.layers import S3A
 from s3a.machine import use_cores
+from s3a.models.backbone import Backbone
 from s3a.quantize import check_float, fake_quantize
 from s3a.recipe import Recipe
 from s3a.run_folder import claim_folder
@@ -120,18 +124,28 @@ def seed_step(seed: int, step: int, process: int) -> None:
     torch.manual_seed(state)
 
 
+NOT_TAKEN = {
+    "drop_path_rate": "--model {model} has no drop path: use --drop-path None",
+    "scan": "--model {model} has no sparse scans: leave --scan out, or use an SSViT",
+    "size": "--model {model} has no sparse scans to give a size: leave --size out, or use an SSViT",
+}
+
+
 def build_model(recipe: Recipe, label_names: list[str]) -> nn.Module:
     """The recipe's model, with fresh weights or those to fine-tune, which keep their head where the classes agree."""
-    drop_path = {} if recipe.drop_path is None else {"drop_path_rate": recipe.drop_path}
+    model_args = {"drop_path_rate": recipe.drop_path, "scan": recipe.scan, "size": recipe.size}
+    given = {name: value for name, value in model_args.items() if value is not None}
     try:
         if recipe.weights is None:
-            model = timm.create_model(recipe.model, num_classes=len(label_names), **drop_path)
+            model = timm.create_model(recipe.model, num_classes=len(label_names), **built_for(recipe), **given)
         else:
-            model = load_pretrained(recipe.weights, **drop_path)
+            model = load_pretrained(recipe.weights, **given)
     except TypeError as error:
-        if "drop_path_rate" not in str(error):
+        refused = next((name for name in given if f"'{name}'" in str(error)), None)
+        if refused is None:
             raise
-        raise ValueError(f"--model {recipe.model} has no drop path: use --drop-path None") from error
+        raise ValueError(NOT_TAKEN[refused].format(model=recipe.model)) from error
+    check_scans(recipe, model)
     if recipe.weights is not None:
         check_float(model)
         name = model.pretrained_cfg["architecture"]
@@ -142,6 +156,21 @@ def build_model(recipe: Recipe, label_names: list[str]) -> nn.Module:
     if recipe.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
+
+
+def built_for(recipe: Recipe) -> dict[str, int]:
+    """The side that a model of timm's with one fixed size is built for; nothing for others, which take any."""
+    config = get_pretrained_cfg(recipe.model)
+    return {"img_size": recipe.image_size} if config is not None and config.fixed_input_size else {}
+
+
+def check_scans(recipe: Recipe, model: nn.Module) -> None:
+    """Raises ValueError for fields that this model would leave unheeded, as some of timm's do with arguments."""
+    for field in ("scan", "size"):
+        if getattr(recipe, field) is not None and not any(isinstance(module, S3A) for module in model.modules()):
+            raise ValueError(NOT_TAKEN[field].format(model=recipe.model))
+    if recipe.late_drop_path is not None and not isinstance(model, Backbone):
+        raise ValueError(f"--model {recipe.model} cannot change its drop path: use --late-drop-path None")
 
 
 def check_image_size(model: nn.Module, side: int) -> None:
@@ -215,26 +244,3 @@ def build_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
         label_smoothing=recipe.label_smoothing,
         num_classes=num_classes,
     )
-
-
-def train_transform(recipe: Recipe, data_config: dict[str, Any]) -> Any:
-    """timm's augmentation as the recipe has it; ValueError for a policy that timm does not know."""
-    try:
-        return create_transform(
-            input_size=data_config["input_size"],
-            is_training=True,
-            scale=recipe.crop_scale,
-            ratio=recipe.crop_ratio,
-            hflip=recipe.horizontal_flip,
-            color_jitter=recipe.color_jitter,
-            auto_augment=recipe.auto_augment,
-            re_prob=recipe.random_erasing,
-            re_mode="pixel",
-            interpolation=data_config["interpolation"],
-            mean=data_config["mean"],
-            std=data_config["std"],
-        )
-    except AssertionError as error:
-        raise ValueError(
-            f"--auto-augment is {recipe.auto_augment!r}: it must be a policy of timm's, such as rand-m9-mstd0.5-inc1"
-        ) from error

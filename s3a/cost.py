@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from s3a.geometry import sparse_scan
 from s3a.layers import S3A
 
 
@@ -81,8 +80,7 @@ def image_channels(model: nn.Module) -> int:
 def scan_macs(attention: S3A, tokens: Tensor) -> int:
     """Scores and values of every (query, key) pair of the scan on the tokens' map."""
     _, height, width, dim = tokens.shape
-    scan = sparse_scan(height, width, attention.size, attention.fixed)
-    return 2 * dim * sum(neighborhood.count_pairs(height, width) for neighborhood in scan)
+    return 2 * dim * sum(step.count_pairs(height, width) for step in attention.scan(height, width))
 
 
 class Counted(TorchDispatchMode):

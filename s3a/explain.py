@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from s3a.attention import choose_backend, objection_to_flex
-from s3a.geometry import FIXED, Fixed, Neighborhood, sparse_scan
+from s3a.geometry import Fixed, Neighborhood, ScanRule, scan_passes, scan_rule
 from s3a.plan import Backend
 from s3a.plan.blocks import BLOCK_SIZE, BlockLayout, layouts
 from s3a.plan.tiles import TileCost, listed_cost, prefers_list, tile_costs
@@ -18,7 +18,7 @@ class PassChoice:
     """How one pass is run, and what else it could have been.
 
     Attributes:
-        fixed: which kind of scan the pass belongs to. name: "local" or "anchor".
+        fixed: which kind of scan the pass belongs to. name: "local", "anchor" or "dense".
         neighborhood: its kernel and dilation.
         num_pairs: (query, key) pairs of the pass. num_tokens: of the map.
         tiles: every choice of tiles, cheapest (the chosen one) first.
@@ -40,10 +40,10 @@ class PassChoice:
     def __str__(self) -> str:
         kernel, dilation = self.neighborhood.kernel_size[0], self.neighborhood.dilation[0]
         density = 100 * self.num_pairs / self.num_tokens**2
+        what = "dense pass" if self.name == "dense" else f'fixed="{self.fixed}", {self.name} pass'
         return "\n".join(
             [
-                f'fixed="{self.fixed}", {self.name} pass: kernel {kernel}, dilation {dilation}; '
-                f"{self.num_pairs:,} pairs, {density:.1f} % of dense",
+                f"{what}: kernel {kernel}, dilation {dilation}; {self.num_pairs:,} pairs, {density:.1f} % of dense",
                 f"  tiles:  {self.describe_tiles()}",
                 f"  listed: {self.describe_list()}",
                 f"  blocks: {self.describe_orders()}",
@@ -87,7 +87,7 @@ class Explanation:
     Attributes:
         height, width: the map, in tokens. device, dtype, size: as asked.
         backend: the automatic choice. reasons: why each of the others lost.
-        passes: both kinds of scan, pass by pass.
+        passes: every kind of scan in it, pass by pass.
     """
 
     height: int
@@ -113,6 +113,7 @@ def explain(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     size: int = 7,
+    scan: str = "alternate",
     head_dim: int = 32,
     training: bool = False,
 ) -> Explanation:
@@ -122,9 +123,10 @@ def explain(
         height, width: the map, in tokens.
         device, dtype, head_dim, training: of the tensors that would be attended; nothing is put on the device.
         size: of the scans.
+        scan: which of them a network runs, a key of `geometry.SCANS`.
 
     Raises:
-        ValueError: for a map without tokens or a size below 1.
+        ValueError: for a map without tokens, a size below 1 or an unknown scan.
     """
     if min(height, width) < 1:
         raise ValueError(f"the map is {height} x {width} tokens: height and width must be positive")
@@ -144,7 +146,7 @@ def explain(
     passes = [
         PassChoice(
             fixed=fixed,
-            name="anchor" if neighborhood.dilation != (1, 1) or index else "local",
+            name=name,
             neighborhood=neighborhood,
             num_pairs=neighborhood.count_pairs(height, width),
             num_tokens=height * width,
@@ -153,8 +155,7 @@ def explain(
             lists=prefers_list(neighborhood, height, width, device),
             orders=layouts(neighborhood, height, width),
         )
-        for fixed in FIXED
-        for index, neighborhood in enumerate(sparse_scan(height, width, size, fixed))
+        for fixed, name, neighborhood in named_passes(scan_rule(scan), height, width, size)
     ]
     return Explanation(
         height=height,
@@ -166,6 +167,17 @@ def explain(
         reasons=reasons,
         passes=tuple(passes),
     )
+
+
+def named_passes(rule: ScanRule, height: int, width: int, size: int) -> list[tuple[Fixed, str, Neighborhood]]:
+    """Every pass that a network's blocks run on a map: its kind of scan, its name, its neighborhood."""
+    names = ("local", "dense" if rule.passes == "dense" else "anchor")
+    return [
+        (fixed, name, neighborhood)
+        for fixed in rule.fixed
+        for name, neighborhood in zip(names, scan_passes(height, width, size, fixed, rule.passes), strict=True)
+        if neighborhood is not None
+    ]
 
 
 def named(tile: tuple[int, int]) -> str:

@@ -4,7 +4,8 @@ Three ideas, each on top of the one before:
 
 - an *axis* of tokens falls into dilation groups, and every token has a window of its group (`AxisWindows`);
 - a `Neighborhood` is such a window on the rows times one on the columns;
-- a scan is a tuple of neighborhoods, attended one after the other (`sparse_scan` gives the two of S3A).
+- a scan is a tuple of neighborhoods, attended one after the other (`sparse_scan` gives the two of S3A, or those that
+  an ablation leaves of them).
 
 Everything is numpy on purpose: geometry must not depend on the device, the dtype or the tracing mode
 that torch happens to be in.
@@ -21,6 +22,8 @@ from s3a.errors import unknown
 
 Fixed: TypeAlias = Literal["window", "anchors"]
 FIXED = ("window", "anchors")
+Passes: TypeAlias = Literal["both", "local", "anchor", "dense"]
+PASSES = ("both", "local", "anchor", "dense")
 
 
 def pair(value: int | tuple[int, int], name: str, rule: str = "a positive integer") -> tuple[int, int]:
@@ -140,7 +143,7 @@ def odd(number: int) -> int:
     return number if number % 2 else number + 1
 
 
-def sparse_scan(height: int, width: int, size: int = 7, fixed: Fixed = "window") -> Scan:
+def sparse_scan(height: int, width: int, size: int = 7, fixed: Fixed = "window", passes: Passes = "both") -> Scan:
     """The chained passes of S3A on a map (arXiv 2405.13335; kernels and dilations as in the official code).
 
     The local pass comes first and the anchor pass second; a pass of a single token is left out. Where the
@@ -151,15 +154,29 @@ def sparse_scan(height: int, width: int, size: int = 7, fixed: Fixed = "window")
         size: what is fixed, in tokens per axis.
         fixed: "window" fixes the reference window and lets the number of anchors follow the map;
             "anchors" fixes the number of anchors and lets the window follow.
+        passes: "both" as published; "local" or "anchor" leaves the other one out; "dense" puts one pass over all
+            tokens in their place.
 
     Raises:
-        ValueError: for a size below 1 or another word for `fixed`.
+        ValueError: for a size below 1 or another word for `fixed` or `passes`.
     """
-    return tuple(step for step in scan_passes(height, width, size, fixed) if step is not None)
+    return tuple(step for step in scan_passes(height, width, size, fixed, passes) if step is not None)
 
 
-def scan_passes(height: int, width: int, size: int, fixed: Fixed) -> tuple[Neighborhood | None, Neighborhood | None]:
-    """The local and the anchor pass of `sparse_scan`, None for one that is left out."""
+def scan_passes(
+    height: int, width: int, size: int, fixed: Fixed, passes: Passes = "both"
+) -> tuple[Neighborhood | None, Neighborhood | None]:
+    """The local and the anchor pass of `sparse_scan`, None for one that is left out; to "dense" all are anchors."""
+    if passes not in PASSES:
+        raise unknown("passes", passes, PASSES)
+    local, anchor = chained_passes(height, width, size, fixed)
+    if passes == "dense":
+        return None, Neighborhood(odd(max(height, width)))
+    return local if passes != "anchor" else None, anchor if passes != "local" else None
+
+
+def chained_passes(height: int, width: int, size: int, fixed: Fixed) -> tuple[Neighborhood | None, Neighborhood | None]:
+    """The published local and anchor pass, None for one of a single token."""
     if fixed not in FIXED:
         raise unknown("fixed", fixed, FIXED)
     size = check_size(size)
@@ -170,3 +187,38 @@ def scan_passes(height: int, width: int, size: int, fixed: Fixed) -> tuple[Neigh
         Neighborhood(odd(window)) if window > 1 else None,
         Neighborhood(odd(anchors), dilation) if anchors > 1 else None,
     )
+
+
+@dataclass(frozen=True)
+class ScanRule:
+    """Which scan each block of a network runs.
+
+    Attributes:
+        fixed: of the first blocks of a stage; they repeat.
+        passes: of every block.
+    """
+
+    fixed: tuple[Fixed, ...]
+    passes: Passes
+
+    def fixed_of(self, block: int) -> Fixed:
+        """`fixed` of the stage's block of that index."""
+        return self.fixed[block % len(self.fixed)]
+
+
+# The published alternation, and what tests its parts: one kind of scan alone, one pass alone, no sparsity.
+SCANS = {
+    "alternate": ScanRule(FIXED, "both"),
+    "window-first": ScanRule(("window",), "both"),
+    "anchors-first": ScanRule(("anchors",), "both"),
+    "local-only": ScanRule(FIXED, "local"),
+    "anchor-only": ScanRule(FIXED, "anchor"),
+    "dense": ScanRule(("window",), "dense"),
+}
+
+
+def scan_rule(name: str) -> ScanRule:
+    """The rule of that name in SCANS; ValueError with the nearest one if there is none."""
+    if name not in SCANS:
+        raise unknown("scan", name, SCANS)
+    return SCANS[name]

@@ -17,7 +17,7 @@ from torch.nn.functional import conv2d
 from s3a import int8
 from s3a.attention import attend_plan, choose_backend
 from s3a.errors import unknown
-from s3a.geometry import FIXED, Fixed, check_size, sparse_scan
+from s3a.geometry import FIXED, PASSES, Fixed, Passes, Scan, check_size, sparse_scan
 from s3a.plan import BACKENDS, Backend, ScanPlan, plan_scan
 from s3a.plan.tensors import plain_tensors
 
@@ -143,6 +143,7 @@ def build_attention_plan(
     head_dim: int,
     size: int,
     fixed: Fixed,
+    passes: Passes,
     device: torch.device,
     dtype: torch.dtype,
     backend: Backend,
@@ -158,7 +159,7 @@ def build_attention_plan(
         angles = rotary_angles(height, width, head_dim)[:, None, None]
         cosine, sine = (table.to(device=device, dtype=dtype) for table in (angles.cos(), angles.sin()))
     return AttentionPlan(
-        scan=plan_scan(sparse_scan(height, width, size, fixed), height, width, device, backend),
+        scan=plan_scan(sparse_scan(height, width, size, fixed, passes), height, width, device, backend),
         cosine=cosine,
         sine=sine,
     )
@@ -183,6 +184,7 @@ class S3A(nn.Module):
         size: tokens per axis of what is fixed.
         fixed: "window" fixes the reference window and lets the number of anchors follow the map, "anchors"
             the other way round. Networks alternate the two.
+        passes: "both" as published; for ablations "local" or "anchor" alone, or "dense" attention.
         backend: None chooses (flex on CUDA, tiled elsewhere); "flex", "tiled" or "reference" is run as
             said or refused.
 
@@ -191,11 +193,18 @@ class S3A(nn.Module):
 
     Raises:
         ValueError: for heads that do not divide the dim or leave a head_dim that is no multiple of 4, a size
-            below 1, an unknown `fixed` or backend.
+            below 1, an unknown `fixed`, `passes` or backend.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, *, size: int = 7, fixed: Fixed = "window", backend: Backend | None = None
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        size: int = 7,
+        fixed: Fixed = "window",
+        passes: Passes = "both",
+        backend: Backend | None = None,
     ) -> None:
         super().__init__()
         whole = isinstance(dim, int) and isinstance(num_heads, int)
@@ -206,13 +215,19 @@ class S3A(nn.Module):
             )
         if fixed not in FIXED:
             raise unknown("fixed", fixed, FIXED)
+        if passes not in PASSES:
+            raise unknown("passes", passes, PASSES)
         if backend is not None and backend not in BACKENDS:
             raise unknown("backend", backend, BACKENDS)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
-        self.size, self.fixed, self.backend = check_size(size), fixed, backend
+        self.size, self.fixed, self.passes, self.backend = check_size(size), fixed, passes, backend
         self.qkv = Pointwise(dim, 3 * dim)
         self.lepe = DepthwiseConv(dim, 5)
         self.proj = Pointwise(dim, dim)
+
+    def scan(self, height: int, width: int) -> Scan:
+        """The passes on a map of tokens."""
+        return sparse_scan(height, width, self.size, self.fixed, self.passes)
 
     def plan(self, x: Tensor) -> AttentionPlan:
         """The plan for tokens of x's map size, device and dtype; cached for the process."""
@@ -225,6 +240,7 @@ class S3A(nn.Module):
             self.head_dim,
             self.size,
             self.fixed,
+            self.passes,
             x.device,
             torch.promote_types(x.dtype, torch.float32),
             choose_backend(self.backend, x.device, x.dtype, self.head_dim, needs_grad, height * width),

@@ -10,9 +10,14 @@ from accelerate import Accelerator
 def use_cores(accelerator: Accelerator, threads: int | None) -> None:
     """Shares the cores among the processes of this machine: `accelerate launch` leaves each with a single thread."""
     if accelerator.device.type == "cpu":
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(threads or max(1, cores // processes))
+        torch.set_num_threads(threads or core_share())
+
+
+def core_share() -> int:
+    """The cores that this process may take for itself."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)
 
 
 def agreed(accelerator: Accelerator, wish: bool) -> bool:

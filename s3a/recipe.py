@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from s3a.data import Source
 from s3a.errors import unknown
+from s3a.geometry import scan_rule
 from s3a.schemes import SchemeName
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -28,6 +29,11 @@ class Recipe:
     """What the run is called; None is the data's name."""
     model: str
     """A model that timm knows; `import s3a` adds ours."""
+    scan: str | None = None
+    """Which scans S3A's blocks run: alternate (as published), window-first, anchors-first, local-only, anchor-only or
+    dense; None is the model's own."""
+    size: int | None = None
+    """Size of those scans, in tokens per axis; None is the model's own."""
     weights: str | None = None
     """Fine-tune from a weights folder, or from ORG/NAME on the Hub; None starts from fresh weights."""
     data: Source
@@ -69,6 +75,8 @@ class Recipe:
     """Share of the target spread over all classes."""
     drop_path: float | None = None
     """Stochastic depth of the last block; None is the model's own."""
+    late_drop_path: tuple[float, int] | None = None
+    """Another such rate for the last epochs, cooldown included, and how many these are; None keeps the one."""
     ema_decay: float | None = None
     """Decay of the moving average of the weights, for 512 images a step; None keeps no average."""
     sync_batch_norm: bool = True
@@ -128,7 +136,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         positive = ("image_size", "epochs", "batch_size", "learning_rate", "keep_checkpoints", "cpu_threads", "repeats")
-        for field in (*positive, "accumulate", "clip_grad"):
+        for field in (*positive, "accumulate", "clip_grad", "size"):
             if getattr(self, field) is not None and not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be above 0")
         counts = ("warmup_epochs", "cooldown_epochs", "num_workers", "weight_decay", "seed", "min_learning_rate")
@@ -150,6 +158,15 @@ class Recipe:
                 f"--warmup-epochs is {self.warmup_epochs} and --epochs is {self.epochs}: "
                 "the warm-up must be shorter than the run; use --warmup-epochs 0 for none"
             )
+        if self.scan is not None:
+            scan_rule(self.scan)
+        if self.late_drop_path is not None:
+            rate, epochs = self.late_drop_path
+            if not 0 <= rate <= 1 or not 0 < epochs <= self.total_epochs:
+                raise ValueError(
+                    f"--late-drop-path is {rate} {epochs}: it must be a rate between 0 and 1, and how many of the "
+                    f"{self.total_epochs} epochs have it"
+                )
         if self.checkpoint_every is not None and not re.fullmatch(r"[1-9]\d*m?", self.checkpoint_every):
             raise ValueError(
                 f"--checkpoint-every is {self.checkpoint_every!r}: it must be steps (500) or minutes (10m), above 0"
@@ -164,6 +181,12 @@ class Recipe:
     def peak_learning_rate(self) -> float:
         """The learning rate for the batch size."""
         return self.learning_rate * self.batch_size / 512
+
+    def drop_path_at(self, epoch: int) -> float | None:
+        """Stochastic depth of the last block in an epoch, counted from 0; None is the model's own."""
+        if self.late_drop_path is not None and epoch >= self.total_epochs - self.late_drop_path[1]:
+            return self.late_drop_path[0]
+        return self.drop_path
 
     @property
     def mixes(self) -> bool:
@@ -218,12 +241,11 @@ def digits() -> Recipe:
     )
 
 
-def imagenet(model: str, drop_path: float, **changes: Any) -> Recipe:
+def imagenet(model: str, **changes: Any) -> Recipe:
     """The paper's training on ImageNet-1k at 224 px: DeiT's recipe (arXiv 2012.12877), 300 epochs and 10 of cooldown.
 
     Args:
-        drop_path: the size's own.
-        changes: fields that differ.
+        changes: fields that differ, drop_path among them: the size's own.
     """
     fields = {
         "name": f"{model}_imagenet",
@@ -247,10 +269,10 @@ def imagenet(model: str, drop_path: float, **changes: Any) -> Recipe:
         "num_workers": 8,
         "checkpoint_every": "15m",
     }
-    return Recipe(model=model, drop_path=drop_path, **{**fields, **changes})
+    return Recipe(model=model, **{**fields, **changes})
 
 
-def imagenet_384(model: str, drop_path: float, **changes: Any) -> Recipe:
+def imagenet_384(model: str, **changes: Any) -> Recipe:
     """Fine-tuning at 384 px, 30 epochs, from the weights of the 224 px run; no published recipe exists.
 
     Settings are DeiT's and Swin's for a higher resolution: a small constant-shaped cosine, little weight decay, no
@@ -270,16 +292,36 @@ def imagenet_384(model: str, drop_path: float, **changes: Any) -> Recipe:
         "weight_decay": 1e-8,
         "repeats": 1,
     }
-    return imagenet(model, drop_path, **{**fields, **changes})
+    return imagenet(model, **{**fields, **changes})
 
 
-# Drop path as the paper trained each size.
-DROP_PATH = {"ssvit_tiny": 0.1, "ssvit_small": 0.15, "ssvit_base": 0.4, "ssvit_large": 0.5}
+# DeiT's recipe as the authors of SViT and VVT ran it: DeiT's batch, and no cooldown.
+DEIT = {"batch_size": 1024, "cooldown_epochs": 0}
+VVT = {**DEIT, "drop_path": 0.3, "clip_grad": 1.0, "ema_decay": None}
+
+# What each model's own paper or code changes of `imagenet`: drop path above all.
+IMAGENET: dict[str, dict[str, Any]] = {
+    "ssvit_tiny": {"drop_path": 0.1},
+    "ssvit_small": {"drop_path": 0.15},
+    "ssvit_base": {"drop_path": 0.4},
+    "ssvit_large": {"drop_path": 0.5},
+    "svit_small": {**DEIT, "drop_path": 0.1},
+    "svit_base": {**DEIT, "drop_path": 0.4},
+    "svit_large": {**DEIT, "drop_path": 0.4, "late_drop_path": (0.6, 40)},
+    "vvt_tiny": {**VVT, "drop_path": 0.1, "clip_grad": None},
+    "vvt_small": VVT,
+    "vvt_medium": VVT,
+    "vvt_large": VVT,
+}
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "digits": digits,
-    **{f"{model}_imagenet": partial(imagenet, model, rate) for model, rate in DROP_PATH.items()},
-    **{f"{model}_384": partial(imagenet_384, model, rate) for model, rate in DROP_PATH.items()},
+    **{f"{model}_imagenet": partial(imagenet, model, **changes) for model, changes in IMAGENET.items()},
+    **{
+        f"{model}_384": partial(imagenet_384, model, **changes)
+        for model, changes in IMAGENET.items()
+        if model.startswith("ssvit_")
+    },
 }
 
 

@@ -197,3 +197,21 @@ def chained_attention(query: Tensor, key: Tensor, value: Tensor, fixed: str, siz
     for kernel_size, dilation in scan_table(height, width, fixed, size):
         value = masked_attention(query, key, value, dense_mask(height, width, kernel_size, dilation))
     return value
+
+
+def ablated_attention(query: Tensor, key: Tensor, value: Tensor, fixed: str, size: int, passes: str) -> Tensor:
+    """One of S3A's passes without the other, by dense masks, or softmax over all tokens."""
+    height, width = query.shape[1:3]
+    if passes == "dense":
+        return masked_attention(query, key, value, torch.ones(2 * (height * width,), dtype=torch.bool))
+    shorter = min(height, width)
+    has_local, has_anchor = {
+        "window": (size > 1, shorter // size > 1),
+        "anchors": (shorter // size > 1, size > 1),
+    }[fixed]
+    steps = scan_table(height, width, fixed, size)
+    assert len(steps) == has_local + has_anchor
+    kept = {"both": steps, "local": steps[:has_local], "anchor": steps[len(steps) - has_anchor :]}[passes]
+    for kernel_size, dilation in kept:
+        value = masked_attention(query, key, value, dense_mask(height, width, kernel_size, dilation))
+    return value

@@ -55,7 +55,7 @@ def arguments(folder: Path, **changes: str) -> list[str]:
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"} | environment
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900)
 
 
 def train(*args: str) -> subprocess.CompletedProcess:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from golden import (
     NEIGHBORHOODS,
+    ablated_attention,
     chained_attention,
     dense_mask,
     error,
@@ -474,3 +475,34 @@ def test_memory_grows_with_the_touched_tokens(mode):
     command = [sys.executable, "-c", LARGE_MAP, mode]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     assert float(run.stdout) < 2.0
+
+
+# --------------------------------------------------------------------------------------------------------
+# Scans of an ablation
+# --------------------------------------------------------------------------------------------------------
+
+ABLATIONS = list(itertools.product(["window", "anchors"], ["both", "local", "anchor", "dense"]))
+
+
+@pytest.mark.parametrize("backend", EAGER)
+@pytest.mark.parametrize(("fixed", "passes"), ABLATIONS)
+@pytest.mark.parametrize(("height", "width", "size"), [(16, 16, 3), (13, 22, 4), (5, 4, 7)])
+def test_ablated_scans(height: int, width: int, size: int, fixed: str, passes: str, backend: str):
+    """Forward and gradient; on the small map some scans are without a pass, and hand the values on."""
+    inputs = [tensor.requires_grad_() for tensor in draw(2, height, width, 2, 8, dtype=torch.float64)]
+    ours = sparse_scan_attention(*inputs, size=size, fixed=fixed, passes=passes, backend=backend)
+    right = ablated_attention(*inputs, fixed, size, passes)
+    assert error(ours, right) <= 1e-12
+    ours, right = (torch.autograd.grad(out.square().sum(), inputs, allow_unused=True) for out in (ours, right))
+    for mine, its in zip(ours, right, strict=True):
+        assert (mine is None) == (its is None)
+        if its is not None:
+            torch.testing.assert_close(mine, its, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("fixed", "passes"), [("window", "dense"), ("window", "anchor"), ("anchors", "local")])
+def test_ablated_scans_on_flex(fixed: str, passes: str, graphs: Counter):
+    inputs = draw(2, 13, 22, 2, 16)
+    ours = sparse_scan_attention(*inputs, size=3, fixed=fixed, passes=passes, backend="flex")
+    assert error(ours, ablated_attention(*in_double(inputs), fixed, 3, passes)) <= 1e-5
+    assert graphs["runs"] == 1

@@ -257,3 +257,16 @@ def test_windows_are_those_of_the_geometry():
     """What a caller draws: the local pass of the scan, around every anchor."""
     (scan,) = attribute(make_model(), torch.randn(1, 3, 64, 64, dtype=torch.float64)).scans
     assert (scan.local, scan.anchor) == (Neighborhood(3), Neighborhood(3, 2))
+
+
+@pytest.mark.parametrize(("scan", "passes"), [("local-only", "local"), ("anchor-only", "anchor"), ("dense", "dense")])
+def test_scans_of_an_ablation(scan: str, passes: str):
+    """A pass that is left out shows every token to itself; to dense attention all tokens are anchors."""
+    model = timm.create_model("ssvit_nano", scan=scan, num_classes=3).double().eval()
+    result = attribute(model, torch.randn(1, 3, 64, 64, dtype=torch.float64), label=1)
+    assert (result.height, result.width) == (16, 16)
+    for found in result.scans:
+        kernels = {"local": found.local.kernel_size, "anchor": found.anchor.kernel_size}
+        assert (kernels["local"] == (1, 1)) == (passes != "local")
+        assert (kernels["anchor"] == (1, 1)) == (passes == "local")
+        assert torch.allclose(found.anchors.sum(), found.tokens.sum()), "relevance is neither lost nor made"

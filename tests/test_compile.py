@@ -220,6 +220,32 @@ def test_every_model_compiles_without_graph_breaks(name, training, dtype, monkey
     assert counters["graph_break"] == {}
 
 
+@pytest.mark.parametrize("scan", ["local-only", "anchor-only", "dense"])
+def test_scans_of_an_ablation_compile(scan, monkeypatch):
+    """Logits and gradients, also of blocks whose maps leave their scan no pass."""
+    compile_with("aot_eager", monkeypatch)
+    model = small_model(scan=scan).train()
+    plain = copy.deepcopy(model)
+    s3a.compile_model(model)
+    images = torch.randn(2, 3, 32, 40)
+    outcomes = []
+    for each in (model, plain):
+        logits = each(images)
+        logits.square().sum().backward()
+        outcomes.append((logits, *(parameter.grad for parameter in each.parameters())))
+    for compiled, eager in zip(*outcomes, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+    assert counters["graph_break"] == {}
+
+
+@pytest.mark.parametrize("scan", ["local-only", "dense"])
+def test_scans_of_an_ablation_export(scan):
+    model, images = small_model(scan=scan).eval(), torch.randn(1, 3, 40, 56)
+    exported = torch.export.export(model, (images,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(images), model(images), rtol=1e-5, atol=1e-6)
+
+
 def compile_with(backend: str, monkeypatch) -> None:
     """The frontend makes the graphs; aot_eager runs them without generating code."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))

@@ -49,3 +49,14 @@ def test_the_backend_has_its_reasons(options, backend, reason):
 def test_a_map_without_tokens_is_refused():
     with pytest.raises(ValueError, match="0 x 7 tokens"):
         s3a.explain(0, 7)
+
+
+def test_scans_of_an_ablation():
+    explanation = s3a.explain(14, 20, scan="dense")
+    assert [(choice.name, choice.num_pairs) for choice in explanation.passes] == [("dense", 280**2)]
+    assert "dense pass: kernel 21, dilation 1; 78,400 pairs, 100.0 % of dense" in str(explanation)
+    local, anchor = (s3a.explain(28, 28, scan=scan).passes for scan in ("local-only", "anchor-only"))
+    assert [(choice.fixed, choice.name) for choice in local] == [("window", "local"), ("anchors", "local")]
+    assert [(choice.fixed, choice.name) for choice in anchor] == [("window", "anchor"), ("anchors", "anchor")]
+    with pytest.raises(ValueError, match="did you mean 'dense'"):
+        s3a.explain(14, 14, scan="dence")

@@ -5,6 +5,7 @@ import pytest
 from golden import dense_mask, scan_table, seen_keys
 
 from s3a import Neighborhood, sparse_scan
+from s3a.geometry import SCANS, scan_rule
 
 KERNELS = (1, 3, 5, 7, 9, 11)
 DILATIONS = (1, 2, 3, 4, 5, 8)
@@ -163,3 +164,58 @@ def test_wrong_sizes_are_refused(size):
 def test_unknown_fixed_is_refused(fixed):
     with pytest.raises(ValueError, match=r'fixed .*"?window"?.*anchors|fixed .*anchors.*window'):
         sparse_scan(56, 56, 7, fixed)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Scans of an ablation
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 7), (8, 16), (13, 22), (30, 5)])
+@pytest.mark.parametrize("fixed", ["window", "anchors"])
+def test_a_dense_scan_is_one_pass_over_all_tokens(height: int, width: int, fixed: str):
+    (neighborhood,) = sparse_scan(height, width, 3, fixed, "dense")
+    for row in range(height):
+        for column in range(width):
+            rows, columns = neighborhood.keys(row, column, height, width)
+            assert (rows.tolist(), columns.tolist()) == (list(range(height)), list(range(width)))
+
+
+def test_one_pass_leaves_the_other_out():
+    """At 56 x 56, and at 7 x 7, where a scan has only one of them: see AT_224."""
+    for fixed, (local, anchor) in (("window", (7, 9)), ("anchors", (9, 7))):
+        kept = {name: sparse_scan(56, 56, 7, fixed, name) for name in ("local", "anchor")}
+        assert [step.kernel_size[0] for step in kept["local"]] == [local]
+        assert [step.kernel_size[0] for step in kept["anchor"]] == [anchor]
+        assert kept["local"] + kept["anchor"] == sparse_scan(56, 56, 7, fixed)
+    assert sparse_scan(7, 7, 7, "window", "anchor") == sparse_scan(7, 7, 7, "anchors", "local") == ()
+
+
+def test_rules_say_what_each_block_runs():
+    """Of a stage of five blocks: what is fixed, and which passes there are."""
+    alternating = ["window", "anchors", "window", "anchors", "window"]
+    expected = {
+        "alternate": (alternating, "both"),
+        "window-first": (5 * ["window"], "both"),
+        "anchors-first": (5 * ["anchors"], "both"),
+        "local-only": (alternating, "local"),
+        "anchor-only": (alternating, "anchor"),
+    }
+    rules = {name: scan_rule(name) for name in SCANS}
+    found = {name: ([rule.fixed_of(block) for block in range(5)], rule.passes) for name, rule in rules.items()}
+    assert found.pop("dense")[1] == "dense"
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("densee", "dense"), ("local", "local-only"), ("Window-First", "window-first")]
+)
+def test_unknown_scans_are_refused(name: str, near: str):
+    with pytest.raises(ValueError, match=f"scan '{name}' is unknown.*did you mean '{near}'"):
+        scan_rule(name)
+
+
+@pytest.mark.parametrize("passes", ["dens", "", None, "Both"])
+def test_unknown_passes_are_refused(passes):
+    with pytest.raises(ValueError, match=r"passes .* is unknown: it must be one of anchor, both, dense, local"):
+        sparse_scan(56, 56, 7, "window", passes)

@@ -12,15 +12,15 @@ LOSSES = """
 import sys
 sys.path.insert(0, "recipes")
 import train
-from s3a import engine
-tell = engine.tell
+from s3a import steps
+tell = steps.tell
 
 def told(run, *args):
     result = tell(run, *args)
     run.say(f"loss {result.loss!r}")
     return result
 
-engine.tell = told
+steps.tell = told
 train.main()
 """
 
@@ -96,7 +96,7 @@ def test_sharded_weights_train_stop_and_resume_as_whole_ones(pretrained, tmp_pat
     driver = tmp_path / "driver.py"
     for count, status in (("6", 1), ("1000", 0)):
         driver.write_text(SHARDED + DRIVER)
-        stop = [str(driver), "engine:forward_backward", count, str(int(signal.SIGTERM)), "0"]
+        stop = [str(driver), "steps:forward_backward", count, str(int(signal.SIGTERM)), "0"]
         ended = run([*launcher(2), *stop, *options], ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT), **FSDP)
         assert ended.returncode == status, ended.stderr
     assert f"at step 6 of {STEPS}" in ended.stderr
@@ -109,7 +109,7 @@ def test_sharded_weights_train_stop_and_resume_as_whole_ones(pretrained, tmp_pat
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_both_resume(tmp_path):
     options = arguments(tmp_path / "run", epochs="1", warmup_epochs="0")
-    driver = ("engine:forward_backward", "6", str(int(signal.SIGUSR1)), "1")  # the second process gets it
+    driver = ("steps:forward_backward", "6", str(int(signal.SIGUSR1)), "1")  # the second process gets it
     ended = processes(2, *options, driver=driver)
     assert ended.returncode != 0
     assert f"at epoch 1, step 6 of {STEPS}" in ended.stderr

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import runpy
 import shutil
 import sys
@@ -23,6 +24,7 @@ from torch import nn
 
 import s3a
 from s3a import build, engine, interrupts
+from s3a.augmentation import posterize, train_transform
 from s3a.evaluation import UnreadableImagesError
 from s3a.recipe import Recipe, named_recipe
 from s3a.weights import load_pretrained
@@ -218,6 +220,24 @@ def test_images_of_every_kind_are_trained_on(recipe, images, tmp_path):
     color.convert("RGBA").save(into / "alpha.png")
     run = train(recipe, data_dir=folder, batch_size=53, num_workers=1, max_bad_images=0.0)
     assert not (run / "unreadable_train.txt").exists()
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10-mstd2-inc1-n4", "rand-m10", "v0", "original"])
+def test_policies_take_every_image(recipe, policy):
+    """Over as many draws as show each operation at its strongest; Pillow refuses to keep no bits at all."""
+    data_config = {"input_size": (3, 8, 8), "interpolation": "bicubic", "mean": (0, 0, 0), "std": (1, 1, 1)}
+    augment = train_transform(dataclasses.replace(recipe, auto_augment=policy), data_config)
+    image = Image.effect_noise((12, 12), 64).convert("RGB")
+    random.seed(0)
+    for _ in range(3000):
+        assert augment(image).isfinite().all()
+
+
+def test_posterizing_keeps_the_upper_bits():
+    image = Image.linear_gradient("L")
+    for bits in range(9):
+        expected = np.asarray(image) >> (8 - bits) << (8 - bits)
+        assert np.array_equal(np.asarray(posterize(image, bits)), expected)
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ def undisturbed(tmp_path_factory) -> Path:
 def test_killed_anywhere_a_run_ends_with_the_same_bytes(undisturbed, tmp_path):
     """One run, killed in a step, while a checkpoint is written and put in place, in evaluation, at the end."""
     options = arguments(tmp_path / "run")
-    die_at("engine:forward_backward", 3, *options)  # nothing written yet
-    die_at("engine:forward_backward", 7, *options)
+    die_at("steps:forward_backward", 3, *options)  # nothing written yet
+    die_at("steps:forward_backward", 7, *options)
     die_at("checkpoint:fingerprint", 4, *options)  # one file of the second checkpoint is there
     die_at("evaluation:count", 2, *options)
     die_at("checkpoint:checkpoints", 3, *options)  # in place, the old ones not yet deleted
@@ -49,9 +49,9 @@ def test_signals_checkpoint_the_step_and_say_resume_me(undisturbed, tmp_path):
     """A scheduler's two signals and Ctrl-C, one after the other: in a step, in the evaluation, in a step."""
     options = arguments(tmp_path / "run", checkpoint_every="1000")
     signals = [
-        (signal.SIGTERM, "engine:forward_backward", 6, "epoch 1, step 6", "step-000000006-epoch-00000"),
+        (signal.SIGTERM, "steps:forward_backward", 6, "epoch 1, step 6", "step-000000006-epoch-00000"),
         (signal.SIGUSR1, "evaluation:count", 2, f"epoch 1, step {STEPS}", f"step-{STEPS:09d}-epoch-00000"),
-        (signal.SIGINT, "engine:tell", 3, "epoch 2, step 3", f"step-{STEPS + 3:09d}-epoch-00001"),
+        (signal.SIGINT, "steps:tell", 3, "epoch 2, step 3", f"step-{STEPS + 3:09d}-epoch-00001"),
     ]
     for number, place, times, where, checkpoint in signals:
         ended = run([sys.executable, "-c", DRIVER, place, str(times), str(int(number)), "0", *options])
@@ -126,7 +126,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_how_much_is_needed(undis
 @pytest.mark.slow
 def test_a_tampered_checkpoint_is_said_and_the_one_before_it_used(undisturbed, tmp_path):
     options = arguments(tmp_path / "run")
-    die_at("engine:forward_backward", 10, *options)
+    die_at("steps:forward_backward", 10, *options)
     newest, before = sorted((tmp_path / "run" / "checkpoints").glob("step-*"), reverse=True)
     content = bytearray((newest / "tensors.safetensors").read_bytes())
     content[-100] ^= 1
@@ -152,7 +152,7 @@ def test_the_whole_imagenet_recipe_takes_steps_stops_and_goes_on(tmp_path):
     options = ["ssvit_tiny_imagenet", "--data", "imagefolder", "--data-dir", str(tmp_path / "images")]
     options += ["--batch-size", "8", "--output-dir", str(tmp_path / "run")]
     for times, step in (("3", 3), ("2", 5)):
-        stop = ["engine:forward_backward", times, str(int(signal.SIGTERM)), "0"]
+        stop = ["steps:forward_backward", times, str(int(signal.SIGTERM)), "0"]
         ended = run([sys.executable, "-c", DRIVER, *stop, *options])
         assert ended.returncode == 75, ended.stderr
         assert f"stopped by SIGTERM at epoch 1, step {step} of 125" in ended.stderr

@@ -1,16 +1,20 @@
 """SSViT is the published network: parameter counts, recorded outputs, initialisation."""
 
+import itertools
 from functools import cache
 
 import pytest
 import timm
 import torch
-from golden import error, images, official_state, recorded
-from torch import nn
+from golden import ablated_attention, dense_mask, error, images, official_state, recorded
+from torch import Tensor, nn
 
 import s3a
-from s3a import SSViT
+from s3a import SSViT, sparse_scan
+from s3a.cost import count_cost
+from s3a.geometry import SCANS
 from s3a.models.ssvit import checkpoint_filter_fn
+from s3a.plan import ScanPlan
 
 PARAMETERS = {
     "ssvit_tiny": 15_095_688,
@@ -129,3 +133,84 @@ def test_built_by_hand():
     """Without timm's factory, with the table's defaults: the tiny one."""
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in s3a.SSViT().parameters()) == PARAMETERS["ssvit_tiny"]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Ablations
+# --------------------------------------------------------------------------------------------------------
+
+
+def by_dense_masks(
+    query: Tensor, key: Tensor, value: Tensor, plan: ScanPlan, fixed: str, size: int, passes: str
+) -> Tensor:
+    """What `attend_plan` should give, on [batch, tokens, heads, head_dim]."""
+    maps = (tensor.unflatten(1, (plan.height, plan.width)) for tensor in (query, key, value))
+    return ablated_attention(*maps, fixed, size, passes).flatten(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("scan", "fixed", "passes"),
+    [
+        ("alternate", ("window", "anchors"), "both"),
+        ("window-first", ("window", "window"), "both"),
+        ("anchors-first", ("anchors", "anchors"), "both"),
+        ("local-only", ("window", "anchors"), "local"),
+        ("anchor-only", ("window", "anchors"), "anchor"),
+        ("dense", ("window", "window"), "dense"),
+    ],
+)
+@pytest.mark.parametrize("size", [3, 5])
+def test_scans_of_an_ablation(scan: str, fixed: tuple[str, str], passes: str, size: int, monkeypatch, tmp_path):
+    """The whole network in float64 against dense masks; it comes back from a weights folder as the same function."""
+    model = timm.create_model("ssvit_nano", scan=scan, size=size, num_classes=3).double().eval()
+    x = torch.randn(1, 3, 52, 84, dtype=torch.float64)
+    with torch.no_grad():
+        ours = model(x)
+        calls = itertools.count()  # every stage has two blocks
+        monkeypatch.setattr(
+            "s3a.layers.attend_plan",
+            lambda query, key, value, plan: by_dense_masks(
+                query, key, value, plan, fixed[next(calls) % 2], size, passes
+            ),
+        )
+        right = model(x)
+        monkeypatch.undo()
+        assert next(calls) == 6
+        assert error(ours, right) <= 1e-10
+        model.float().save_pretrained(tmp_path)
+        again = SSViT.from_pretrained(tmp_path).double()
+        torch.testing.assert_close(again(x), ours, rtol=1e-4, atol=1e-5)
+    assert {(block.attn.passes, block.attn.size) for block in blocks_of(again)} == {(passes, size)}
+
+
+def test_scans_have_the_same_parameters_and_their_own_cost():
+    """On 16 x 16, 8 x 8 and 4 x 4 tokens, two blocks each: pairs of the dense masks, times two products of a dim."""
+    plain = timm.create_model("ssvit_nano")
+    layers = count_cost(plain, 64, 64).published_gmacs
+    for scan, rule in SCANS.items():
+        model = timm.create_model("ssvit_nano", scan=scan)
+        assert model.state_dict().keys() == plain.state_dict().keys()
+        cost = count_cost(model, 64, 64)
+        macs = 0
+        for side, dim in ((16, 32), (8, 64), (4, 128)):
+            for block in range(2):
+                steps = sparse_scan(side, side, 3, rule.fixed_of(block), rule.passes)
+                masks = [dense_mask(side, side, step.kernel_size, step.dilation) for step in steps]
+                macs += 2 * dim * sum(int(mask.sum()) for mask in masks)
+        assert cost.published_gmacs == layers
+        assert round(cost.gmacs * 1e9) == round(layers * 2**30) + macs, scan
+    assert macs == 4 * (32 * 256**2 + 64 * 64**2 + 128 * 16**2), "dense comes last"
+
+
+def test_every_scan_has_maps_and_gradients():
+    for scan in SCANS:
+        model = timm.create_model("ssvit_nano", scan=scan, num_classes=3)
+        model(torch.randn(2, 3, 32, 40)).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters()), scan
+        maps = timm.create_model("ssvit_nano", scan=scan, features_only=True)(torch.randn(1, 3, 32, 40))
+        assert [tuple(each.shape[2:]) for each in maps] == [(8, 10), (4, 5), (2, 3)], scan
+
+
+def test_unknown_scans_of_a_model_are_refused():
+    with pytest.raises(ValueError, match=r"scan 'alternating' is unknown.*did you mean 'alternate'"):
+        timm.create_model("ssvit_nano", scan="alternating")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import s3a
 from s3a import engine
 from s3a.build import build
+from s3a.evaluation import NonFiniteLossError
 from s3a.recipe import RECIPES, Recipe, named_recipe
 
 RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"
@@ -166,6 +167,66 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(recipe, tmp_path, monkey
     assert [line["epoch"] for line in metrics_of(killed.output_dir)] == [1, 2, 3]
 
 
+def test_a_late_drop_path_holds_for_the_last_epochs(recipe, tmp_path, monkeypatch):
+    """Of all blocks in proportion, and also for a run that resumes in the middle of them."""
+    late = dataclasses.replace(recipe, late_drop_path=(0.9, 2))
+    rates: dict[int, list[float]] = {}
+    step = engine.train_step
+
+    def noted_step(run, batches):
+        blocks = [block for stage in run.bare_model.stages for block in stage.blocks]
+        rates[run.progress.epoch] = [block.drop_path.drop_prob for block in blocks]
+        return step(run, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_step", noted_step)
+        undisturbed = engine.train(late)
+    for epoch, last in enumerate((0.2, 0.9, 0.9)):
+        assert rates[epoch] == pytest.approx([last * block / 5 for block in range(6)])
+    killed = dataclasses.replace(late, output_dir=tmp_path / "killed")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_until(killed, 2, monkeypatch)
+    engine.train(killed)
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (undisturbed, killed.output_dir)]
+    assert weights[0] == weights[1]
+
+
+def test_a_late_drop_path_of_a_model_that_cannot_change_it_is_refused(recipe):
+    with pytest.raises(ValueError, match="--model test_resnet cannot change its drop path: use --late-drop-path None"):
+        build(dataclasses.replace(recipe, model="test_resnet", drop_path=None, late_drop_path=(0.3, 1)))
+
+
+def test_scan_and_size_reach_the_model_and_its_weights_folder(recipe):
+    folder = engine.train(dataclasses.replace(recipe, scan="local-only", size=5, epochs=2)) / "model"
+    model = s3a.SSViT.from_pretrained(folder)
+    scans = [module for module in model.modules() if isinstance(module, s3a.S3A)]
+    assert {(module.passes, module.size) for module in scans} == {("local", 5)}
+    arguments = json.loads((folder / "config.json").read_text())["model_args"]
+    assert (arguments["scan"], arguments["size"]) == ("local-only", 5)
+
+
+@pytest.mark.parametrize("model", ["svit_nano", "vvt_nano", "resnet18", "test_vit"])
+@pytest.mark.parametrize(("option", "value"), [("scan", "dense"), ("scan", "alternate"), ("size", 5)])
+def test_scans_of_a_model_without_them_are_refused(recipe, model, option, value):
+    with pytest.raises(ValueError, match=f"--model {model} has no sparse scans.*leave --{option} out") as raised:
+        build(dataclasses.replace(recipe, model=model, drop_path=None, **{option: value}))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_argument_that_a_model_swallows_is_not_one_that_it_heeds(recipe, monkeypatch):
+    """As some of timm's models do."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, scan=None, **rest: create(name, **rest))
+    with pytest.raises(ValueError, match="--model resnet18 has no sparse scans: leave --scan out"):
+        build(dataclasses.replace(recipe, model="resnet18", drop_path=None, scan="dense"))
+
+
+@pytest.mark.parametrize("side", [32, 48])
+def test_a_model_of_one_fixed_size_is_built_for_the_recipes(recipe, side):
+    model = build(dataclasses.replace(recipe, model="deit_tiny_patch16_224", image_size=side))["model"]
+    assert model(torch.randn(1, 3, side, side)).shape == (1, 2)
+
+
 def test_a_finished_run_says_so_and_trains_no_more(recipe, monkeypatch, capsys):
     folder = engine.train(recipe)
     before = metrics_of(folder)
@@ -255,13 +316,13 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_last_checkpoint(recipe, m
         return step(run, [batch._replace(images=batch.images * factor) for batch in batches])
 
     monkeypatch.setattr(engine, "train_step", poisoned_step)
-    with pytest.raises(engine.NonFiniteLossError, match=r"loss is nan .* at step 5 \(epoch 2,.*epoch-00001"):
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan .* at step 5 \(epoch 2,.*epoch-00001"):
         engine.train(recipe)
     assert len(metrics_of(recipe.output_dir)) == 1
 
 
 def test_a_learning_rate_that_explodes_is_a_non_finite_loss(recipe):
-    with pytest.raises(engine.NonFiniteLossError, match="last good checkpoint: none yet"):
+    with pytest.raises(NonFiniteLossError, match="last good checkpoint: none yet"):
         engine.train(dataclasses.replace(recipe, learning_rate=1e25))
 
 
@@ -328,6 +389,10 @@ def test_the_command_line_overrides_a_named_recipe(images, tmp_path):
         (["--learning-rate", "nan"], "--learning-rate is nan: it must be above 0"),
         (["--auto-augment", "foo"], "--auto-augment is 'foo': it must be a policy of timm's"),
         (["--label-smoothing", "2"], "--label-smoothing is 2.0: it must be between 0 and 1"),
+        (["--scan", "densee"], "scan 'densee' is unknown.*did you mean 'dense'"),
+        (["--size", "0"], "--size is 0: it must be above 0"),
+        (["--late-drop-path", "0.6", "29"], "--late-drop-path is 0.6 29: .*how many of the 28 epochs"),
+        (["--late-drop-path", "1.6", "2"], "--late-drop-path is 1.6 2: it must be a rate between 0 and 1"),
         (["--image-size", "16"], "16 x 16 pixels: each side must be at least 32"),
         (["--data", "imagefolder"], "--data-dir DIR"),
         (["--data", "imagefolder", "--data-dir", "nowhere"], "'nowhere' does not exist"),
@@ -364,6 +429,34 @@ def test_named_recipes_name_models_that_exist(name):
     recipe = named_recipe(name)
     assert recipe.run_name == name
     assert timm.is_model(recipe.model)
+
+
+# As the papers and their authors' code have them.
+NEIGHBORS = {
+    "svit_small": (0.1, None, None),
+    "svit_base": (0.4, None, None),
+    "svit_large": (0.4, (0.6, 40), None),
+    "vvt_tiny": (0.1, None, None),
+    "vvt_small": (0.3, None, 1.0),
+    "vvt_medium": (0.3, None, 1.0),
+    "vvt_large": (0.3, None, 1.0),
+}
+
+
+@pytest.mark.parametrize("model", NEIGHBORS)
+def test_recipes_of_the_neighbors_are_deits_with_their_own_drop_path_and_clipping(model):
+    recipe = named_recipe(f"{model}_imagenet")
+    assert (recipe.drop_path, recipe.late_drop_path, recipe.clip_grad) == NEIGHBORS[model]
+    assert (recipe.total_epochs, recipe.warmup_epochs, recipe.batch_size, recipe.peak_learning_rate) == (
+        300,
+        5,
+        1024,
+        1e-3,
+    )
+    assert [recipe.drop_path_at(epoch) for epoch in (0, 259)] == 2 * [recipe.drop_path]
+    assert [recipe.drop_path_at(epoch) for epoch in (260, 299)] == 2 * [
+        0.6 if model == "svit_large" else recipe.drop_path
+    ]
 
 
 @pytest.mark.slow

@@ -23,6 +23,8 @@ class Options:
     """Of the tensors."""
     size: int = 7
     """Of the scans: tokens per axis of what is fixed."""
+    scan: str = "alternate"
+    """Which scans: alternate (as published), window-first, anchors-first, local-only, anchor-only or dense."""
     head_dim: int = 32
     """Of the heads."""
     training: bool = False
@@ -38,6 +40,7 @@ def main(options: Options) -> None:
             device=options.device,
             dtype=getattr(torch, options.dtype),
             size=options.size,
+            scan=options.scan,
             head_dim=options.head_dim,
             training=options.training,
         )

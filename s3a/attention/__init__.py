@@ -8,7 +8,7 @@ from torch import Tensor
 
 from s3a.attention import flex, reference, tiled
 from s3a.errors import unknown
-from s3a.geometry import Fixed, Neighborhood, Scan, sparse_scan
+from s3a.geometry import Fixed, Neighborhood, Passes, Scan, sparse_scan
 from s3a.plan import BACKENDS, Backend, ScanPlan, plan_scan
 from s3a.plan.blocks import BLOCK_SIZE
 
@@ -57,6 +57,7 @@ def sparse_scan_attention(
     *,
     size: int = 7,
     fixed: Fixed = "window",
+    passes: Passes = "both",
     scale: float | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -70,6 +71,7 @@ def sparse_scan_attention(
         query, key, value: [batch, height, width, heads, head_dim], one floating dtype, one device.
         size: tokens per axis of what is fixed.
         fixed: "window" fixes the reference window, "anchors" the number of anchors per axis.
+        passes: "both", or for ablations "local" or "anchor" alone, or "dense" attention in their place.
         scale: factor of the scores; None is head_dim ** -0.5.
         backend: None chooses (flex on CUDA, tiled elsewhere); "flex", "tiled" or "reference" is run as
             said or refused.
@@ -78,11 +80,12 @@ def sparse_scan_attention(
         The query's shape, dtype and device.
 
     Raises:
-        ValueError: for tensors that do not match, a size below 1, another word for `fixed`, an unknown
+        ValueError: for tensors that do not match, a size below 1, another word for `fixed` or `passes`, an unknown
             backend, or one that cannot run these tensors.
     """
     check_tensors(query, key, value)
-    return attend_scan(query, key, value, sparse_scan(query.shape[1], query.shape[2], size, fixed), scale, backend)
+    scan = sparse_scan(query.shape[1], query.shape[2], size, fixed, passes)
+    return attend_scan(query, key, value, scan, scale, backend)
 
 
 def attend_scan(

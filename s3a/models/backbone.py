@@ -176,6 +176,14 @@ class Backbone(PretrainedMixin, nn.Module):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
+    def set_drop_path(self, rate: float) -> None:
+        """Another stochastic depth of the last block, and of the others in proportion."""
+        depths = tuple(len(stage.blocks) for stage in self.stages)
+        for stage, rates in zip(self.stages, drop_path_rates(rate, depths), strict=True):
+            for block, own in zip(stage.blocks, rates, strict=True):
+                block.drop_path.drop_prob = own
+
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The linear classifier."""
         return self.head

@@ -10,6 +10,7 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from s3a.geometry import scan_rule
 from s3a.layers import S3A, ConvFFN, DepthwiseConv, Downsample, Stem
 from s3a.models.backbone import (
     Backbone,
@@ -99,7 +100,8 @@ class ScanBlock(ResidualBlock):
 class SSViT(Backbone):
     """The Sparse Scan Vision Transformer, with timm's model contract.
 
-    Any input from 32 x 32 pixels up, square or not. In every stage even blocks fix the window, odd ones the anchors.
+    Any input from 32 x 32 pixels up, square or not. As published, even blocks of every stage fix the window and odd
+    ones the anchors; other scans are for ablations, and have the same parameters.
 
     Args:
         num_classes: classes of the head; 0 for none.
@@ -108,6 +110,7 @@ class SSViT(Backbone):
         dims, depths, num_heads, mlp_ratios: per stage.
         layer_scale: per stage, the initial value, or None for no layer scale.
         size: of the scans (`geometry.sparse_scan`).
+        scan: which blocks run which of them, a key of `geometry.SCANS`.
         head_hidden_size: width of the pointwise layer in front of the classifier.
         drop_rate: dropout in front of the classifier.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
@@ -132,6 +135,7 @@ class SSViT(Backbone):
         mlp_ratios: tuple[float, ...] = (4, 4, 3, 3),
         layer_scale: tuple[float | None, ...] = (None, None, None, None),
         size: int = 7,
+        scan: str = "alternate",
         head_hidden_size: int = 1024,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -139,11 +143,19 @@ class SSViT(Backbone):
     ) -> None:
         tables = {"depths": depths, "num_heads": num_heads, "mlp_ratios": mlp_ratios, "layer_scale": layer_scale}
         check_arguments(dims, tables, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        rule = scan_rule(scan)
         stages = []
         for index, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths), strict=True)):
             blocks = [
                 ScanBlock(
-                    S3A(dim, num_heads[index], size=size, fixed="anchors" if block % 2 else "window", backend=backend),
+                    S3A(
+                        dim,
+                        num_heads[index],
+                        size=size,
+                        fixed=rule.fixed_of(block),
+                        passes=rule.passes,
+                        backend=backend,
+                    ),
                     mlp_ratio=mlp_ratios[index],
                     drop_path=rate,
                     layer_scale=layer_scale[index],

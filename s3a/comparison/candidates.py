@@ -1,0 +1,155 @@
+"""What is compared: models, or one model under several scans, and the recipe of each of their runs."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import timm
+import torch
+from torch import nn
+
+from s3a.build import build_model, check_image_size
+from s3a.cost import Cost, count_cost
+from s3a.errors import unknown
+from s3a.geometry import scan_rule
+from s3a.layers import S3A
+from s3a.recipe import Recipe
+
+Equal = Literal["epochs", "compute"]
+PUBLISHED_SCAN = "alternate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model, with a scan or a size that is not its own where these are given."""
+
+    model: str
+    scan: str | None = None
+    size: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        size = None if self.size is None else f"size {self.size}"
+        return " ".join(part for part in (self.model, self.scan, size) if part is not None)
+
+    def plain(self) -> "Candidate":
+        """The same without what is the model's own anyway, as another comparison may have trained it."""
+        with torch.device("meta"):
+            model = timm.create_model(self.model)
+        sizes = {module.size for module in model.modules() if isinstance(module, S3A)}
+        return replace(
+            self,
+            scan=None if self.scan == PUBLISHED_SCAN else self.scan,
+            size=None if sizes == {self.size} else self.size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A candidate with what it costs and how it is trained.
+
+    Attributes:
+        folder: what the folder of its runs is called.
+        recipe: of all its runs, but for seed and place.
+        cost: of one image of the recipe's size.
+    """
+
+    candidate: Candidate
+    folder: str
+    recipe: Recipe
+    cost: Cost
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.candidate.label
+
+    def run(self, runs: Path, seed: int) -> Recipe:
+        """The recipe of one run, which lies under `runs`."""
+        return replace(self.recipe, seed=seed, output_dir=runs / self.folder / f"seed-{seed}")
+
+    def gmacs(self, num_images: int) -> float:
+        """What a training costs in forward GMACs, counted whole; backward passes cost in proportion."""
+        return self.recipe.total_epochs * num_images * self.cost.gmacs
+
+
+def list_candidates(models: Iterable[str], scans: Iterable[str], sizes: Iterable[int]) -> list[Candidate]:
+    """Every model with every scan and every size.
+
+    Raises:
+        ValueError: for no model, a name that is unknown, or one that is given twice.
+    """
+    models, scans, sizes = tuple(models), tuple(scans), tuple(sizes)
+    if not models:
+        raise ValueError("no model is given: name those to compare, such as ssvit_nano svit_nano vvt_nano")
+    for name in models:
+        if not timm.is_model(name):
+            raise unknown("model", name, timm.list_models())
+    for scan in scans:
+        scan_rule(scan)
+    for kind, given in (("model", models), ("--scan", scans), ("--size", sizes)):
+        twice = next((value for value in given if given.count(value) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{kind} {twice} is given twice: name each once")
+    combined = itertools.product(models, scans or (None,), sizes or (None,))
+    return [Candidate(model=model, scan=scan, size=size) for model, scan, size in combined]
+
+
+def prepare(
+    candidates: list[Candidate],
+    recipe: Recipe,
+    label_names: list[str],
+    *,
+    equal: Equal = "epochs",
+    reference: str | None = None,
+) -> list[Contender]:
+    """Counts every candidate and plans its training.
+
+    Args:
+        recipe: of every run; the candidate fills in model, scan and size.
+        label_names: of the data.
+        equal: "epochs" trains all as long as the recipe says; "compute" gives all the GMACs of the reference.
+        reference: the label of a candidate; None is the first.
+
+    Raises:
+        ValueError: for a candidate that cannot be trained by the recipe, or a reference that is none of them.
+    """
+    labels = [candidate.label for candidate in candidates]
+    if reference is not None and reference not in labels:
+        raise unknown("reference", reference, labels)
+    recipes = [replace(recipe, model=each.model, scan=each.scan, size=each.size) for each in candidates]
+    costs = [count(own, label_names) for own in recipes]
+    most = costs[labels.index(reference or labels[0])].gmacs
+    contenders = []
+    for candidate, own, cost in zip(candidates, recipes, costs, strict=True):
+        plain = candidate.plain()
+        own = replace(own, scan=plain.scan, size=plain.size)
+        own = scaled(own, most / cost.gmacs) if equal == "compute" else own
+        folder = plain.label.replace(" ", "-")
+        contenders.append(Contender(candidate=candidate, folder=folder, recipe=own, cost=cost))
+    return contenders
+
+
+def build(recipe: Recipe, label_names: list[str]) -> nn.Module:
+    """The recipe's model; ValueError where it does not take the recipe's images."""
+    model = build_model(recipe, label_names)
+    check_image_size(model, recipe.image_size)
+    return model
+
+
+def count(recipe: Recipe, label_names: list[str]) -> Cost:
+    """What one image of the recipe's size costs its model."""
+    return count_cost(build(recipe, label_names), recipe.image_size, recipe.image_size)
+
+
+def scaled(recipe: Recipe, factor: float) -> Recipe:
+    """A training `factor` times as long, to the nearest whole epoch and at least one; its phases keep their shares."""
+    total = max(1, round(factor * recipe.total_epochs))
+    cooldown = min(round(factor * recipe.cooldown_epochs), total - 1)
+    late = recipe.late_drop_path and (recipe.late_drop_path[0], max(1, round(factor * recipe.late_drop_path[1])))
+    epochs = total - cooldown
+    warmup = recipe.warmup_epochs * epochs / recipe.epochs
+    return replace(recipe, epochs=epochs, warmup_epochs=warmup, cooldown_epochs=cooldown, late_drop_path=late)

@@ -1,0 +1,167 @@
+"""What the candidates need: throughput in turns, memory, and how both grow with the side of the images.
+
+Models run as the recipe's precision has it, uncompiled: so every size of image costs its own work alone.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn.functional import cross_entropy
+
+from s3a.comparison.candidates import Contender, build
+from s3a.cost import image_channels
+from s3a.measure import Sample, take_turns
+from s3a.recipe import Recipe
+
+Call = Callable[[], object]
+MIB = 2**20
+
+
+def measure_speed(
+    contenders: list[Contender], label_names: list[str], device: torch.device, *, batch_size: int, turns: int
+) -> dict[str, dict[str, float]]:
+    """Throughput and memory of every candidate at the recipe's image size, in inference and in training.
+
+    Returns:
+        label -> images per second (the median of the turns, and its fastest and slowest), and MiB of tensors at the
+        peak of one call, weights included.
+    """
+    found: dict[str, dict[str, float]] = {contender.label: {} for contender in contenders}
+    for phase, make_call in (("inference", inference), ("training", training)):
+        calls = {}
+        for contender in contenders:
+            side = contender.recipe.image_size
+            call, held = make_call(contender.recipe, label_names, batch_size, side, device)
+            found[contender.label][f"{phase}_mib"] = peak_memory(call, held)
+            calls[contender.label] = call
+        for label, sample in take_turns(calls, turns).items():
+            found[label] |= throughput(phase, sample, batch_size)
+    return found
+
+
+def throughput(phase: str, sample: Sample, batch_size: int) -> dict[str, float]:
+    """A sample in images per second."""
+    times = {"": sample.median, "_fastest": sample.fastest, "_slowest": sample.slowest}
+    return {f"{phase}_images_per_second{kind}": 1e3 * batch_size / time for kind, time in times.items()}
+
+
+def measure_growth(
+    contenders: list[Contender],
+    label_names: list[str],
+    device: torch.device,
+    side: int,
+    before: list[dict[str, Any]],
+    *,
+    turns: int,
+) -> list[dict[str, Any]]:
+    """A row for each candidate: milliseconds and MiB of one image of side x side pixels, or why there are none.
+
+    Args:
+        before: the rows of smaller sides. What they needed says whether this one would still fit.
+    """
+    calls, rows = {}, []
+    for contender in contenders:
+        row: dict[str, Any] = {"label": contender.label, "image_size": side}
+        rows.append(row)
+        needed = extrapolate([each for each in before if each["label"] == contender.label], side)
+        if needed > free_memory(device):
+            row["skipped"] = f"about {needed:,.0f} MiB would be needed, {free_memory(device):,.0f} are free"
+            continue
+        try:
+            call, held = inference(contender.recipe, label_names, 1, side, device)
+        except ValueError as error:  # the model does not take this size
+            row["skipped"] = str(error)
+            continue
+        row["mib"] = peak_memory(call, held)
+        calls[contender.label] = call
+    samples = take_turns(calls, turns, warm_up=1)
+    for row in rows:
+        if row["label"] in samples:
+            sample = samples[row["label"]]
+            row |= {"ms": sample.median, "fastest_ms": sample.fastest, "slowest_ms": sample.slowest}
+    return rows
+
+
+def extrapolate(rows: list[dict[str, Any]], side: int) -> float:
+    """MiB that a side will need, if memory goes on growing as between the last two; 0 where less is known."""
+    known = [(row["image_size"], row["mib"]) for row in rows if "mib" in row]
+    if len(known) < 2:
+        return 0.0
+    (small, less), (large, more) = known[-2:]
+    return more * (side / large) ** (math.log(more / less) / math.log(large / small))
+
+
+def free_memory(device: torch.device) -> float:
+    """MiB that a new process could have."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return free / MIB
+
+
+def inference(
+    recipe: Recipe, label_names: list[str], batch_size: int, side: int, device: torch.device
+) -> tuple[Call, tuple[Any, ...]]:
+    """One forward, and what it holds before it begins."""
+    model, images, _ = place(recipe, label_names, batch_size, side, device)
+    model.eval()
+
+    def call() -> Tensor:
+        with torch.no_grad(), precision(recipe, device):
+            return model(images)
+
+    return call, (model, images)
+
+
+def training(
+    recipe: Recipe, label_names: list[str], batch_size: int, side: int, device: torch.device
+) -> tuple[Call, tuple[Any, ...]]:
+    """One forward, backward and AdamW step, and what they hold before they begin."""
+    model, images, labels = place(recipe, label_names, batch_size, side, device)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def call() -> None:
+        with precision(recipe, device):
+            loss = cross_entropy(model(images).float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    call()  # the optimizer's state exists from the first step on
+    return call, (model, optimizer, images)
+
+
+def place(
+    recipe: Recipe, label_names: list[str], batch_size: int, side: int, device: torch.device
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """The model on the device, with noise for images, and labels."""
+    model = build(replace(recipe, image_size=side), label_names).to(device)
+    images = torch.randn(batch_size, image_channels(model), side, side, device=device)
+    return model, images, torch.arange(batch_size, device=device) % len(label_names)
+
+
+def precision(recipe: Recipe, device: torch.device) -> AbstractContextManager:
+    """The recipe's mixed precision."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return nullcontext() if recipe.precision == "no" else torch.autocast(device.type, dtypes[recipe.precision])
+
+
+def peak_memory(call: Call, held: tuple[Any, ...]) -> float:
+    """MiB of all tensors at the peak of one call.
+
+    Counted, not asked of the system: so it is the same on every machine, and leaves out what kernels need inside.
+
+    Args:
+        held: modules, optimizers and tensors that there are before.
+    """
+    tracker = MemTracker()
+    tracker.track_external(*held)
+    with tracker:
+        call()
+    return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values()) / MIB

@@ -1,0 +1,212 @@
+"""Trains models under one recipe with several seeds and lays them beside each other: python tools/compare.py MODEL ...
+
+Every option of a recipe is one here too: `--epochs 10 --data fashion-mnist`. The same command again goes on where it
+was stopped.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+# Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+import tyro
+
+from s3a import cli
+from s3a.comparison.candidates import Contender, Equal, list_candidates, prepare
+from s3a.comparison.report import as_markdown, as_text, draw, skipped, tables
+from s3a.comparison.results import Results, open_results
+from s3a.comparison.scores import compare_scores, score, train_run
+from s3a.comparison.speed import measure_growth, measure_speed
+from s3a.data import ImageData, load_data
+from s3a.interrupts import Interrupted, StopRequests
+from s3a.machine import core_share
+from s3a.recipe import Recipe, named_recipe, option, without_other_source
+from s3a.run_folder import INCIDENTAL, write_whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Trains models under one recipe with several seeds, and lays scores, costs, speed and memory beside each other.
+
+    Every option of recipes/train.py is one here too, but for those of a single run.
+    """
+
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL ...")] = ()
+    """Names in timm's registry, ours or timm's; the first one is what the others are compared with."""
+    scan: tuple[str, ...] = ()
+    """Train every model with each of these scans: alternate (as published), window-first, anchors-first, local-only,
+    anchor-only, dense."""
+    size: tuple[int, ...] = ()
+    """Train every model with each of these sizes of its scans."""
+    recipe: str = "digits"
+    """The named recipe that all are trained by."""
+    seeds: int = 5
+    """Runs of every model, with the seeds 0, 1, 2 and so on."""
+    equal: Equal = "epochs"
+    """What all get the same of: epochs, or compute, counted whole; the reference has the recipe's epochs."""
+    reference: str | None = None
+    """The model, or the line of the table, that the others are compared with; None is the first."""
+    growth: tuple[int, ...] = (224, 384, 512, 768, 1024)
+    """Sides of images at which time and memory of one image are measured; none measures no growth."""
+    speed_batch_size: int = 32
+    """Images at a time where throughput is measured."""
+    turns: int = 9
+    """Timed calls of each model."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where time and memory are measured."""
+    output_dir: Path = Path("runs/comparison")
+    """Where results.json, results.md and comparison.png go."""
+    runs_dir: Path | None = None
+    """Where the training runs lie, which comparisons can share; None is OUTPUT_DIR/runs."""
+
+    def __post_init__(self) -> None:
+        for field in ("seeds", "speed_batch_size", "turns"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be at least 1")
+        if any(side < 1 for side in self.growth):
+            raise ValueError(f"--growth is {' '.join(map(str, self.growth))}: sides must be above 0")
+
+    @property
+    def runs(self) -> Path:
+        """Where the training runs lie."""
+        return self.runs_dir or self.output_dir / "runs"
+
+
+# Options of a single run, which a comparison decides itself.
+DECIDED = ("name", "model", "seed", "weights", "push_to_hub")
+
+
+def parse(arguments: Sequence[str]) -> tuple[Comparison, Recipe]:
+    """The comparison's own options, and the recipe with the others."""
+    ours = {option(field.name) for field in fields(Comparison)} | {"--help", "-h"}
+    own: list[str] = []
+    rest: list[str] = []
+    part = own
+    for word in arguments:
+        if word.startswith("--") or word == "-h":
+            name = word.partition("=")[0]
+            if name in map(option, DECIDED):
+                raise ValueError(f"{name} is for a single run: a comparison takes MODEL ... and --seeds")
+            part = own if name in ours else rest
+        part.append(word)
+    comparison = cli.parse(Comparison, own)
+    default = named_recipe(comparison.recipe)
+    return comparison, without_other_source(cli.parse(Recipe, rest, default=default), default)
+
+
+def main() -> None:
+    """Trains, measures, prints and writes; whatever is done already is taken as it is."""
+    with cli.one_line_errors(), StopRequests() as requests:
+        options, recipe = parse(sys.argv[1:])
+        candidates = list_candidates(options.models, options.scan, options.size)
+        device = check_device(options.device)
+        torch.set_num_threads(recipe.cpu_threads or core_share())  # as training does: times depend on it
+        data = load_data(recipe.data, recipe.data_dir, dataset=recipe.dataset, streaming=recipe.streaming)
+        contenders = prepare(candidates, recipe, data.label_names, equal=options.equal, reference=options.reference)
+        results = open_results(options.output_dir, timing(options, contenders, data), device)
+        results.settings = settings(options, recipe, data)
+        results.scores = train_all(options, contenders, data, requests)
+        if not int(os.environ.get("RANK", "0")):
+            measure(options, contenders, data, results, device, requests)
+            report(options, results)
+
+
+def check_device(name: str) -> torch.device:
+    """The device; ValueError where it is not there."""
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device is {name}: it must be cpu, or cuda where there is a GPU")
+    return torch.device(name)
+
+
+def timing(options: Comparison, contenders: list[Contender], data: ImageData) -> dict[str, Any]:
+    """What times depend on; where it stays the same, those that are measured stay."""
+    recipe = contenders[0].recipe
+    return {
+        "labels": [contender.label for contender in contenders],
+        "classes": len(data.label_names),
+        "image_size": recipe.image_size,
+        "precision": recipe.precision,
+        "batch_size": options.speed_batch_size,
+        "turns": options.turns,
+        "device": options.device,
+    }
+
+
+def settings(options: Comparison, recipe: Recipe, data: ImageData) -> dict[str, Any]:
+    """What the comparison is of, for whoever reads the result."""
+    own = {key: getattr(options, key) for key in ("models", "scan", "size", "seeds", "equal", "reference")}
+    shared = {key: value for key, value in vars(recipe).items() if key not in (*INCIDENTAL, *DECIDED, "scan", "size")}
+    images = {"train": data.train.num_images, "val": data.val.num_images, "fingerprint": data.fingerprint}
+    return {**own, "recipe": {"name": options.recipe, **shared}, "data": images}
+
+
+def train_all(
+    options: Comparison, contenders: list[Contender], data: ImageData, requests: StopRequests
+) -> list[dict[str, Any]]:
+    """Trains every run, seed after seed, so that what an early stop leaves is whole comparisons of fewer seeds."""
+    histories: dict[str, list[list[dict[str, Any]]]] = {contender.label: [] for contender in contenders}
+    runs = [(seed, contender) for seed in range(options.seeds) for contender in contenders]
+    for index, (seed, contender) in enumerate(runs, start=1):
+        check_stop(requests)
+        say(f"run {index} of {len(runs)}: {contender.label}, seed {seed}")
+        histories[contender.label].append(train_run(contender.run(options.runs, seed), data))
+    rows = [score(each, histories[each.label], data.train.num_images) for each in contenders]
+    compare_scores(rows, options.reference)
+    return rows
+
+
+def measure(
+    options: Comparison,
+    contenders: list[Contender],
+    data: ImageData,
+    results: Results,
+    device: torch.device,
+    requests: StopRequests,
+) -> None:
+    """Measures what is not measured yet, and writes the result after each part."""
+    results.write(options.output_dir)
+    names, turns = data.label_names, options.turns
+    if not results.speed:
+        say("measuring throughput and memory, in turns")
+        batch_size = options.speed_batch_size
+        results.speed = measure_speed(contenders, names, device, batch_size=batch_size, turns=turns)
+        results.write(options.output_dir)
+    for side in sorted(set(options.growth) - set(results.sides)):
+        check_stop(requests)
+        say(f"measuring images of {side} px")
+        results.growth += measure_growth(contenders, names, device, side, results.growth, turns=turns)
+        results.write(options.output_dir)
+
+
+def check_stop(requests: StopRequests) -> None:
+    """Ends between two parts where a signal asked for it; a run under way answers for itself."""
+    if requests.received:
+        raise Interrupted(f"stopped by {requests.received}: the same command goes on with the comparison")
+
+
+def report(options: Comparison, results: Results) -> None:
+    """Prints the tables, and writes them and the picture beside the result."""
+    made, left_out = tables(results), skipped(results)
+    print("\n\n".join([*map(as_text, made), *left_out]))
+    text = "\n\n".join([f"`{results.command}`", *map(as_markdown, made), *left_out]) + "\n"
+    write_whole(options.output_dir / "results.md", text)
+    draw(results, options.output_dir / "comparison.png")
+    names = ("results.json", "results.md", "comparison.png")
+    print("\nwrote " + ", ".join(str(options.output_dir / name) for name in names))
+
+
+def say(message: str) -> None:
+    """Tells how far it is, once for all processes."""
+    if not int(os.environ.get("RANK", "0")):
+        print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
