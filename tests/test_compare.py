@@ -19,7 +19,7 @@ from torch import nn
 
 from s3a.comparison import scores, speed
 from s3a.comparison.candidates import Candidate, list_candidates, prepare
-from s3a.comparison.report import as_markdown, as_text, draw, skipped, tables
+from s3a.comparison.report import as_markdown, as_text, draw, mean_and, skipped, tables
 from s3a.comparison.results import Results
 from s3a.comparison.scores import compare_scores, spread
 from s3a.comparison.speed import extrapolate, measure_growth, peak_memory
@@ -150,15 +150,19 @@ def test_spreads():
 
 
 @pytest.mark.parametrize("reference", [None, "b"])
-def test_gains_are_paired_by_seed(reference):
+def test_differences_are_paired_by_seed(reference):
     """Two models that move together with the seed differ by more than their deviations let on."""
     top1 = {"a": [0.90, 0.95, 0.97], "b": [0.92, 0.97, 0.99]}
-    rows = [{"label": label, "top1": dataclasses.asdict(spread(seeds))} for label, seeds in top1.items()]
+    rows = [
+        {"label": label, "top1": dataclasses.asdict(spread(seeds)), "val_loss": dataclasses.asdict(spread(seeds[::-1]))}
+        for label, seeds in top1.items()
+    ]
     compare_scores(rows, reference)
     other, base = (rows[1], rows[0]) if reference is None else (rows[0], rows[1])
-    assert "top1_gain" not in base
-    assert other["top1_gain"]["mean"] == pytest.approx(0.02 if reference is None else -0.02)
-    assert other["top1_gain"]["error"] == pytest.approx(0, abs=1e-12)
+    assert "top1_difference" not in base
+    for figure in ("top1_difference", "val_loss_difference"):
+        assert other[figure]["mean"] == pytest.approx(0.02 if reference is None else -0.02)
+        assert other[figure]["error"] == pytest.approx(0, abs=1e-12)
 
 
 class Hungry(nn.Module):
@@ -236,8 +240,10 @@ def made_up(num_seeds: int, growth: bool) -> Results:
 def test_tables():
     results = made_up(2, growth=True)
     score_table, speed_table, growth_table = tables(results)
-    assert score_table[1][-4:] == ["90.00 ± 0.00", "-", "0.900 ± 0.000", "90.00 90.00"]
-    assert score_table[2][-3] == "-10.00 ± 0.00"
+    assert score_table[1][-5:] == ["90.00 ± 0.00", "-", "0.9000 ± 0.0000", "-", "90.00 90.00"]
+    assert score_table[2][-4:-1] == ["-10.00 ± 0.00", "0.8000 ± 0.0000", "-0.1000 ± 0.0000"]
+    nothing = {"mean": -1e-17, "error": 0.0}
+    assert mean_and("error", nothing, 1, 2) == "+0.00 ± 0.00"
     assert speed_table[1] == ["a $_", "100", "100", "100", "100"]
     assert growth_table == [
         ["one image", "32 px", "64 px"],

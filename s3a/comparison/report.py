@@ -24,31 +24,29 @@ Cell = Callable[[Row], str]
 # --------------------------------------------------------------------------------------------------------
 
 
-def with_error(spread: Row | None, error: str, digits: int = 2) -> str:
-    """A share of 1 with its deviation or error, in percent."""
+def mean_and(kind: str, spread: Row | None, unit: float, digits: int) -> str:
+    """A mean and its deviation or error, in a unit; a dash where there is none."""
     if spread is None:
         return "-"
-    sign = "+" if error == "error" else ""
-    mean = f"{100 * spread['mean']:{sign}.{digits}f}"
-    return mean if spread[error] is None else f"{mean} ± {100 * spread[error]:.{digits}f}"
+    mean, around = (
+        None if value is None else round(value / unit, digits) + 0.0 for value in (spread["mean"], spread[kind])
+    )
+    sign = "+" if kind == "error" else ""
+    return f"{mean:{sign}.{digits}f}" + ("" if around is None else f" ± {around:.{digits}f}")
 
 
-def with_deviation(spread: Row) -> str:
-    """A plain figure with its deviation."""
-    deviation = "" if spread["deviation"] is None else f" ± {spread['deviation']:.3f}"
-    return f"{spread['mean']:.3f}{deviation}"
-
-
+PERCENT = 0.01
 SCORES: dict[str, Cell] = {
     "model": lambda row: row["label"],
     "parameters": lambda row: f"{row['parameters']:,}",
     "GMACs, layers": lambda row: f"{row['published_gmacs']:.4f}",
     "GMACs, whole": lambda row: f"{row['gmacs']:.4f}",
     "epochs": lambda row: f"{row['epochs']}",
-    "top-1 (%)": lambda row: with_error(row["top1"], "deviation"),
-    "gain (points)": lambda row: with_error(row.get("top1_gain"), "error"),
-    "loss": lambda row: with_deviation(row["val_loss"]),
-    "each seed": lambda row: " ".join(f"{100 * top1:.2f}" for top1 in row["top1"]["seeds"]),
+    "top-1 (%)": lambda row: mean_and("deviation", row["top1"], PERCENT, 2),
+    "difference": lambda row: mean_and("error", row.get("top1_difference"), PERCENT, 2),
+    "loss": lambda row: mean_and("deviation", row["val_loss"], 1, 4),
+    "loss, difference": lambda row: mean_and("error", row.get("val_loss_difference"), 1, 4),
+    "each seed's top-1 (%)": lambda row: " ".join(f"{100 * top1:.2f}" for top1 in row["top1"]["seeds"]),
 }
 SPEEDS: dict[str, Cell] = {
     "model": lambda row: row["label"],

@@ -1,5 +1,6 @@
 """The runs of a comparison, each an ordinary one that resumes where it was stopped, and what they reached."""
 
+import itertools
 import json
 import math
 import statistics
@@ -88,14 +89,14 @@ def score(contender: Contender, histories: list[list[dict[str, Any]]], num_image
 
 
 def compare_scores(rows: list[dict[str, Any]], reference: str | None) -> None:
-    """Adds to every other row how far its top-1 lies above the reference's, seed by seed.
+    """Adds to every other row how far its top-1 and loss lie above the reference's, seed by seed.
 
     Args:
         reference: a label; None is the first.
     """
     base = next(row for row in rows if row["label"] == (reference or rows[0]["label"]))
-    for row in rows:
+    for row, figure in itertools.product(rows, ("top1", "val_loss")):
         if row is not base:
-            pairs = zip(row["top1"]["seeds"], base["top1"]["seeds"], strict=True)
-            gained = spread([own - its for own, its in pairs])
-            row["top1_gain"] = {**asdict(gained), "error": gained.error}
+            pairs = zip(row[figure]["seeds"], base[figure]["seeds"], strict=True)
+            difference = spread([own - its for own, its in pairs])
+            row[f"{figure}_difference"] = {**asdict(difference), "error": difference.error}
