@@ -27,8 +27,8 @@ from s3a.data import ImageData, Source, load_data
 from s3a.evaluation import evaluate_weights
 from s3a.measure import take_turns, write_result
 from s3a.model_card import model_card, table
-from s3a.quantize import check_float, choose_layers, quantize
-from s3a.schemes import check_scheme
+from s3a.quantize import choose_layers, quantize
+from s3a.schemes import check_float, check_scheme
 from s3a.weights import WEIGHTS_NAME, load_pretrained, save_folder
 
 COLUMNS = {

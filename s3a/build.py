@@ -27,10 +27,10 @@ from s3a.hub import create_repository
 from s3a.layers import S3A
 from s3a.machine import use_cores
 from s3a.models.backbone import Backbone
-from s3a.quantize import check_float, fake_quantize
+from s3a.quantize import fake_quantize
 from s3a.recipe import Recipe
 from s3a.run_folder import claim_folder
-from s3a.schemes import check_trainable
+from s3a.schemes import check_float, check_trainable
 from s3a.weights import PretrainedMixin, load_pretrained
 
 

@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from s3a.cost import count_cost, image_channels
 from s3a.dynamo import compiling
 from s3a.errors import unknown
+from s3a.schemes import quantization_of
 
 Format = Literal["pt2", "aoti", "onnx"]
 SUFFIXES: dict[str, str] = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
@@ -66,7 +67,7 @@ def export(
         CompilationError: where "aoti" finds no working compiler.
     """
     check_format(format, path)
-    if format != "pt2" and getattr(model, "quantization", None) is not None:
+    if format != "pt2" and quantization_of(model):
         raise ValueError(
             f"the weights are quantized, by {model.quantization.scheme!r}: {format!r} takes float32 weights, "
             "and 'pt2' both; export the weights that they were made from"
@@ -91,7 +92,7 @@ def trace(model: nn.Module, images: Tensor, dynamic_batch: bool) -> ExportedProg
     """The model's program for images of that size."""
     dynamic = ({0: Dim("batch", min=1)},) if dynamic_batch else None
     with torch.no_grad():
-        if getattr(model, "quantization", None) is None:
+        if quantization_of(model) is None:
             return torch.export.export(model, (images,), dynamic_shapes=dynamic)
         from s3a import quantize  # noqa: PLC0415  torchao is slow to import, and most models are not quantized
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from s3a.cost import count_cost
 from s3a.errors import unknown
+from s3a.schemes import quantization_of
 
 Weights = Literal["last", "best", "ema", "ema-best"]
 DESCRIBED = {
@@ -121,11 +122,6 @@ def metadata(model: nn.Module, facts: TrainingFacts | None, title: str) -> str:
     return ModelCardData(
         license=license_of(model), library_name=library, pipeline_tag="image-classification", tags=tags, **known
     ).to_yaml()
-
-
-def quantization_of(model: nn.Module) -> Any:
-    """The scheme and the layers (see `quantize.Quantization`); None for a float model."""
-    return getattr(model, "quantization", None)
 
 
 def license_of(model: nn.Module) -> str:

@@ -7,7 +7,6 @@ logits stay apart. `schemes` has the table of schemes.
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, default_decompositions
 
 from s3a.errors import unknown
-from s3a.schemes import SCHEMES, Scheme, check_scheme, check_trainable, quiet_import
+from s3a.schemes import SCHEMES, Quantization, Scheme, check_float, check_scheme, check_trainable, quiet_import
 
 with quiet_import():
     from torchao.core.config import AOBaseConfig
@@ -67,19 +66,6 @@ FAKES: dict[str, Callable[[Scheme], QATConfig]] = {
     "int8-dynamic": lambda scheme: QATConfig(activation_config=FAKE_TOKENS, weight_config=FAKE_WEIGHTS),
     "int8-activations-int4-weights": lambda scheme: QATConfig(CONFIGS["int8-activations-int4-weights"](scheme)),
 }
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How a model is quantized; `model.quantization`, and the entry of that name in `config.json`.
-
-    Attributes:
-        scheme: a name of the table.
-        layers: the linear layers that are quantized.
-    """
-
-    scheme: str
-    layers: tuple[str, ...]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -166,18 +152,6 @@ def check_layers(model: nn.Module, scheme: str, layers: Iterable[str], where: st
     for name in layers:
         if name not in known:
             raise unknown(f"{where}layer of scheme {scheme!r}", name, known)
-
-
-def check_float(model: nn.Module) -> None:
-    """Raises ValueError for a model that is quantized already."""
-    done = quantization_of(model)
-    if done is not None:
-        raise ValueError(f"the weights are quantized already, by {done.scheme!r}: give those they were made from")
-
-
-def quantization_of(model: nn.Module) -> Quantization | None:
-    """How a model is quantized; None if it is not."""
-    return getattr(model, "quantization", None)
 
 
 def cast(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from packaging.version import Version
+from torch import nn
 
 from s3a.errors import unknown
 
@@ -39,6 +40,19 @@ class Scheme:
     capability: tuple[int, int] | None = None
     packages: tuple[tuple[str, str], ...] = (("torchao", "0.18"),)
     trains: bool = False
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a model is quantized; `model.quantization`, and the entry of that name in `config.json`.
+
+    Attributes:
+        scheme: a name of SCHEMES.
+        layers: the linear layers that are quantized.
+    """
+
+    scheme: str
+    layers: tuple[str, ...]
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -95,6 +109,18 @@ def missing_package(name: str, least: str) -> str | None:
     if Version(found) < Version(least):
         return f"needs {name} {least} or newer, and {found} is installed (pip install '{name}>={least}')"
     return None
+
+
+def check_float(model: nn.Module) -> None:
+    """Raises ValueError for a model that is quantized already."""
+    done = quantization_of(model)
+    if done is not None:
+        raise ValueError(f"the weights are quantized already, by {done.scheme!r}: give those they were made from")
+
+
+def quantization_of(model: nn.Module) -> Quantization | None:
+    """How a model is quantized; None if it is not."""
+    return getattr(model, "quantization", None)
 
 
 @contextmanager

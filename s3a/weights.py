@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from s3a.errors import DiskFullError, is_disk_full, unknown
 from s3a.hub import download, upload
 from s3a.model_card import model_card, name_repository
+from s3a.schemes import quantization_of
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -85,7 +86,7 @@ def save_folder(
 
 def state_to_save(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, of plain tensors."""
-    if getattr(model, "quantization", None) is None:
+    if quantization_of(model) is None:
         return model.state_dict()
     from s3a import quantize  # noqa: PLC0415  torchao is slow to import, and most models are not quantized
 
@@ -123,8 +124,8 @@ def write_config(
     save_config_for_hf(model, path, model_config=config, data_config=data_config)
     written = json.loads(path.read_text(encoding="utf-8"))
     written.get("model_args", {}).pop("num_classes", None)
-    if getattr(model, "quantization", None) is not None:
-        written["quantization"] = asdict(model.quantization) | {"torchao": version("torchao")}
+    if quantization := quantization_of(model):
+        written["quantization"] = asdict(quantization) | {"torchao": version("torchao")}
     for key in ("label_names", "label_descriptions"):
         if key in written["pretrained_cfg"]:
             written.setdefault(key, written["pretrained_cfg"].pop(key))
@@ -312,7 +313,7 @@ def load_pretrained(
         folder = download(str(folder_or_repo), FILES, **options)
         model = load_folder(folder, f"{folder_or_repo}@{folder.name}", **model_args)
     if num_classes is not None and num_classes != model.num_classes:
-        if getattr(model, "quantization", None) is not None:
+        if quantization_of(model):
             raise ValueError(
                 f"num_classes is {num_classes}: {str(folder_or_repo)!r} is quantized with {model.num_classes} classes; "
                 "load the weights that it was made from"

@@ -31,7 +31,7 @@ from s3a.evaluation import evaluate_weights
 from s3a.model_card import model_card
 from s3a.quantize import choose_layers, pack, unpack
 from s3a.recipe import Recipe, named_recipe
-from s3a.schemes import SCHEMES, check_scheme, check_trainable
+from s3a.schemes import SCHEMES, Quantization, check_scheme, check_trainable
 
 ON_CPUS = ["int8-weight-only", "int8-dynamic", "int8-activations-int4-weights", "float8-weight-only"]
 RECIPE = Path(__file__).parents[1] / "recipes" / "quantize.py"
@@ -123,7 +123,7 @@ def test_size_on_disk(tmp_path: Path, name: str, scheme: str, most: float):
     floats = sum(tensor.nbytes for tensor in model.state_dict().values())
     layers, _ = choose_layers(model, scheme)
     quantize.cast(model)
-    state = quantize.expected_parts(model, quantize.Quantization(scheme, tuple(layers)))
+    state = quantize.expected_parts(model, Quantization(scheme, tuple(layers)))
     save_file({key: torch.zeros(tensor.shape, dtype=tensor.dtype) for key, tensor in state.items()}, tmp_path / "file")
     assert (tmp_path / "file").stat().st_size / floats < most
 
