@@ -90,14 +90,15 @@ def build(recipe: Recipe) -> dict[str, Any]:
     scheduler = build_scheduler(recipe, optimizer, train_loader.steps_per_epoch)
     model = prepare_model(recipe, model, accelerator)
     with accelerator.main_process_first():
-        folder = claim_folder(recipe)
+        lock = claim_folder(recipe) if accelerator.is_main_process else None
     if recipe.push_to_hub and accelerator.is_main_process:
         create_repository(recipe.push_to_hub)  # now, so that a missing right does not show after the last epoch
     accelerator.init_trackers(recipe.run_name, config=recipe.trackable())
     model, optimizer = accelerator.prepare(model, optimizer)
     return {
         "recipe": recipe,
-        "folder": folder,
+        "folder": recipe.folder,
+        "lock": lock,
         "accelerator": accelerator,
         "data": data,
         "data_config": data_config,

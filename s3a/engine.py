@@ -5,6 +5,7 @@ A run that was stopped anywhere ends with the same weights, byte for byte, as on
 
 import copy
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ def train(recipe: Recipe) -> Path:
         UnreadableImagesError: where more images cannot be read than the recipe allows.
         Interrupted: where a signal asked the run to stop; its checkpoint is written.
     """
-    with StopRequests() as requests:
+    with StopRequests() as requests, ExitStack() as held:
         run = Run(**build(recipe), requests=requests, clock=CheckpointClock(recipe.checkpoint_every))
+        if run.lock is not None:
+            held.callback(run.lock.release)
         resume(run)
         with tqdm(
             total=recipe.total_epochs * run.steps_per_epoch,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from accelerate import Accelerator
+from filelock import FileLock
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -48,11 +49,13 @@ class Run:
     """A run under way: what the recipe built, and how far it has come.
 
     Attributes:
+        lock: of the folder, held by the main process.
         shell: the model without memory, and neither compiled nor spread over processes: its weights are saved in it.
     """
 
     recipe: Recipe
     folder: Path
+    lock: FileLock | None
     accelerator: Accelerator
     data: ImageData
     data_config: dict[str, Any]

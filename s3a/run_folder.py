@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from filelock import FileLock, Timeout
 from torch import nn
 
 from s3a.checkpoint import checkpoints
@@ -35,32 +36,48 @@ HOUSEKEEPING = (
 INCIDENTAL = (*PLACES, *HOUSEKEEPING)
 
 
-def claim_folder(recipe: Recipe) -> Path:
-    """Makes the run's folder and writes its recipe, or makes sure that the one there is the same.
-
-    Raises:
-        ValueError: where the folder cannot be made, or holds something else: other files, or a run of another recipe.
-    """
+def check_folder(recipe: Recipe) -> None:
+    """Raises ValueError where the run's folder holds something else: other files, or a run of another recipe."""
     folder, path = recipe.folder, recipe.folder / RECIPE_NAME
-    ours = json.loads(recipe.to_json())
-    if path.exists() and checkpoints(folder / CHECKPOINT_FOLDER):
-        theirs = read_recipe(path)
+    if not path.exists():
+        entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        strangers = [name for name in entries if not name.startswith(".")]
+        if strangers:
+            raise ValueError(f"--output-dir {folder} holds {strangers[0]} and no run: give an empty or a new folder")
+    elif checkpoints(folder / CHECKPOINT_FOLDER):
+        ours, theirs = json.loads(recipe.to_json()), read_recipe(path)
         changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
         shown = [f"{option(key)} {theirs.get(key)} (now {ours.get(key)})" for key in changed if key not in INCIDENTAL]
         if shown:
             raise ValueError(
                 f"{folder} holds a run with {', '.join(shown[:3])}: give this one its own --output-dir, or delete that"
             )
-        return folder
+
+
+def claim_folder(recipe: Recipe) -> FileLock:
+    """Makes the run's folder, or takes up the run in it; for the main process.
+
+    Returns:
+        A lock on the folder, which ends with the process, however that ends.
+
+    Raises:
+        ValueError: where the folder cannot be made, holds something else (`check_folder`), or is in use.
+    """
+    check_folder(recipe)
+    folder = recipe.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        strangers = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-        if strangers and not path.exists():
-            raise ValueError(f"--output-dir {folder} holds {strangers[0]} and no run: give an empty or a new folder")
-        write_whole(path, recipe.to_json())
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+        if not checkpoints(folder / CHECKPOINT_FOLDER):
+            write_whole(folder / RECIPE_NAME, recipe.to_json())
+    except Timeout as error:
+        raise ValueError(
+            f"{folder} is being trained by another process: wait for its end, or give this run its own --output-dir"
+        ) from error
     except OSError as error:
         raise ValueError(f"--output-dir {folder} cannot be written ({error.strerror}): give another") from error
-    return folder
+    return lock
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import random
 import runpy
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -134,7 +135,8 @@ def test_mixed_targets_are_smoothed_and_their_loss_is_soft(recipe):
     assert images.shape == (16, 3, 32, 32)
     torch.testing.assert_close(targets.sum(1), torch.ones(16))
     assert targets.min() == pytest.approx(0.05)
-    assert isinstance(build.build(dataclasses.replace(recipe))["criterion"], nn.CrossEntropyLoss)
+    plain = build.build(dataclasses.replace(recipe, output_dir=recipe.output_dir.with_name("plain")))
+    assert isinstance(plain["criterion"], nn.CrossEntropyLoss)
 
 
 def test_drawing_does_not_depend_on_the_steps_before():
@@ -331,6 +333,24 @@ def test_a_clock_of_minutes(monkeypatch):
     steps = interrupts.CheckpointClock("3")
     assert [steps.due(step) for step in range(1, 8)] == [False, False, True, False, False, True, False]
     assert not interrupts.CheckpointClock(None).due(step=1)
+
+
+def test_a_run_has_one_process_at_a_time(recipe, monkeypatch):
+    step, tried = engine.train_step, []
+
+    def intruded(run, batches):
+        if not tried:
+            other = "from s3a.run_folder import *; from s3a.recipe import Recipe; import sys, json; "
+            other += "claim_folder(Recipe(model='ssvit_nano', data='digits', image_size=32, epochs=1, batch_size=8, "
+            other += f"learning_rate=1.0, output_dir=Path({str(recipe.output_dir)!r})))"
+            tried.append(subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=False))
+        step(run, batches)
+
+    monkeypatch.setattr(engine, "train_step", intruded)
+    folder = train(recipe)
+    assert f"ValueError: {folder} is being trained by another process" in tried[0].stderr
+    assert json.loads((folder / "recipe.json").read_text())["batch_size"] == 16
+    assert len(metrics(train(recipe))) == 2, "the lock ends with the run"
 
 
 def test_the_end_of_a_launcher_asks_to_stop(monkeypatch):

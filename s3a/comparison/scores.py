@@ -13,7 +13,7 @@ from s3a.comparison.candidates import Contender
 from s3a.data import ImageData
 from s3a.engine import train
 from s3a.recipe import Recipe
-from s3a.run_folder import METRICS_NAME, claim_folder
+from s3a.run_folder import METRICS_NAME, check_folder
 from s3a.weights import CONFIG_NAME
 
 
@@ -59,7 +59,7 @@ def is_finished(recipe: Recipe, data: ImageData) -> bool:
     config = recipe.folder / "model" / CONFIG_NAME
     if not config.is_file() or len(read_metrics(recipe.folder)) != recipe.total_epochs:
         return False
-    claim_folder(recipe)
+    check_folder(recipe)
     return json.loads(config.read_text(encoding="utf-8"))["data"]["fingerprint"] == data.fingerprint
 
 
