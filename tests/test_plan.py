@@ -235,7 +235,7 @@ def test_block_masks_survive_the_mode_they_are_built_in(mode):
 def test_rotary_tables_survive_the_mode_they_are_built_in():
     build_attention_plan.cache_clear()
     with torch.inference_mode(), FakeTensorMode():
-        plan = build_attention_plan(6, 9, 16, 7, "window", CPU, torch.float32, "tiled")
+        plan = build_attention_plan(6, 9, 16, 7, "window", "both", CPU, torch.float32, "tiled")
     assert {type(plan.cosine), type(plan.sine)} == {Tensor}
     assert not plan.cosine.is_inference()
     assert torch.allclose(plan.cosine**2 + plan.sine**2, torch.ones(54, 1, 8))
