@@ -43,8 +43,12 @@ class Options:
     """Processes that decode; 0 does it in the main process."""
     max_bad_images: float = 0.0
     """Share of the images that may be unreadable; they are left out of the figures and named."""
+    other_label_names: bool = False
+    """Let the data call the classes otherwise than the weights do, in the same order."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_images <= 1:
+            raise ValueError(f"--max-bad-images is {self.max_bad_images}: it must be between 0 and 1")
         if self.batch_size < 1 or self.num_workers < 0:
             raise ValueError(
                 f"--batch-size is {self.batch_size} and --num-workers {self.num_workers}: "
@@ -61,6 +65,7 @@ def main(options: Options) -> None:
         precision=options.precision,
         num_workers=options.num_workers,
         max_bad_images=options.max_bad_images,
+        other_label_names=options.other_label_names,
     )
     if int(os.environ.get("RANK", "0")) == 0:  # the others have the same
         print(json.dumps(metrics))

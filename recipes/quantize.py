@@ -29,7 +29,7 @@ from s3a.measure import take_turns, write_result
 from s3a.model_card import model_card, table
 from s3a.quantize import choose_layers, quantize
 from s3a.schemes import check_float, check_scheme
-from s3a.weights import WEIGHTS_NAME, load_pretrained, save_folder
+from s3a.weights import CONFIG_NAME, WEIGHTS_NAME, load_pretrained, save_folder
 
 COLUMNS = {
     "top1": "top-1",
@@ -107,7 +107,10 @@ def main(options: Options) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the output folder; ValueError where there can be none."""
+    """Makes the output folder; ValueError where there can be none, or other weights would be lost."""
+    config = folder / CONFIG_NAME
+    if config.is_file() and "quantization" not in json.loads(config.read_text(encoding="utf-8")):
+        raise ValueError(f"--output {folder} holds weights that are not quantized: give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

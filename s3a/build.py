@@ -35,7 +35,7 @@ from s3a.weights import PretrainedMixin, load_pretrained
 
 
 def build(recipe: Recipe) -> dict[str, Any]:
-    """The fields of a `Run`, by name. Claims the run's folder last, so that a recipe that cannot run leaves no trace.
+    """The fields of a `Run`, by name. Claims the run's folder late, so that a recipe that cannot run leaves no trace.
 
     Raises:
         ValueError, FileNotFoundError: for a recipe that cannot run here.

@@ -35,6 +35,10 @@ def write_checkpoint(folder: Path, state: Any, keep: int) -> None:
     partial = folder.with_name(f".partial-{folder.name}")
     for torn in folder.parent.glob(".partial-step-*"):  # of a run that was killed while it wrote
         shutil.rmtree(torn)
+    if folder.exists():
+        if find_fault(folder) is None:
+            return  # the run was here before: the same place has the same state
+        shutil.rmtree(folder)
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(pack(state, tensors))
     try:
@@ -44,8 +48,6 @@ def write_checkpoint(folder: Path, state: Any, keep: int) -> None:
         if not is_disk_full(error):
             raise
         raise DiskFullError(disk_full_message(folder, tensors, tree)) from error
-    if folder.exists():
-        shutil.rmtree(folder)
     partial.rename(folder)
     flush(folder.parent)
     for old in checkpoints(folder.parent)[keep:]:

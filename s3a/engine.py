@@ -4,6 +4,7 @@ A run that was stopped anywhere ends with the same weights, byte for byte, as on
 """
 
 import copy
+import shlex
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -68,7 +69,7 @@ def run_epoch(run: Run, bar: Any) -> None:
     progress = run.progress
     line = {
         "epoch": progress.epoch + 1,
-        "train_loss": progress.loss_sum / max(run.steps_per_epoch, 1),
+        "train_loss": progress.loss_sum / max(run.steps_per_epoch - progress.skipped, 1),
         "val_loss": metrics.loss,
         "val_top1": metrics.top1,
         "val_top5": metrics.top5,
@@ -79,7 +80,7 @@ def run_epoch(run: Run, bar: Any) -> None:
         **({"unreadable_val": len(metrics.unreadable)} if metrics.unreadable else {}),
     }
     progress.history.append(line)
-    progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
+    progress.epoch, progress.step, progress.loss_sum, progress.skipped = progress.epoch + 1, 0, 0.0, 0
     run.say(epoch_report(line))
     run.accelerator.log({key: value for key, value in line.items() if key != "epoch"}, step=run.steps_done)
     save_best(run)
@@ -131,7 +132,7 @@ def show(run: Run, bar: Any, speed: float) -> None:
     """Moves the progress bar on."""
     progress = run.progress
     top1 = f"{100 * progress.history[-1]['val_top1']:.2f} %" if progress.history else "-"
-    loss = progress.loss_sum / progress.step
+    loss = progress.loss_sum / max(progress.step - progress.skipped, 1)
     bar.set_description(f"epoch {progress.epoch + 1}/{run.recipe.total_epochs}", refresh=False)
     bar.set_postfix_str(f"loss {loss:.4f}, top-1 {top1}, {speed:.0f} images/s", refresh=False)
     bar.update()
@@ -205,7 +206,7 @@ def finish(run: Run) -> None:
     run.say(
         f"\ntop-1 {100 * last['val_top1']:.2f} % ({right} of {run.data.val.num_images} validation images), "
         f"top-5 {100 * last['val_top5']:.2f} %{averaged}; "
-        f"best epoch {best.epoch} with {100 * best.top1:.2f} %\n"
+        f"best epoch {best.epoch} with {100 * best.top1:.2f} %{' (EMA)' if headline.startswith('ema') else ''}\n"
         f"weights:   {run.folder / 'model'} (last), {run.folder / headline} (best)\n"
         f"curves:    {run.folder / 'curves.png'}\n"
         f"evaluate:  {evaluate_command(run.recipe, run.folder / 'model')}"
@@ -228,7 +229,8 @@ def write_weights(run: Run, name: str) -> None:
 
 def evaluate_command(recipe: Recipe, folder: Path) -> str:
     """The command that measures the weights again."""
-    options = {"data": recipe.data, "data-dir": recipe.data_dir, "dataset": recipe.dataset}
-    given = [f"--{name} {value}" for name, value in options.items() if value is not None]
-    given += [f"--precision {recipe.precision}"] if recipe.precision != "no" else []
-    return " ".join(["python recipes/evaluate.py", f"--weights {folder}", *given])
+    options = {"--weights": folder, "--data": recipe.data, "--data-dir": recipe.data_dir, "--dataset": recipe.dataset}
+    options |= {"--precision": recipe.precision} if recipe.precision != "no" else {}
+    given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    streaming = ["--streaming"] if recipe.streaming else []
+    return shlex.join(["python", "recipes/evaluate.py", *given, *streaming])

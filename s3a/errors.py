@@ -22,5 +22,6 @@ def unknown(kind: str, value: object, known: Iterable[str]) -> ValueError:
     names = sorted(name or "''" for name in known)
     near = get_close_matches(str(value), names, n=3, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    shown = names if len(names) <= MOST_SHOWN else [*near, f"{len(names) - len(near)} more"]
+    first = near or names[:3]
+    shown = names if len(names) <= MOST_SHOWN else [*first, f"{len(names) - len(first)} more"]
     return ValueError(f"{kind} {value!r} is unknown: it must be one of {', '.join(shown)}{hint}")

@@ -103,7 +103,7 @@ def check_unreadable(names: tuple[str, ...], most: int) -> None:
     if len(names) > most:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise UnreadableImagesError(
-            f"{len(names)} validation images cannot be read ({shown}): mend them or take them out, "
+            f"{len(names)} validation images cannot be read ({shown}), {most} are allowed: mend them or take them out, "
             "or allow as many with --max-bad-images"
         )
 
@@ -116,19 +116,28 @@ def evaluate_weights(
     precision: str = "no",
     num_workers: int = 0,
     max_bad_images: float = 0.0,
+    other_label_names: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a loaded model on the validation images with its own preprocessing; for `recipes/evaluate.py`.
 
     Args:
         max_bad_images: share of the images that may be unreadable; they are left out of the figures.
+        other_label_names: let the data call the classes otherwise than the weights, in the same order.
 
     Raises:
-        ValueError: where the data has another number of classes than the model.
+        ValueError: where the data has another number of classes than the model, or other ones.
     """
     if len(data.label_names) != model.num_classes:
         raise ValueError(
             f"the weights know {model.num_classes} classes and the data has {len(data.label_names)}: "
             "evaluate on the data set they were trained for"
+        )
+    known = model.pretrained_cfg.get("label_names") or data.label_names
+    other = next((pair for pair in zip(known, data.label_names, strict=True) if pair[0] != pair[1]), None)
+    if other and not other_label_names:
+        raise ValueError(
+            f"the weights know a class {other[0]!r} where the data has {other[1]!r}: evaluate on the data set they "
+            "were trained for, or, where only the names differ, by recipes/evaluate.py --other-label-names"
         )
     accelerator = Accelerator(mixed_precision=precision)
     use_cores(accelerator, threads=None)

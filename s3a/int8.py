@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-PACKED = WeakTensorKeyDictionary()  # oneDNN's layout of each weight
+PACKED = WeakTensorKeyDictionary()  # weight -> its version, and oneDNN's layout of that
 ZERO = 128  # codes of activations lie around it, for oneDNN's fast product takes unsigned ones
 LEAST_SCALE = 1e-12
 
@@ -29,12 +29,20 @@ def runs_here(x: Tensor, weight: Tensor) -> bool:
 @torch.library.custom_op("s3a::multiply_bytes", mutates_args=())
 def multiply_bytes(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """Codes [tokens, inputs] around 128 times an int8 weight [outputs, inputs] and its scales: bfloat16."""
-    if weight not in PACKED:
-        PACKED[weight] = torch.ops.onednn.qlinear_prepack(weight, None)
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     return torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, ZERO, PACKED[weight], scale, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
+        codes, 1.0, ZERO, packed(weight), scale, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
     )
+
+
+def packed(weight: Tensor) -> Tensor:
+    """oneDNN's layout of a weight as it is now; kept until the weight changes, where that can be seen."""
+    if weight.is_inference():  # counts no changes
+        return torch.ops.onednn.qlinear_prepack(weight, None)
+    found = PACKED.get(weight)
+    if found is None or found[0] != weight._version:
+        found = PACKED[weight] = (weight._version, torch.ops.onednn.qlinear_prepack(weight, None))
+    return found[1]
 
 
 @multiply_bytes.register_fake

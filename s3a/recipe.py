@@ -149,10 +149,13 @@ class Recipe:
                 raise ValueError(f"{option(field)} is {low} {high}: it must be a smaller and a larger number above 0")
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"--crop-pct is {self.crop_pct}: it must be above 0 and at most 1")
-        shares = ("label_smoothing", "horizontal_flip", "random_erasing", "drop_path", "mixup_switch", "ema_decay")
-        for field in (*shares, "max_bad_images", "max_bad_val_images"):
+        shares = ("label_smoothing", "horizontal_flip", "random_erasing", "mixup_switch", "max_bad_images")
+        for field in (*shares, "max_bad_val_images"):
             if not 0 <= (getattr(self, field) or 0) <= 1:
                 raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be between 0 and 1")
+        for field in ("drop_path", "ema_decay"):
+            if not 0 <= (getattr(self, field) or 0) < 1:
+                raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be 0 or more and below 1")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"--warmup-epochs is {self.warmup_epochs} and --epochs is {self.epochs}: "
@@ -275,7 +278,7 @@ def imagenet(model: str, **changes: Any) -> Recipe:
 def imagenet_384(model: str, **changes: Any) -> Recipe:
     """Fine-tuning at 384 px, 30 epochs, from the weights of the 224 px run; no published recipe exists.
 
-    Settings are DeiT's and Swin's for a higher resolution: a small constant-shaped cosine, little weight decay, no
+    Settings are DeiT's and Swin's for a higher resolution: a small learning rate, little weight decay, no
     repeated augmentation, a full-size evaluation crop.
     """
     fields = {

@@ -32,7 +32,7 @@ class Progress:
 
     Attributes:
         epoch: epochs done, their evaluation included. step: optimizer steps done in the epoch under way.
-        loss_sum: of those steps. skipped: steps of the whole run that were skipped as not finite.
+        loss_sum: of those steps. skipped: those of them that were skipped as not finite, and have no loss.
         history: a line of metrics per epoch done. unreadable: names of training images that cannot be read.
     """
 

@@ -76,7 +76,7 @@ def check_scheme(name: str) -> Scheme:
     lacking = [*filter(None, [missing_gpu(scheme.capability), *lacking])]
     if lacking:
         anywhere = [other for other, each in SCHEMES.items() if each.capability is None]
-        raise ValueError(f"scheme {name!r} {' and '.join(lacking)}; without a GPU: {', '.join(anywhere)}")
+        raise ValueError(f"scheme {name!r} {'; it '.join(lacking)}; without a GPU: {', '.join(anywhere)}")
     return scheme
 
 

@@ -24,8 +24,13 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return get_model_state_dict(model, options=GATHERED)
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's state dict by names of parameters; as `model_state`, for the main process alone."""
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
+    """The optimizer's state dict by names of parameters, as `model_state` for the main process alone.
+
+    None before its first step, which torch would take in order to have a state.
+    """
+    if not optimizer.state:
+        return None
     return get_optimizer_state_dict(model, optimizer, options=GATHERED)
 
 
@@ -35,5 +40,6 @@ def restore(model: nn.Module, optimizer: Optimizer, states: dict[str, Any]) -> N
     Args:
         states: "model" and "optimizer", as `model_state` and `optimizer_state` returned them.
     """
-    set_optimizer_state_dict(model, optimizer, states["optimizer"], options=SPREAD)  # may take a step of rate 0
+    if states["optimizer"] is not None:
+        set_optimizer_state_dict(model, optimizer, states["optimizer"], options=SPREAD)  # takes a step of rate 0
     set_model_state_dict(model, states["model"], options=SPREAD)

@@ -189,6 +189,23 @@ def test_products_of_bytes():
     torch.testing.assert_close(int8.multiply_bytes(codes, weight, scale).double(), right, rtol=1 / 128, atol=0)
 
 
+def test_products_of_bytes_follow_their_weight():
+    """Whose layout is kept as long as it stays the same, and only then."""
+    codes, scale = torch.randint(0, 256, (5, 16), dtype=torch.uint8), torch.rand(7)
+    weight, other = (torch.randint(-127, 128, (7, 16), dtype=torch.int8) for _ in range(2))
+    before = int8.multiply_bytes(codes, weight, scale)
+    assert int8.packed(weight) is int8.packed(weight)
+    weight.copy_(other)
+    after = int8.multiply_bytes(codes, weight, scale)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, int8.multiply_bytes(codes, other, scale))
+    with torch.inference_mode():
+        weight = other.clone()
+        int8.multiply_bytes(codes, weight, scale)
+        weight.zero_()
+        assert not int8.multiply_bytes(codes, weight, scale).any()
+
+
 def test_compiled_linear_layers():
     """Tokens of very different sizes have scales of their own; one of zeros gives the bias."""
     layer = nn.Sequential(nn.Linear(32, 8)).bfloat16()
@@ -271,7 +288,7 @@ def test_schemes_that_the_machine_cannot_run(monkeypatch: pytest.MonkeyPatch):
         ValueError, match=r"'float8-dynamic' needs a CUDA GPU of compute capability 8\.9.*there is none"
     ):
         check_scheme("float8-dynamic")
-    with pytest.raises(ValueError, match=r"capability 9\.0 .*none here and needs mslk 1\.0.*pip install 'mslk>=1\.0'"):
+    with pytest.raises(ValueError, match=r"capability 9\.0 .*none here; it needs mslk 1\.0.*pip install 'mslk>=1\.0'"):
         check_scheme("int4-weight-only")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
@@ -401,12 +418,13 @@ def test_the_command(monkeypatch, capsys, graphs, weights: Path, tmp_path: Path)
 
 def test_what_the_command_refuses(monkeypatch, capsys, weights: Path, folder: Path, tmp_path: Path):
     """In one line, before anything is written."""
-    out = tmp_path / "out"
+    out, precious = tmp_path / "out", shutil.copytree(weights, tmp_path / "precious")
     for arguments, words in (
         ((weights, "int8-dynamc", out), ("'int8-dynamc'", "did you mean 'int8-dynamic'?")),
         ((weights, "float8-dynamic", out), ("needs a CUDA GPU of compute capability 8.9",)),
         ((folder, "int8-dynamic", out), ("quantized already",)),
         ((weights, "int8-dynamic", weights), ("is the folder of the weights",)),
+        ((weights, "int8-dynamic", precious), ("precious holds weights that are not quantized",)),
         ((weights, "int8-dynamic", out, "--layers", "stage.*"), ("'stage.*' is unknown",)),
         ((weights, "int8-dynamic", out, "--batch-size", 0), ("--batch-size is 0",)),
         ((tmp_path / "none", "int8-dynamic", out), ("neither a local folder nor",)),

@@ -154,20 +154,38 @@ def test_drawing_does_not_depend_on_the_steps_before():
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(recipe, monkeypatch, capsys):
-    step = engine.train_step
+    step, losses = engine.train_step, []
 
     def poisoned(run, batches):
         factor = float("nan") if run.steps_done in (1, 4) else 1
         before = {key: value.clone() for key, value in run.bare_model.state_dict().items()}
         step(run, [batch._replace(images=batch.images * factor) for batch in batches])
+        if run.progress.epoch == 0 and factor == 1:
+            losses.append(run.progress.loss_sum - sum(losses))
         same = all(torch.equal(before[key], value) for key, value in run.bare_model.state_dict().items())
         assert same == (run.steps_done - 1 in (1, 4)), "parameters and statistics stay, or go on"
 
     monkeypatch.setattr(engine, "train_step", poisoned)
     folder = train(recipe, on_non_finite="skip", learning_rate=1e-2, clip_grad=1.0)
-    assert [line["skipped_steps"] for line in metrics(folder)] == [1, 2]
+    assert [line["skipped_steps"] for line in metrics(folder)] == [1, 1]
+    assert metrics(folder)[0]["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
     assert all(value.isfinite().all() for value in weights_of(folder / "model").values())
     assert "skipped step 5: the loss is nan" in capsys.readouterr().err
+
+
+def test_a_checkpoint_before_the_first_step_leaves_the_optimizer_alone(recipe, monkeypatch):
+    """torch would take a step to have a state; whoever skips the first step would count one more from there on."""
+    step = engine.train_step
+
+    def poisoned(run, batches):
+        factor = float("nan") if run.steps_done == 0 else 1
+        step(run, [batch._replace(images=batch.images * factor) for batch in batches])
+
+    monkeypatch.setattr(engine, "train_step", poisoned)
+    skipping = dataclasses.replace(recipe, on_non_finite="skip", learning_rate=1e-2, clip_grad=1.0)
+    often, seldom = train(skipping, "often", checkpoint_every="1"), train(skipping, "seldom")
+    before, after = weights_of(seldom / "model"), weights_of(often / "model")
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -412,6 +412,19 @@ def test_evaluation_refuses_data_of_other_classes(recipe, capsys):
     assert "know 2 classes and the data has 10" in line
 
 
+def test_evaluation_refuses_classes_of_other_names(recipe, capsys, tmp_path):
+    folder = engine.train(dataclasses.replace(recipe, epochs=2)) / "model"
+    data = shutil.copytree(recipe.data_dir, tmp_path / "renamed")
+    for split in ("train", "val"):
+        (data / split / "light").rename(data / split / "pale")
+    capsys.readouterr()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = ("--weights", folder, "--data", "imagefolder", "--data-dir", data)
+    assert "know a class 'light' where the data has 'pale'" in fails(capsys, "evaluate.py", *arguments)
+    command("evaluate.py", *arguments, "--other-label-names")
+    assert json.loads(capsys.readouterr().out)["images"] == 18
+
+
 def test_evaluation_refuses_damaged_weights(recipe, capsys):
     folder = engine.train(dataclasses.replace(recipe, epochs=2)) / "model"
     weights = folder / "model.safetensors"
