@@ -12,7 +12,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from s3a import cli
 from s3a.engine import train
-from s3a.recipe import Recipe, named_recipe, without_other_source
+from s3a.recipe import RECIPES, Recipe, named_recipe, without_other_source
+
+HELP = (
+    "Trains a recipe: recipes/train.py [RECIPE] [--print-recipe] [--option value ...]. The recipe comes first, and is "
+    f"one of {', '.join(RECIPES)}; without one it is digits. --print-recipe shows what would run, and trains nothing."
+)
 
 
 def main() -> None:
@@ -20,7 +25,8 @@ def main() -> None:
     named = bool(arguments) and not arguments[0].startswith("-")
     with cli.one_line_errors():
         default = named_recipe(arguments[0] if named else "digits")
-        recipe = without_other_source(cli.parse(Recipe, arguments[named:], default=default), default)
+        recipe = cli.parse(Recipe, arguments[named:], default=default, description=HELP)
+        recipe = without_other_source(recipe, default)
         if "--print-recipe" in sys.argv:
             print(recipe.to_json(), end="")
         else:

@@ -27,19 +27,29 @@ def run(options_type: type[OptionsT], main: Callable[[OptionsT], object]) -> Non
 
 
 def parse(
-    options_type: type[OptionsT], arguments: Sequence[str] | None = None, default: OptionsT | None = None
+    options_type: type[OptionsT],
+    arguments: Sequence[str] | None = None,
+    default: OptionsT | None = None,
+    description: str | None = None,
 ) -> OptionsT:
     """tyro's parsing, with its framed error folded into the message of a ValueError.
 
     Args:
         arguments: None takes those of the process.
         default: where options that are not given come from; None for the type's own defaults.
+        description: what the help says first; None for the type's docstring.
     """
     defaults = {} if default is None else {"default": default}
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):
-            return tyro.cli(options_type, args=arguments, config=(tyro.conf.FlagCreatePairsOff,), **defaults)
+            return tyro.cli(
+                options_type,
+                args=arguments,
+                description=description,
+                config=(tyro.conf.FlagCreatePairsOff,),
+                **defaults,
+            )
     except SystemExit as stop:
         if stop.code != 2:
             raise
