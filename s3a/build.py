@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from s3a.augmentation import train_transform
 from s3a.compile import compile_model
 from s3a.cost import count_cost, meta_copy
-from s3a.data import EvalLoader, TrainLoader, load_data
+from s3a.data import EvalLoader, ImageData, TrainLoader, load_data
 from s3a.errors import unknown
 from s3a.hub import create_repository
 from s3a.layers import S3A
@@ -46,46 +46,19 @@ def build(recipe: Recipe) -> dict[str, Any]:
     if recipe.quantize is not None:
         check_trainable(recipe.quantize)
     data = load_data(recipe.data, recipe.data_dir, dataset=recipe.dataset, streaming=recipe.streaming)
-    accelerator = Accelerator(
-        mixed_precision=recipe.precision,
-        step_scheduler_with_optimizer=False,
-        log_with=recipe.track,
-        project_config=ProjectConfiguration(
-            project_dir=str(recipe.folder), logging_dir=str(recipe.folder / "tracking")
-        ),
-    )
-    check_processes(recipe, accelerator)
-    use_cores(accelerator, recipe.cpu_threads)
+    accelerator = build_accelerator(recipe)
     seed_step(recipe.seed, step=0, process=-1)  # the same weights on every process
     model = build_model(recipe, data.label_names)
     check_image_size(model, recipe.image_size)
     data_config = resolve_model_data_config(model)
     channels = data_config["input_size"][0]
     data_config |= {"input_size": (channels, recipe.image_size, recipe.image_size), "crop_pct": recipe.crop_pct}
-    loading = {
-        "channels": channels,
-        "batch_size": recipe.batch_size,
-        "process_index": accelerator.process_index,
-        "num_processes": accelerator.num_processes,
-        "num_workers": recipe.num_workers,
-        "pin_memory": accelerator.device.type == "cuda",
-    }
-    train_loader = TrainLoader(
-        data.train,
-        train_transform(recipe, data_config),
-        accumulate=recipe.accumulate,
-        repeats=recipe.repeats,
-        seed=recipe.seed,
-        **loading,
-    )
-    val_loader = EvalLoader(data.val, create_transform(**data_config, is_training=False), **loading)
+    train_loader, val_loader = build_loaders(recipe, data, data_config, accelerator)
     shell = meta_copy(model)
     if recipe.quantize is not None:
         fake_quantize(model, recipe.quantize)
     model = model.to(accelerator.device)
-    ema = None
-    if recipe.ema_decay is not None:
-        ema = ModelEmaV3(model, decay=recipe.ema_decay ** (recipe.batch_size / 512))
+    ema = build_ema(recipe, model)
     optimizer = create_optimizer_v2(model, "adamw", lr=recipe.peak_learning_rate, weight_decay=recipe.weight_decay)
     scheduler = build_scheduler(recipe, optimizer, train_loader.steps_per_epoch)
     model = prepare_model(recipe, model, accelerator)
@@ -106,14 +79,61 @@ def build(recipe: Recipe) -> dict[str, Any]:
         "model": model,
         "optimizer": optimizer,
         "scheduler": scheduler,
-        "criterion": SoftTargetCrossEntropy()
-        if recipe.mixes
-        else nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing),
+        "criterion": build_criterion(recipe),
         "mixup": build_mixup(recipe, len(data.label_names)),
         "ema": ema,
         "train_loader": train_loader,
         "val_loader": val_loader,
     }
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """Accelerate for the recipe; ValueError where it and the processes do not go together."""
+    folder = str(recipe.folder)
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision,
+        step_scheduler_with_optimizer=False,
+        log_with=recipe.track,
+        project_config=ProjectConfiguration(project_dir=folder, logging_dir=f"{folder}/tracking"),
+    )
+    check_processes(recipe, accelerator)
+    use_cores(accelerator, recipe.cpu_threads)
+    return accelerator
+
+
+def build_loaders(
+    recipe: Recipe, data: ImageData, data_config: dict[str, Any], accelerator: Accelerator
+) -> tuple[TrainLoader, EvalLoader]:
+    """This process' share of the training and of the validation images."""
+    loading = {
+        "channels": data_config["input_size"][0],
+        "batch_size": recipe.batch_size,
+        "process_index": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+        "num_workers": recipe.num_workers,
+        "pin_memory": accelerator.device.type == "cuda",
+    }
+    train_loader = TrainLoader(
+        data.train,
+        train_transform(recipe, data_config),
+        accumulate=recipe.accumulate,
+        repeats=recipe.repeats,
+        seed=recipe.seed,
+        **loading,
+    )
+    return train_loader, EvalLoader(data.val, create_transform(**data_config, is_training=False), **loading)
+
+
+def build_ema(recipe: Recipe, model: nn.Module) -> ModelEmaV3 | None:
+    """timm's average of the weights, or None; its decay is that of the recipe for each 512 images."""
+    if recipe.ema_decay is None:
+        return None
+    return ModelEmaV3(model, decay=recipe.ema_decay ** (recipe.batch_size / 512))
+
+
+def build_criterion(recipe: Recipe) -> nn.Module:
+    """The loss: of labels, or of the mixed ones that `build_mixup` has smoothed."""
+    return SoftTargetCrossEntropy() if recipe.mixes else nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
 
 
 def seed_step(seed: int, step: int, process: int) -> None:
