@@ -12,11 +12,11 @@ from pathlib import Path
 # Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from s3a import cli
 from s3a.data import Source, load_data
-from s3a.evaluation import evaluate_weights
-from s3a.recipe import Precision
-from s3a.weights import load_pretrained
+from s3a.support import command_line as cli
+from s3a.training.evaluation import evaluate_weights
+from s3a.training.recipe import Precision
+from s3a.weights.folder import load_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)

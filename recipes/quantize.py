@@ -22,14 +22,15 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from s3a import cli, compile_model
+from s3a import compile_model
 from s3a.data import ImageData, Source, load_data
-from s3a.evaluation import evaluate_weights
-from s3a.measure import take_turns, write_result
-from s3a.model_card import model_card, table
-from s3a.quantize import choose_layers, quantize
-from s3a.schemes import check_float, check_scheme
-from s3a.weights import CONFIG_NAME, WEIGHTS_NAME, load_pretrained, save_folder
+from s3a.quantization.convert import choose_layers, quantize
+from s3a.quantization.schemes import check_float, check_scheme
+from s3a.support import command_line as cli
+from s3a.support.timing import take_turns, write_result
+from s3a.training.evaluation import evaluate_weights
+from s3a.weights.card import model_card, table
+from s3a.weights.folder import CONFIG_NAME, WEIGHTS_NAME, load_pretrained, save_folder
 
 COLUMNS = {
     "top1": "top-1",
@@ -201,9 +202,9 @@ def file_size(model: nn.Module, weights: str, revision: str | None) -> int:
 
 # A process of its own for each model: memory is not given back. Writing 5 to clear_refs forgets the imports' peak.
 PEAK_MEMORY = """
-import json, re, sys, torch, s3a, s3a.quantize
+import json, re, sys, torch, s3a, s3a.quantization.storage
 from pathlib import Path
-from s3a.weights import load_pretrained
+from s3a.weights.folder import load_pretrained
 def kilobytes(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 weights, revision, shape = json.loads(sys.argv[1])

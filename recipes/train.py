@@ -10,9 +10,10 @@ import sys
 # Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from s3a import cli
-from s3a.engine import train
-from s3a.recipe import RECIPES, Recipe, named_recipe, without_other_source
+from s3a.support import command_line as cli
+from s3a.training.named_recipes import RECIPES, named_recipe, without_other_source
+from s3a.training.recipe import Recipe
+from s3a.training.trainer import train
 
 HELP = (
     "Trains a recipe: recipes/train.py [RECIPE] [--print-recipe] [--option value ...]. The recipe comes first, and is "

@@ -3,13 +3,13 @@
 Importing this registers the models with timm: `timm.create_model("ssvit_tiny")`.
 """
 
-from s3a.attention import neighborhood_attention, sparse_scan_attention
-from s3a.compile import compile_model
-from s3a.dynamo import CompilationError
-from s3a.explain import explain
+from s3a.analysis.explain import explain
+from s3a.attention.functional import neighborhood_attention, sparse_scan_attention
 from s3a.geometry import Neighborhood, sparse_scan
-from s3a.layers import S3A
 from s3a.models import VVT, SSViT, SViT
+from s3a.nn.compilation import compile_model
+from s3a.nn.s3a import S3A
+from s3a.support.compiler import CompilationError
 
 __all__ = [
     "S3A",

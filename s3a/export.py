@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from s3a.cost import count_cost, image_channels
-from s3a.dynamo import compiling
-from s3a.errors import unknown
-from s3a.schemes import quantization_of
+from s3a.analysis.cost import count_cost, image_channels
+from s3a.quantization.schemes import quantization_of
+from s3a.support.compiler import compiling
+from s3a.support.errors import unknown
 
 Format = Literal["pt2", "aoti", "onnx"]
 SUFFIXES: dict[str, str] = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
@@ -94,9 +94,9 @@ def trace(model: nn.Module, images: Tensor, dynamic_batch: bool) -> ExportedProg
     with torch.no_grad():
         if quantization_of(model) is None:
             return torch.export.export(model, (images,), dynamic_shapes=dynamic)
-        from s3a import quantize  # noqa: PLC0415  torchao is slow to import, and most models are not quantized
+        from s3a.quantization import convert  # noqa: PLC0415  torchao is slow to import, and most models are not quantized
 
-        return quantize.trace(model, images, dynamic_shapes=dynamic)
+        return convert.trace(model, images, dynamic_shapes=dynamic)
 
 
 def write_pt2(program: ExportedProgram, path: Path) -> None:

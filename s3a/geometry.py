@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from s3a.errors import unknown
+from s3a.support.errors import unknown
 
 Fixed: TypeAlias = Literal["window", "anchors"]
 FIXED = ("window", "anchors")

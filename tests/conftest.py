@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from command_line import Command, make_command
-from hub_server import HUB, Hub
+from helpers.command_line import Command, make_command
+from helpers.hub_server import HUB, Hub
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands do; read when torch loads
 
@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from s3a.attention import flex
+from s3a.attention.backends import flex
 
 # Tensors are small here: a second thread gains little, and where other work runs it waits for its turn at every
 # operation, up to a hundred times longer than the operation takes.

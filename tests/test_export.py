@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from command_line import Command, check_refused
+from helpers.command_line import Command, check_refused
 from torch import nn
 
 from s3a import export as exports
-from s3a import quantize
 from s3a.export import ExportError, check_format, export, verify
+from s3a.quantization import convert as quantize
 
 BLOCK_IMPORTS = """
 import sys

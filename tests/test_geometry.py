@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from golden import dense_mask, scan_table, seen_keys
+from helpers.golden import dense_mask, scan_table, seen_keys
 
 from s3a import Neighborhood, sparse_scan
 from s3a.geometry import SCANS, scan_rule

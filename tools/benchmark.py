@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import s3a
-from s3a import cli
-from s3a.attention import attend_plan
-from s3a.errors import unknown
+from s3a.attention.backends.tiles import axis_tiles
+from s3a.attention.functional import attend_plan
+from s3a.attention.plan import plan_scan
 from s3a.geometry import FIXED, Neighborhood, Scan, sparse_scan
-from s3a.measure import read_results, row, take_turns, write_result
 from s3a.models.backbone import Backbone
-from s3a.plan import plan_scan
-from s3a.plan.tiles import axis_tiles
+from s3a.support import command_line as cli
+from s3a.support.errors import unknown
+from s3a.support.timing import read_results, row, take_turns, write_result
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -17,17 +17,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import tyro
 
-from s3a import cli
 from s3a.comparison.candidates import Contender, Equal, list_candidates, prepare
 from s3a.comparison.report import as_markdown, as_text, draw, skipped, tables
 from s3a.comparison.results import Results, open_results
 from s3a.comparison.scores import compare_scores, score, train_run
 from s3a.comparison.speed import measure_growth, measure_speed
 from s3a.data import ImageData, load_data
-from s3a.interrupts import Interrupted, StopRequests
-from s3a.machine import core_share
-from s3a.recipe import Recipe, named_recipe, option, without_other_source
-from s3a.run_folder import INCIDENTAL, write_whole
+from s3a.support import command_line as cli
+from s3a.support.errors import Interrupted
+from s3a.training.named_recipes import named_recipe, without_other_source
+from s3a.training.processes import core_share
+from s3a.training.recipe import Recipe, option
+from s3a.training.run_folder import INCIDENTAL, write_whole
+from s3a.training.signals import StopRequests
 
 
 @dataclass(frozen=True, kw_only=True)

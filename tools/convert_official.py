@@ -10,9 +10,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from s3a import cli
-from s3a.errors import unknown
-from s3a.weights import KeyTable, convert_state, read_checkpoint, save_folder
+from s3a.support import command_line as cli
+from s3a.support.errors import unknown
+from s3a.weights.folder import save_folder
+from s3a.weights.official import KeyTable, convert_state, read_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

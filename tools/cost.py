@@ -9,9 +9,9 @@ import timm
 import torch
 import tyro
 
-from s3a import cli
-from s3a.cost import Cost, count_cost
-from s3a.errors import unknown
+from s3a.analysis.cost import Cost, count_cost
+from s3a.support import command_line as cli
+from s3a.support.errors import unknown
 
 LEGEND = """\
 layers: GMACs of convolutions and pointwise layers alone, in units of 2^30: the "FLOPs" of the SSViT paper

@@ -5,8 +5,8 @@ from typing import Literal
 
 import torch
 
-from s3a import cli
-from s3a.explain import explain
+from s3a.analysis.explain import explain
+from s3a.support import command_line as cli
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,12 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from s3a import CompilationError, cli, compile_model
+from s3a import CompilationError, compile_model
 from s3a.export import Format, check_format, export, load
-from s3a.measure import take_turns
-from s3a.model_card import table
-from s3a.weights import load_pretrained
+from s3a.support import command_line as cli
+from s3a.support.timing import take_turns
+from s3a.weights.card import table
+from s3a.weights.folder import load_pretrained
 
 RUNS = {
     "pt2": "torch.export.load(FILE).module()(images), with PyTorch alone",

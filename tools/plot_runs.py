@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from s3a import cli
-from s3a.run_folder import METRICS_NAME
+from s3a.support import command_line as cli
+from s3a.training.run_folder import METRICS_NAME
 
 LOG_NAME = "log.txt"
 # Okabe and Ito's colours, with Tol's wine for their yellow, which is pale on white. The markers differ as well.

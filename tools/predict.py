@@ -17,11 +17,11 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from s3a import cli
-from s3a.attribution import attribute, check_explicable
-from s3a.images import image_mode, read_image
-from s3a.overlay import draw, prepare
-from s3a.weights import load_pretrained
+from s3a.analysis.attribution import attribute, check_explicable
+from s3a.analysis.overlay import draw, prepare
+from s3a.data.decode import image_mode, read_image
+from s3a.support import command_line as cli
+from s3a.weights.folder import load_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
-from s3a import cli
 from s3a.geometry import FIXED, Neighborhood, Scan, sparse_scan
+from s3a.support import command_line as cli
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart.
 QUERY, ANCHOR, WINDOW, OWN = "#D55E00", "#0072B2", "#56B4E9", "#E69F00"

@@ -10,12 +10,12 @@ import timm
 import torch
 from torch import nn
 
-from s3a.build import build_model, check_image_size
-from s3a.cost import Cost, count_cost
-from s3a.errors import unknown
+from s3a.analysis.cost import Cost, count_cost
 from s3a.geometry import scan_rule
-from s3a.layers import S3A
-from s3a.recipe import Recipe
+from s3a.nn.s3a import S3A
+from s3a.support.errors import unknown
+from s3a.training.build import build_model, check_image_size
+from s3a.training.recipe import Recipe
 
 Equal = Literal["epochs", "compute"]
 PUBLISHED_SCAN = "alternate"

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from s3a.measure import machine
-from s3a.run_folder import write_whole
+from s3a.support.timing import machine
+from s3a.training.run_folder import write_whole
 
 RESULTS_NAME = "results.json"
 

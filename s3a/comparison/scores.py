@@ -11,10 +11,10 @@ from typing import Any
 
 from s3a.comparison.candidates import Contender
 from s3a.data import ImageData
-from s3a.engine import train
-from s3a.recipe import Recipe
-from s3a.run_folder import METRICS_NAME, check_folder
-from s3a.weights import CONFIG_NAME
+from s3a.training.recipe import Recipe
+from s3a.training.run_folder import METRICS_NAME, check_folder
+from s3a.training.trainer import train
+from s3a.weights.folder import CONFIG_NAME
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.functional import cross_entropy
 
+from s3a.analysis.cost import image_channels
 from s3a.comparison.candidates import Contender, build
-from s3a.cost import image_channels
-from s3a.measure import Sample, take_turns
-from s3a.recipe import Recipe
+from s3a.support.timing import Sample, take_turns
+from s3a.training.recipe import Recipe
 
 Call = Callable[[], object]
 MIB = 2**20

@@ -7,6 +7,16 @@ of the seed, the epoch and the step alone: not of the processes, the workers or 
 from s3a.data.batches import Batch
 from s3a.data.images import DatasetImages, ImageData, Images
 from s3a.data.loaders import EvalLoader, TrainLoader
-from s3a.data.sources import Source, load_data
+from s3a.data.sources import DataOptions, Source, load_data
 
-__all__ = ["Batch", "DatasetImages", "EvalLoader", "ImageData", "Images", "Source", "TrainLoader", "load_data"]
+__all__ = [
+    "Batch",
+    "DataOptions",
+    "DatasetImages",
+    "EvalLoader",
+    "ImageData",
+    "Images",
+    "Source",
+    "TrainLoader",
+    "load_data",
+]

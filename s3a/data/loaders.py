@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from s3a.data.batches import Batch, EvalBatches, MicroBatch, TrainBatches, Transform
+from s3a.data.decode import image_mode
 from s3a.data.images import DataError, Images
 from s3a.data.slices import EvalSlices, Slices
-from s3a.images import image_mode
 
 
 class Schedule(Sampler[MicroBatch]):

@@ -10,7 +10,7 @@ from s3a.data.images import ImageData
 from s3a.data.local import load_digits, load_fashion_mnist, load_image_folder
 from s3a.data.parquet import load_parquet
 from s3a.data.webdataset import load_webdataset
-from s3a.errors import unknown
+from s3a.support.errors import unknown
 
 Source = Literal["digits", "fashion-mnist", "hub", "imagefolder", "parquet", "webdataset"]
 
@@ -39,6 +39,20 @@ SOURCES: dict[str, SourceRule] = {
     "parquet": SourceRule(load_parquet, data_dir="train*.parquet and val*.parquet", streams=True),
     "webdataset": SourceRule(load_webdataset, data_dir="train*.tar and val*.tar", streams=True),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where images come from: the options that all commands with data share."""
+
+    data: Source
+    """Where the images come from."""
+    data_dir: Path | None = None
+    """The folder of an imagefolder (train/CLASS/*, val/CLASS/*), or of parquet or webdataset shards."""
+    dataset: str | None = None
+    """For hub: ORG/NAME or ORG/NAME:CONFIG."""
+    streaming: bool = False
+    """Read shards as a stream instead of copying them to the cache of the datasets library."""
 
 
 def load_data(

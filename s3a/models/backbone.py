@@ -16,9 +16,9 @@ from timm.models._features_fx import register_notrace_function, register_notrace
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from s3a.errors import unknown
-from s3a.layers import Pointwise, Region
-from s3a.weights import PretrainedMixin
+from s3a.nn.layers import Pointwise, Region
+from s3a.support.errors import unknown
+from s3a.weights.folder import PretrainedMixin
 
 MIN_IMAGE_SIZE = 32
 POOLINGS = ("avg", "")

@@ -10,8 +10,8 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from s3a.attention.plan import Backend
 from s3a.geometry import scan_rule
-from s3a.layers import S3A, ConvFFN, DepthwiseConv, Downsample, Stem
 from s3a.models.backbone import (
     Backbone,
     ResidualBlock,
@@ -22,8 +22,9 @@ from s3a.models.backbone import (
     drop_path_rates,
     init_linear,
 )
-from s3a.plan import Backend
-from s3a.weights import KeyTable, filter_official
+from s3a.nn.layers import ConvFFN, DepthwiseConv, Downsample, Stem
+from s3a.nn.s3a import S3A
+from s3a.weights.official import KeyTable, filter_official
 
 # Layer scale starts at 1e-6 in the stages where it is a number. The published drop path rate is each size's default.
 SIZES: dict[str, dict[str, Any]] = {

@@ -13,17 +13,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from s3a.geometry import pair
-from s3a.layers import ConvFFN, DepthwiseConv, Downsample, Pointwise, Stem
-from s3a.models.backbone import (
-    Backbone,
-    ResidualBlock,
-    Stage,
-    check_arguments,
-    create,
-    default_cfg,
-    drop_path_rates,
-)
-from s3a.weights import KeyTable, filter_official
+from s3a.models.backbone import Backbone, ResidualBlock, Stage, check_arguments, create, default_cfg, drop_path_rates
+from s3a.nn.layers import ConvFFN, DepthwiseConv, Downsample, Pointwise, Stem
+from s3a.weights.official import KeyTable, filter_official
 
 # Layer scale starts at 1e-6 in the stages where it is a number. The published drop path rate is each size's default.
 SIZES: dict[str, dict[str, Any]] = {

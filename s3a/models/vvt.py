@@ -15,7 +15,6 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from s3a.layers import DepthwiseConv, Pointwise, Region
 from s3a.models.backbone import (
     Backbone,
     ResidualBlock,
@@ -26,8 +25,9 @@ from s3a.models.backbone import (
     drop_path_rates,
     init_linear,
 )
-from s3a.plan.tensors import plain_tensors
-from s3a.weights import KeyTable, filter_official
+from s3a.nn.layers import DepthwiseConv, Pointwise, Region
+from s3a.support.tensors import plain_tensors
+from s3a.weights.official import KeyTable, filter_official
 
 # The published drop path rate is each size's default.
 SIZES: dict[str, dict[str, Any]] = {

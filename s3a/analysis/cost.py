@@ -1,0 +1,127 @@
+"""What a forward pass costs: parameters, and multiply-accumulates by two conventions.
+
+Counted on the meta device: nothing is computed, so a large model costs no more to count than a small one.
+"""
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from s3a.nn.s3a import S3A
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one image costs.
+
+    Attributes:
+        parameters: all of them.
+        published_gmacs: what the SSViT paper prints as "FLOPs": multiply-accumulates of the convolutions and
+            pointwise layers alone, the attention products left out, in units of 2^30.
+        gmacs: counted whole, in units of 10^9: the layers, and the scores and values of every attention. For
+            S3A these are the (query, key) pairs of its scans, for other attentions the matrix products that run,
+            for super tokens those of the association too. The SViT and VVT papers print this count; theirs is up to
+            1 % higher, since it has the norms as well.
+    """
+
+    parameters: int
+    published_gmacs: float
+    gmacs: float
+
+
+def count_cost(model: nn.Module, height: int, width: int) -> Cost:
+    """Counts one image of height x width pixels. The model is left as it is, wherever it is.
+
+    Raises:
+        ValueError: for a size that the model does not take.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"the size is {height} x {width} pixels: height and width must be positive")
+    model = meta_copy(model)
+    counter = Counted(model)
+    images = torch.empty(1, image_channels(model), height, width, device="meta")
+    try:
+        with torch.no_grad(), counter:
+            model(images)
+    except (AssertionError, RuntimeError) as error:  # how timm's models refuse a size
+        name, reason = type(model).__name__, str(error).partition("\n")[0]
+        raise ValueError(f"{name} does not take images of {height} x {width} pixels: {reason}") from error
+    return Cost(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        published_gmacs=counter.macs["layers"] / 2**30,
+        gmacs=sum(counter.macs.values()) / 1e9,
+    )
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose tensors have shapes but no memory."""
+    tensors = chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): without_memory(tensor) for tensor in tensors}).eval()
+
+
+def without_memory(tensor: Tensor) -> Tensor:
+    """The parameter or buffer on the meta device; for a quantized one, a plain tensor of what it stands for."""
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def image_channels(model: nn.Module) -> int:
+    """The channels of the model's images: those that its first convolution reads."""
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+
+
+def scan_macs(attention: S3A, tokens: Tensor) -> int:
+    """Scores and values of every (query, key) pair of the scan on the tokens' map."""
+    _, height, width, dim = tokens.shape
+    return 2 * dim * sum(step.count_pairs(height, width) for step in attention.scan(height, width))
+
+
+class Counted(TorchDispatchMode):
+    """Adds up the multiply-accumulates that run under it.
+
+    Attributes:
+        macs: by kind. "layers" are convolutions and products with parameters, "scans" the pairs of S3A,
+            "products" all other matrix products. What a backend of S3A gathers and masks besides its pairs
+            is not the model's cost.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.macs: Counter[str] = Counter()
+        self.inside_scan = False
+        self.weights = {storage_of(parameter) for parameter in model.parameters()}
+        for module in model.modules():
+            if isinstance(module, S3A):
+                module.backend = None  # one that takes the meta device
+                module.register_forward_pre_hook(self.enter_scan)
+                module.register_forward_hook(self.leave_scan)
+
+    def enter_scan(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.inside_scan = True
+
+    def leave_scan(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.inside_scan = False
+        self.macs["scans"] += scan_macs(module, output)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        operator = func.overloadpacket
+        if operator in flop_registry:
+            weighted = any(storage_of(tensor) in self.weights for tensor in args if isinstance(tensor, Tensor))
+            is_layer = weighted or operator is torch.ops.aten.convolution
+            if is_layer or not self.inside_scan:
+                flops = flop_registry[operator](*args, **(kwargs or {}), out_val=output)
+                self.macs["layers" if is_layer else "products"] += flops // 2
+        return output
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What a tensor shares with its views; the meta device has no addresses."""
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,1 @@
+"""The backends: how each lays out a pass, and how it attends."""

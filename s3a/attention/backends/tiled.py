@@ -1,0 +1,89 @@
+"""Query tiles with key halos through scaled_dot_product_attention: any device, trains everywhere, exports.
+
+Compiled inference on a CPU has two shorter ways. Where the keys of a query are few beside those of a tile, it
+lists them: the compiler fuses their gathering with scores, softmax and sums, and nothing is masked. And bf16 tiles
+are two matrix products with a softmax fused between, faster there than scaled_dot_product_attention (LOG.md).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from s3a.attention.backends.key_lists import KeyList
+from s3a.attention.backends.tiles import TiledPass
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: TiledPass, scale: float) -> Tensor:
+    """One pass. Shapes: query, key, value and the result [batch, tokens, heads, head_dim]."""
+    if layout.listed is not None and is_compiled_inference(query, key, value):
+        return attend_list(query, key, value, layout.listed, scale)
+    if layout.whole:
+        whole = [tensor.transpose(1, 2) for tensor in (query, key, value)]  # [batch, heads, tokens, head_dim]
+        return scaled_dot_product_attention(*whole, attn_mask=layout.batches[0].mask, scale=scale).transpose(1, 2)
+
+    # A tile is treated as an image of its own. All tiles are gathered at once, tile batch after tile batch, so
+    # that each of them is a slice; a gather or a call less is a synchronization of the cores less.
+    images = query.shape[0]
+    query_rows = rows_of([batch.queries for batch in layout.batches], images, query.shape[1])
+    key_rows = rows_of([batch.keys for batch in layout.batches], images, query.shape[1])
+    queries = query.flatten(0, 1).index_select(0, query_rows)
+    keys, values = (tensor.flatten(0, 1).index_select(0, key_rows) for tensor in (key, value))
+    parts = zip(
+        queries.split([images * len(batch.queries) for batch in layout.batches]),
+        keys.split([images * len(batch.keys) for batch in layout.batches]),
+        values.split([images * len(batch.keys) for batch in layout.batches]),
+        layout.batches,
+        strict=True,
+    )
+    attended = joined([attend_tiles(*part, images * batch.num_tiles, batch.mask, scale) for *part, batch in parts])
+    return torch.empty_like(attended).index_copy_(0, query_rows, attended).unflatten(0, (images, -1))
+
+
+def rows_of(positions: list[Tensor], images: int, num_tokens: int) -> Tensor:
+    """Positions as rows of [images * num_tokens, ...]: list after list, and in each of them image after image."""
+    first = num_tokens * torch.arange(images, device=positions[0].device)[:, None]
+    return joined([(first + each).flatten() for each in positions])
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The parts after one another; a single one without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def attend_tiles(
+    query: Tensor, key: Tensor, value: Tensor, num_tiles: int, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Tiles of one shape and mask, as one call. Shapes: tensors and the result [tiles * tokens, heads, head_dim]."""
+    tiles = [tensor.unflatten(0, (num_tiles, -1)).transpose(1, 2) for tensor in (query, key, value)]
+    if query.dtype == torch.bfloat16 and is_compiled_inference(query, key, value):
+        return multiply(*tiles, mask, scale).transpose(1, 2).flatten(0, 1)
+    return scaled_dot_product_attention(*tiles, attn_mask=mask, scale=scale).transpose(1, 2).flatten(0, 1)
+
+
+def is_compiled_inference(*tensors: Tensor) -> bool:
+    """Whether torch.compile traces this for a CPU and no gradient; an exported program may run uncompiled."""
+    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return compiled and not needs_grad and tensors[0].device.type == "cpu"
+
+
+def attend_list(query: Tensor, key: Tensor, value: Tensor, layout: KeyList, scale: float) -> Tensor:
+    """One pass, every query with keys of its own; uncompiled it would hold all of them at once."""
+    exact = torch.promote_types(query.dtype, torch.float32)
+    scores = scale * (query.to(exact)[:, :, None] * key[:, layout.keys].to(exact)).sum(
+        -1
+    )  # [batch, tokens, keys, heads]
+    if layout.seen is not None:
+        scores = scores.masked_fill(~layout.seen[:, :, None], -torch.inf)
+    # over the last axis, so that the compiler vectorizes it
+    weights = scores.transpose(2, 3).softmax(dim=-1).transpose(2, 3)
+    return (weights[..., None] * value[:, layout.keys].to(exact)).sum(2).to(value.dtype)
+
+
+def multiply(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """scaled_dot_product_attention on [tiles, heads, tokens, head_dim], its softmax in float32."""
+    scores = ((scale * query) @ key.mT).float()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (weights.to(value.dtype) @ value / weights.sum(-1, keepdim=True)).to(value.dtype)

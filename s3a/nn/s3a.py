@@ -1,0 +1,162 @@
+"""S3A: Sparse Scan Self-Attention as a module, to drop into any network."""
+
+import operator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s3a.attention.functional import attend_plan, choose_backend
+from s3a.attention.plan import BACKENDS, Backend, ScanPlan, plan_scan
+from s3a.geometry import FIXED, PASSES, Fixed, Passes, Scan, check_size, sparse_scan
+from s3a.nn.layers import DepthwiseConv, Pointwise
+from s3a.nn.rotary import rotary_angles, rotate
+from s3a.support.errors import unknown
+from s3a.support.tensors import plain_tensors
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """All that S3A needs to know of a map size.
+
+    Attributes:
+        scan: the plan of the two passes.
+        cosine, sine: [tokens, 1, 1, head_dim / 2], the rotation of every pair of channels.
+    """
+
+    scan: ScanPlan
+    cosine: Tensor
+    sine: Tensor
+
+
+@lru_cache(maxsize=256)
+def build_attention_plan(
+    height: int,
+    width: int,
+    head_dim: int,
+    size: int,
+    fixed: Fixed,
+    passes: Passes,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: Backend,
+) -> AttentionPlan:
+    """The plan of S3A on a map; built at the first call for its arguments, looked up at the next.
+
+    Args:
+        height, width: the map, in tokens.
+        dtype: of the rotary tables.
+        backend: who runs it; already checked.
+    """
+    with plain_tensors():
+        angles = rotary_angles(height, width, head_dim)[:, None, None]
+        cosine, sine = (table.to(device=device, dtype=dtype) for table in (angles.cos(), angles.sin()))
+    return AttentionPlan(
+        scan=plan_scan(sparse_scan(height, width, size, fixed, passes), height, width, device, backend),
+        cosine=cosine,
+        sine=sine,
+    )
+
+
+@torch.compiler.assume_constant_result
+def attention_plan(*arguments: Any) -> AttentionPlan:
+    """`build_attention_plan`, whose result a tracer takes as a constant: a plan is never built inside a graph."""
+    return build_attention_plan(*arguments)
+
+
+class S3A(nn.Module):
+    """Sparse Scan Self-Attention (arXiv 2405.13335), to drop into any network.
+
+    Projects tokens to queries, keys and values, rotates queries and keys by their place in the map, attends
+    first to a reference window and then to anchors spread over the map, adds a depthwise convolution of the
+    values (LePE), and projects back.
+
+    Args:
+        dim: channels of a token.
+        num_heads: attention heads; head_dim = dim / num_heads, a multiple of 4.
+        size: tokens per axis of what is fixed.
+        fixed: "window" fixes the reference window and lets the number of anchors follow the map, "anchors"
+            the other way round. Networks alternate the two.
+        passes: "both" as published; for ablations "local" or "anchor" alone, or "dense" attention.
+        backend: None chooses (flex on CUDA, tiled elsewhere); "flex", "tiled" or "reference" is run as
+            said or refused.
+
+    Shape:
+        [batch, height, width, dim] to the same.
+
+    Raises:
+        ValueError: for heads that do not divide the dim or leave a head_dim that is no multiple of 4, a size
+            below 1, an unknown `fixed`, `passes` or backend.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        size: int = 7,
+        fixed: Fixed = "window",
+        passes: Passes = "both",
+        backend: Backend | None = None,
+    ) -> None:
+        super().__init__()
+        whole = isinstance(dim, int) and isinstance(num_heads, int)
+        if not whole or min(dim, num_heads) < 1 or dim % num_heads or (dim // num_heads) % 4:
+            raise ValueError(
+                f"dim is {dim!r} and num_heads is {num_heads!r}: the heads must divide the dim into head dims "
+                "that are multiples of 4 (the rotary embedding needs pairs for rows and for columns)"
+            )
+        if fixed not in FIXED:
+            raise unknown("fixed", fixed, FIXED)
+        if passes not in PASSES:
+            raise unknown("passes", passes, PASSES)
+        if backend is not None and backend not in BACKENDS:
+            raise unknown("backend", backend, BACKENDS)
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.size, self.fixed, self.passes, self.backend = check_size(size), fixed, passes, backend
+        self.qkv = Pointwise(dim, 3 * dim)
+        self.lepe = DepthwiseConv(dim, 5)
+        self.proj = Pointwise(dim, dim)
+
+    def scan(self, height: int, width: int) -> Scan:
+        """The passes on a map of tokens."""
+        return sparse_scan(height, width, self.size, self.fixed, self.passes)
+
+    def plan(self, x: Tensor) -> AttentionPlan:
+        """The plan for tokens of x's map size, device and dtype; cached for the process."""
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.qkv.weight.requires_grad)
+        # a plan belongs to one map size, also where a tracer would vary it
+        height, width = operator.index(x.shape[1]), operator.index(x.shape[2])
+        return attention_plan(
+            height,
+            width,
+            self.head_dim,
+            self.size,
+            self.fixed,
+            self.passes,
+            x.device,
+            torch.promote_types(x.dtype, torch.float32),
+            choose_backend(self.backend, x.device, x.dtype, self.head_dim, needs_grad, height * width),
+        )
+
+    def forward(self, x: Tensor, plan: AttentionPlan | None = None) -> Tensor:
+        """Attends. `plan` is what `self.plan(x)` returns; None looks it up.
+
+        Raises:
+            ValueError: for tokens of another shape, or tensors that the backend cannot run.
+        """
+        if x.ndim != 4 or x.shape[-1] != self.dim or 0 in x.shape[1:]:
+            raise ValueError(f"tokens have shape {tuple(x.shape)}: they must be [batch, height, width, {self.dim}]")
+        plan = plan or self.plan(x)
+        qkv = self.qkv(x)  # [batch, height, width, 3 * dim]
+        query, key, value = self.split_heads(qkv, plan)
+        attended = attend_plan(query, key, value, plan.scan)
+        return self.proj(attended.reshape(x.shape) + self.lepe(qkv[..., 2 * self.dim :]))
+
+    def split_heads(self, qkv: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, both rotated, and values of projected tokens; each [batch, tokens, heads, head_dim]."""
+        heads = qkv.flatten(1, 2).unflatten(2, (3, self.num_heads, self.head_dim))
+        query, key = rotate(heads[:, :, :2], plan.cosine, plan.sine).unbind(2)
+        return query, key, heads[:, :, 2]

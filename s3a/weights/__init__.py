@@ -1,0 +1,1 @@
+"""Weights: folders, the Hub, model cards, and conversion of official checkpoints."""

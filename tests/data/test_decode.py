@@ -1,0 +1,142 @@
+"""Image files of every kind come as the same picture."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from s3a.data.decode import image_mode, read_image
+
+ROWS, COLUMNS = 24, 40
+GRAY = np.add.outer(np.arange(ROWS) * 4, np.arange(COLUMNS) * 3).astype(np.uint8)  # 0 to 209, no symmetry
+SIXTEEN = GRAY.astype(np.uint16) * 256 + 131
+COLORS = np.stack([GRAY, GRAY // 2, 255 - GRAY], axis=-1)
+
+
+def written(image: Image.Image, path: Path, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def difference(path: Path, right: np.ndarray) -> int:
+    """The largest, in levels of 255."""
+    read = np.asarray(read_image(path)).astype(int)
+    assert read.shape == (ROWS, COLUMNS, 3)
+    return int(np.abs(read - (right if right.ndim == 3 else right[..., None])).max())
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "tiff", "bmp", "ppm", "tga"])
+def test_colours_without_loss(tmp_path: Path, ending: str):
+    path = written(
+        Image.fromarray(COLORS), tmp_path / f"a.{ending}", **({"lossless": True} if ending == "webp" else {})
+    )
+    assert difference(path, COLORS) == 0
+
+
+def test_jpeg(tmp_path: Path):
+    assert difference(written(Image.fromarray(COLORS), tmp_path / "a.jpg", quality=98), COLORS) <= 6
+    assert difference(written(Image.fromarray(GRAY), tmp_path / "b.jpg", quality=98), GRAY) <= 3
+    assert difference(written(Image.fromarray(COLORS).convert("CMYK"), tmp_path / "c.jpg", quality=98), COLORS) <= 6
+
+
+def test_gray_and_bits(tmp_path: Path):
+    assert difference(written(Image.fromarray(GRAY), tmp_path / "a.png"), GRAY) == 0
+    black_and_white = np.where(GRAY > 100, 255, 0)
+    assert difference(written(Image.fromarray(black_and_white == 255), tmp_path / "b.png"), black_and_white) == 0
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff", "pgm"])
+def test_sixteen_bits_keep_their_range(tmp_path: Path, ending: str):
+    """Pillow alone would make nearly all of it white."""
+    path = written(Image.fromarray(SIXTEEN), tmp_path / f"a.{ending}")
+    assert difference(path, GRAY) == 0
+
+
+def test_big_endian_sixteen_bits(tmp_path: Path):
+    (tmp_path / "a.pgm").write_bytes(b"P5 40 24 65535\n" + SIXTEEN.astype(">u2").tobytes())
+    assert difference(tmp_path / "a.pgm", GRAY) == 0
+
+
+def test_transparency_is_left_out(tmp_path: Path):
+    """As for training; and without the warning that Pillow has for palettes."""
+    alpha = np.full((ROWS, COLUMNS, 1), 7, dtype=np.uint8)
+    assert difference(written(Image.fromarray(np.concatenate([COLORS, alpha], -1)), tmp_path / "a.png"), COLORS) == 0
+    palette = Image.fromarray(GRAY).convert("P")
+    path = written(palette, tmp_path / "b.png", transparency=bytes(range(256)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert difference(path, GRAY) == 0
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path: Path, orientation: int):
+    """How a camera stores the picture, by the table of the EXIF standard: where row 0 and column 0 of the file are."""
+    stored = {
+        1: COLORS,
+        2: COLORS[:, ::-1],
+        3: COLORS[::-1, ::-1],
+        4: COLORS[::-1],
+        5: COLORS.swapaxes(0, 1),
+        6: COLORS.swapaxes(0, 1)[::-1],
+        7: COLORS.swapaxes(0, 1)[::-1, ::-1],
+        8: COLORS.swapaxes(0, 1)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = written(Image.fromarray(np.ascontiguousarray(stored)), tmp_path / "a.png", exif=exif)
+    assert difference(path, COLORS) == 0
+
+
+def test_exif_orientation_of_sixteen_bits(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    path = written(Image.fromarray(SIXTEEN[::-1, ::-1]), tmp_path / "a.png", exif=exif)
+    assert difference(path, GRAY) == 0
+
+
+def test_the_first_of_several_frames(tmp_path: Path):
+    first, second = Image.fromarray(GRAY), Image.fromarray(255 - GRAY)
+    assert difference(written(first, tmp_path / "a.gif", save_all=True, append_images=[second]), GRAY) == 0
+
+
+def test_gray_for_networks_with_one_channel(tmp_path: Path):
+    path = written(Image.fromarray(GRAY), tmp_path / "a.png")
+    image = read_image(path, image_mode(1))
+    assert image.mode == "L"
+    assert np.array_equal(np.asarray(image), GRAY)
+    assert read_image(io.BytesIO(path.read_bytes()), image_mode(3)).mode == "RGB"
+    with pytest.raises(ValueError, match="in_chans is 4"):
+        image_mode(4)
+
+
+def test_images_that_cannot_be_read(tmp_path: Path):
+    whole = written(Image.fromarray(COLORS), tmp_path / "whole.png").read_bytes()
+    contents = {
+        "empty.png": b"",
+        "text.png": b"this is no image",
+        "half.png": whole[: len(whole) // 2],
+        "broken.png": whole[:60] + bytes(40) + whole[100:],
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"image {tmp_path / name} cannot be read .*: mend it or take it out"):
+            read_image(tmp_path / name)
+    with pytest.raises(ValueError, match=f"image {tmp_path} cannot be read"):
+        read_image(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"none\.png does not exist"):
+        read_image(tmp_path / "none.png")
+    with pytest.raises(ValueError, match="image row 7 cannot be read"):
+        read_image(io.BytesIO(b"?"), name="row 7")
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [(np.float32(GRAY) / 255, "floating-point"), (np.int32(GRAY) * 1000, "more than 16 bits hold")],
+)
+def test_numbers_of_no_known_range(tmp_path: Path, pixels: np.ndarray, words: str):
+    path = written(Image.fromarray(pixels), tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match=words):
+        read_image(path)

@@ -1,0 +1,527 @@
+"""Loaders: each image where and how the seed, the epoch and the step say, on any number of processes and workers."""
+
+import io
+import pickle
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from helpers.numbered_images import NUM_CLASSES, make_images, noisy, numbered, write_shards
+from PIL import Image
+from timm.data import create_transform
+
+import s3a.data.batches
+from s3a.data import DatasetImages, EvalLoader, TrainLoader, load_data
+from s3a.data.decode import UnreadableImageError, decoded
+from s3a.data.images import Shuffle
+from s3a.data.stream import SUBSTITUTES, WINDOW, stream_order
+from s3a.data.webdataset import TarPart
+
+NUM_TRAIN, NUM_VAL = 61, 23
+BROKEN = (3, 17, 18, NUM_TRAIN + 5)
+KINDS = ["map", "stream"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return load_data(
+        "parquet", write_shards(tmp_path_factory.mktemp("shards"), "parquet", NUM_TRAIN, NUM_VAL), streaming=True
+    )
+
+
+@pytest.fixture(scope="module")
+def broken_shards(tmp_path_factory):
+    folder = write_shards(tmp_path_factory.mktemp("broken"), "parquet", NUM_TRAIN, NUM_VAL, BROKEN)
+    return load_data("parquet", folder, streaming=True)
+
+
+@pytest.fixture(params=KINDS)
+def images(request, shards):
+    return make_images(NUM_TRAIN) if request.param == "map" else shards.train
+
+
+@pytest.fixture(params=KINDS)
+def broken_images(request, broken_shards):
+    return make_images(NUM_TRAIN, BROKEN) if request.param == "map" else broken_shards.train
+
+
+@pytest.fixture
+def count_decoded(monkeypatch):
+    """Counts what is decoded in this process."""
+    counts = Counter()
+
+    def counting(cell, mode):
+        counts["decoded"] += 1
+        return decoded(cell, mode)
+
+    monkeypatch.setattr(s3a.data.batches, "decoded", counting)
+    return counts
+
+
+def make_loader(images, transform=noisy, **options):
+    return TrainLoader(images, transform, **{"channels": 3, "batch_size": 12, "seed": 5} | options)
+
+
+def steps(images, epoch=2, first_step=0, num_processes=1, transform=noisy, **options):
+    """What all processes together see in each step: image tensors, labels, indices, unreadable names."""
+    loaders = [
+        make_loader(images, transform, process_index=i, num_processes=num_processes, **options)
+        for i in range(num_processes)
+    ]
+    seen = []
+    for parts in zip(*(loader.epoch(epoch, first_step) for loader in loaders), strict=True):
+        batches = [batch for part in parts for batch in part]
+        tensors = [torch.cat(column) for column in list(zip(*batches, strict=True))[:3]]
+        seen.append((*tensors, sorted({name for batch in batches for name in batch.unreadable})))
+    return seen
+
+
+def assert_equal(seen, expected):
+    assert len(seen) == len(expected) > 0
+    for one, other in zip(seen, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
+        assert one[3] == other[3]
+
+
+def indices_of(seen):
+    return torch.cat([indices for _, _, indices, _ in seen]).tolist()
+
+
+# --------------------------------------------------------------------------------------------------------
+# The order of an epoch
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_has_whole_batches_of_different_images(images):
+    seen = steps(images)
+    assert len(seen) == make_loader(images).steps_per_epoch == NUM_TRAIN // 12
+    assert len(set(indices_of(seen))) == 60
+    assert set(indices_of(seen)) <= set(range(NUM_TRAIN))
+
+
+def test_over_the_epochs_no_image_is_left_out(images):
+    counts = Counter(index for epoch in range(12) for index in indices_of(steps(images, epoch)))
+    assert set(counts) == set(range(NUM_TRAIN))
+    assert min(counts.values()) >= 9  # one of 61 is missing in an epoch, and not always the same
+
+
+def test_batches_hold_the_images_and_labels_they_name(images):
+    for pixels, labels, indices, unreadable in steps(images, transform=numbered):
+        assert pixels.dtype == torch.float32
+        assert pixels.flatten().tolist() == indices.tolist()
+        assert labels.tolist() == [index % NUM_CLASSES for index in indices.tolist()]
+        assert not unreadable
+
+
+def test_the_order_follows_seed_and_epoch_alone(images):
+    first = indices_of(steps(images))
+    assert indices_of(steps(images)) == first
+    assert indices_of(steps(images, epoch=3)) != first
+    assert indices_of(steps(images, seed=6)) != first
+    assert sorted(first) != first
+
+
+def test_images_at_hand_are_in_the_order_of_a_permutation():
+    expected = np.random.default_rng((5, 2)).permutation(NUM_TRAIN)[:60]
+    assert indices_of(steps(make_images(NUM_TRAIN))) == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "accumulate", "num_workers"), [(1, 3, 0), (1, 1, 2), (2, 1, 0), (2, 3, 2), (4, 1, 0), (4, 3, 1)]
+)
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_step_is_the_same_however_it_is_cut(images, num_processes, accumulate, num_workers, repeats):
+    cut = {"num_processes": num_processes, "accumulate": accumulate, "num_workers": num_workers}
+    assert_equal(steps(images, repeats=repeats, **cut), steps(images, repeats=repeats))
+
+
+def test_a_process_gets_its_slice_in_micro_batches(images):
+    loader = make_loader(images, accumulate=3, process_index=1, num_processes=2)
+    step = next(loader.epoch(2))
+    assert [len(batch.labels) for batch in step] == [2, 2, 2]
+    assert torch.cat([batch.indices for batch in step]).tolist() == indices_of(steps(images))[6:12]
+
+
+@pytest.mark.parametrize("first_step", [1, 4, 5])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_goes_on_where_it_was_left(images, first_step, num_workers):
+    options = {"accumulate": 2, "repeats": 2, "num_workers": num_workers}
+    rest = steps(images, first_step=first_step, **options)
+    whole = steps(images, **options)
+    assert len(whole) - len(rest) == first_step
+    if rest:
+        assert_equal(rest, whole[first_step:])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_live_through_epochs_left_early(images, num_workers):
+    loader = make_loader(images, num_workers=num_workers)
+    for _ in zip(range(2), loader.epoch(1), strict=False):
+        pass
+    seen = [(*batch[:3], batch.unreadable) for [batch] in loader.epoch(2, 1)]
+    assert_equal(seen, steps(images)[1:])
+    assert_equal([(*batch[:3], batch.unreadable) for [batch] in loader.epoch(2, 0)], steps(images))
+
+
+def test_what_is_skipped_is_not_decoded(images, count_decoded):
+    steps(images, first_step=3)
+    assert count_decoded["decoded"] == 24
+
+
+def test_a_process_decodes_its_share_alone(images, count_decoded):
+    list(make_loader(images, process_index=1, num_processes=4).epoch(0))
+    assert count_decoded["decoded"] == 15
+
+
+def test_what_is_skipped_is_not_read(monkeypatch):
+    images = make_images(NUM_TRAIN)
+    read, rows = [], DatasetImages.rows
+    monkeypatch.setattr(DatasetImages, "rows", lambda self, indices: read.extend(indices) or rows(self, indices))
+    steps(images, first_step=3)
+    assert len(read) == 24
+
+
+# --------------------------------------------------------------------------------------------------------
+# Augmentation
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_augmentation_is_drawn_anew_for_each_image_epoch_and_seed(images):
+    def draws(**options):
+        return {tuple(image.flatten().tolist()) for pixels, *_ in steps(images, **options) for image in pixels}
+
+    seen = [draws(), draws(epoch=3), draws(seed=6)]
+    assert len({draw[1:] for part in seen for draw in part}) == 180
+
+
+def test_augmentation_follows_the_documented_draw():
+    pixels, _, indices, _ = steps(make_images(NUM_TRAIN), repeats=3)[1]
+    for position, (image, index) in enumerate(zip(pixels, indices.tolist(), strict=True), start=12):
+        draw = (2 * 3 + position % 3) * NUM_TRAIN + index
+        seed = int(np.random.SeedSequence((5, draw)).generate_state(1)[0])
+        expected = random.Random(seed).random(), np.random.RandomState(seed).rand()
+        assert image.flatten()[1:3].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_repeats_are_side_by_side_and_augmented_apart(images):
+    seen = steps(images, repeats=3)
+    indices = indices_of(seen)
+    assert len(indices) == 60
+    assert [indices[i] for i in range(0, 60, 3)] == [indices[i] for i in range(1, 60, 3)] == indices[2::3]
+    assert len(set(indices)) == 20
+    draws = torch.cat([pixels for pixels, *_ in seen]).flatten(1)[:, 1:]
+    assert len(draws.unique(dim=0)) == 60
+
+
+def test_repeats_choose_from_the_whole_split(images):
+    seen = {index for epoch in range(12) for index in indices_of(steps(images, epoch, repeats=3))}
+    assert len(seen) > 0.9 * NUM_TRAIN
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loaders_leave_the_global_generators_alone(images, num_workers):
+    def draws():
+        return random.random(), np.random.rand(), float(torch.rand(()))
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draws()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    steps(images, num_workers=num_workers)
+    list(EvalLoader(images, numbered, channels=3, batch_size=8, num_workers=num_workers))
+    assert draws() == expected
+
+
+# --------------------------------------------------------------------------------------------------------
+# Streams
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_keeps_nothing_behind(shards):
+    loader = make_loader(shards.train, repeats=2)
+    list(loader.epoch(0))
+    walk = loader._loader.dataset.batches.images._walk
+    assert walk.uses.sum() == walk.wanted.sum() == 0
+    assert not walk.kept
+
+
+def test_a_loader_walks_once_an_epoch(tmp_path, monkeypatch):
+    images = load_data("webdataset", write_shards(tmp_path, "tar", NUM_TRAIN, 3), streaming=True).train
+    walked, read = Counter(), TarPart.read
+    monkeypatch.setattr(TarPart, "read", lambda part, needed: walked.update([part.name]) or read(part, needed))
+    loaders = [make_loader(images, process_index=i, num_processes=2) for i in range(2)]
+    next(loaders[0].epoch(1))
+    walked.clear()
+    assert len(list(zip(*(loader.epoch(2) for loader in loaders), strict=True))) == 5
+    assert set(walked.values()) == {2}
+
+
+def test_rows_of_a_stream_overtake_each_other_within_the_window():
+    order = stream_order((50_000,), Shuffle(seed=0, epoch=0, num_rows=50_000))
+    assert sorted(order) == list(range(50_000))
+    displacement = order - np.arange(50_000)
+    assert np.abs(displacement).max() <= WINDOW
+    assert np.abs(displacement).mean() > WINDOW / 8
+
+
+def test_a_worker_holds_its_share_of_the_window_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(s3a.data.stream, "WINDOW", 30)
+    stream_order.cache_clear()
+    images = load_data("webdataset", write_shards(tmp_path, "tar", 400, 3), streaming=True).train
+    loader = make_loader(images, process_index=0, num_processes=4)
+    most = 0
+    for _ in loader.epoch(0):
+        most = max(most, len(loader._loader.dataset.batches.images._walk.kept))
+    stream_order.cache_clear()
+    assert 0 < most <= (30 / 4 + 12) * (1 + SUBSTITUTES)
+
+
+def test_parts_change_places_and_what_is_left_out_is_spread():
+    orders = [stream_order((500, 500, 500), Shuffle(0, epoch, 1490)) for epoch in range(60)]
+    left_out = Counter(row for order in orders for row in {*range(1500)} - {*order.tolist()})
+    assert sum(left_out.values()) == 600
+    assert max(left_out.values()) <= 5
+    orders = [stream_order((50_000,) * 3, Shuffle(0, epoch, 150_000)) for epoch in range(24)]
+    assert len({order[0] // 50_000 for order in orders}) == 3
+
+
+def test_a_stream_in_use_can_be_handed_to_a_process(shards):
+    batches = make_loader(shards.train)._loader.dataset
+    first = batches[0, 0]
+    assert torch.equal(pickle.loads(pickle.dumps(batches))[0, 0].images, first.images)
+
+
+def test_a_stream_that_ends_early_says_so(tmp_path):
+    images = load_data("parquet", write_shards(tmp_path, "parquet", 40, 3), streaming=True).train
+    (tmp_path / "train-0001.parquet").write_bytes((tmp_path / "train-0000.parquet").read_bytes())
+    with pytest.raises(ValueError, match="train ended before its 40 images had been read"):
+        steps(images)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 0), (1, 2), (2, 0), (3, 2), (4, 0), (8, 0)])
+def test_evaluation_sees_every_image_once(kind, shards, num_processes, num_workers):
+    images = make_images(NUM_VAL) if kind == "map" else shards.val
+    first = 0 if kind == "map" else NUM_TRAIN
+    options = {"channels": 3, "batch_size": 8, "num_processes": num_processes, "num_workers": num_workers}
+    loaders = [EvalLoader(images, numbered, process_index=i, **options) for i in range(num_processes)]
+    for _ in range(2):
+        seen = [list(loader) for loader in loaders]
+        assert {len(batches) for batches in seen} == {len(loader) for loader in loaders} == {3}
+        together = []
+        for parts in zip(*seen, strict=True):
+            assert len({batch.images.shape for batch in parts}) == 1
+            for batch in parts:
+                together += zip(batch.indices.tolist(), batch.labels.tolist(), batch.images.flatten(), strict=True)
+        real = [row for row in together if row[1] >= 0]
+        assert [index for index, *_ in real] == list(range(NUM_VAL))
+        assert [label for _, label, _ in real] == [(first + i) % NUM_CLASSES for i in range(NUM_VAL)]
+        assert [int(pixel) for *_, pixel in real] == [first + i for i in range(NUM_VAL)]
+        assert {index for index, label, _ in together if label < 0} <= {-1}
+
+
+def test_few_images_for_many_processes_are_padded():
+    loaders = [
+        EvalLoader(make_images(3), numbered, channels=3, batch_size=64, process_index=i, num_processes=5)
+        for i in range(5)
+    ]
+    batches = [batch for loader in loaders for batch in loader]
+    assert [batch.labels.tolist() for batch in batches] == [[0], [1], [2], [-1], [-1]]
+    assert all(batch.images.shape == (1, 1, 1, 1) for batch in batches)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Images that cannot be read, and odd ones
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_training_puts_the_next_image_in_place_and_names_the_unreadable(broken_images):
+    seen = steps(broken_images, transform=numbered)
+    read = indices_of(seen)
+    assert not {*read} & {*BROKEN}
+    order = broken_images.order(Shuffle(5, 2, 60)).tolist()
+    assert read == [{3: 4, 17: 19, 18: 19}.get(index, index) for index in order]
+    named = {name for *_, unreadable in seen for name in unreadable}
+    assert named == {broken_images.name_of(index) for index in BROKEN[:3] if index in order}
+    for pixels, labels, indices, _ in seen:
+        assert pixels.flatten().tolist() == indices.tolist()
+        assert labels.tolist() == [index % NUM_CLASSES for index in indices.tolist()]
+
+
+def test_replacement_is_the_same_however_a_step_is_cut(broken_images):
+    assert_equal(
+        steps(broken_images, num_processes=2, accumulate=3, num_workers=2, repeats=2), steps(broken_images, repeats=2)
+    )
+
+
+def test_replacement_goes_round():
+    seen = steps(make_images(4, broken=(2, 3)), batch_size=4)
+    assert sorted(indices_of(seen)) == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_marks_the_unreadable(kind, broken_shards):
+    images = make_images(NUM_VAL, broken=(5,), split="val") if kind == "map" else broken_shards.val
+    batches = list(EvalLoader(images, numbered, channels=3, batch_size=8))
+    labels = torch.cat([batch.labels for batch in batches])
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(NUM_VAL))
+    assert (labels < 0).nonzero().flatten().tolist() == [5]
+    assert [batch.unreadable for batch in batches] == [["row 5 of val"], [], []]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_nothing_but_unreadable_images_is_an_error(kind, tmp_path, num_workers):
+    everything = tuple(range(60))
+    images = make_images(40, everything)
+    if kind == "stream":
+        images = load_data("parquet", write_shards(tmp_path, "parquet", 40, 3, everything), streaming=True).train
+    with pytest.raises(ValueError, match=r"^\d+ neighbouring images cannot be read, the first is row \d+ of train"):
+        steps(images, num_workers=num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_is_taken_away_is_said_in_one_line(tmp_path, num_workers):
+    data = load_data("webdataset", write_shards(tmp_path, "tar", 40, 3))
+    (tmp_path / "train-0002.tar").unlink()
+    with pytest.raises(ValueError, match=r"^.*No such file.*train-0002\.tar.$"):  # a dot stands for no line break
+        steps(data.train, num_workers=num_workers)
+
+
+def photo(mode="RGB"):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((40, 32)).convert(mode)
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no image",
+        saved(photo(), "JPEG")[:-200],
+        saved(photo(), "JPEG")[:30],
+        saved(photo(), "PNG")[:-60],
+        saved(photo(), "JPEG")[:2] + bytes(500),
+        saved(photo(), "PNG")[:60] + bytes(20) + saved(photo(), "PNG")[80:],
+        None,
+    ],
+    ids=["empty", "text", "cut jpeg", "header", "cut png", "zeros", "damaged png", "nothing"],
+)
+def test_damaged_files_are_unreadable(content):
+    with pytest.raises(UnreadableImageError):
+        decoded({"bytes": content, "path": None}, "RGB")
+
+
+def test_a_missing_file_is_unreadable(tmp_path):
+    with pytest.raises(UnreadableImageError, match="gone"):
+        decoded({"bytes": None, "path": str(tmp_path / "gone.png")}, "RGB")
+
+
+def test_a_decompression_bomb_is_unreadable(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(UnreadableImageError, match="decompression bomb"):
+        decoded({"bytes": saved(photo(), "PNG"), "path": None}, "RGB")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.filterwarnings("error")
+def test_images_of_every_kind_are_read_as_they_look(mode):
+    gray = np.asarray(photo("L"))
+    deep = Image.fromarray(gray.astype(np.uint16) * 257)
+    palette = photo().quantize(16)
+    pictures = {
+        "gray": (saved(photo("L"), "PNG"), photo("L"), 0),
+        "16 bits": (saved(deep, "PNG"), photo("L"), 0),
+        "16 bits, tiff": (saved(deep, "TIFF"), photo("L"), 0),
+        "cmyk": (saved(photo("CMYK"), "JPEG", quality=100, subsampling=0), photo(), 4),
+        "palette": (saved(palette, "PNG", transparency=bytes(range(16))), palette, 0),
+        "alpha": (saved(photo("RGBA"), "PNG"), photo(), 0),
+        "bits": (saved(photo("1"), "PNG"), photo("1"), 0),
+    }
+    for name, (content, expected, tolerance) in pictures.items():
+        image = decoded({"bytes": content, "path": None}, mode)
+        assert image.mode == mode
+        difference = np.abs(np.asarray(image, int) - np.asarray(expected.convert(mode), int))
+        assert difference.mean() <= tolerance, name
+
+
+def test_of_sixteen_bits_the_upper_eight_are_taken():
+    levels = np.array([[0, 255, 256, 32768, 65279, 65280, 65535]], dtype=np.uint16)
+    image = decoded({"bytes": saved(Image.fromarray(levels), "PNG"), "path": None}, "L")
+    assert np.asarray(image).tolist() == [[0, 0, 1, 128, 254, 255, 255]]
+
+
+def test_images_stand_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise shows it upright
+    image = decoded({"bytes": saved(photo(), "JPEG", exif=exif, quality=100, subsampling=0), "path": None}, "RGB")
+    upright = np.asarray(photo().rotate(-90, expand=True), int)
+    assert np.abs(np.asarray(image, int) - upright).mean() <= 4
+
+
+def test_a_single_pixel_goes_through_timms_transforms(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "dot").mkdir(parents=True)
+        Image.new("RGB", (1, 1), "red").save(tmp_path / split / "dot" / "dot.png")
+    data = load_data("imagefolder", tmp_path)
+    augment = create_transform((3, 32, 32), is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.5)
+    [[batch]] = make_loader(data.train, augment, batch_size=1).epoch(0)
+    [shown] = EvalLoader(data.val, create_transform((3, 32, 32)), channels=3, batch_size=1)
+    assert batch.images.shape == shown.images.shape == (1, 3, 32, 32)
+    assert batch.images.isfinite().all()
+    assert shown.images.isfinite().all()
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_images_have_the_channels_of_the_network(channels, mode):
+    [[batch]] = make_loader(
+        make_images(3), lambda image: torch.tensor(image.mode == mode), channels=channels, batch_size=3
+    ).epoch(0)
+    assert batch.images.all()
+
+
+# --------------------------------------------------------------------------------------------------------
+# What is refused
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 64}, "--batch-size is 64 but there are 61 training images: use a smaller one"),
+        ({"batch_size": 10, "num_processes": 2, "accumulate": 3}, "multiple of 6, such as 12"),
+        ({"batch_size": 2, "num_processes": 4}, "--batch-size is 2 for 4 processes .* multiple of 4, such as 4"),
+        ({"batch_size": 0}, "--batch-size is 0: it must be above 0"),
+        ({"accumulate": 0}, "--accumulate is 0: it must be above 0"),
+        ({"repeats": 0}, "--repeats is 0: it must be above 0"),
+        ({"channels": 4}, "in_chans is 4: images are loaded with 1 or 3 channels"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_loader(make_images(NUM_TRAIN), **options)
+
+
+def test_evaluation_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="in_chans is 2"):
+        EvalLoader(make_images(3), numbered, channels=2, batch_size=4)
+    with pytest.raises(ValueError, match="--batch-size is 0"):
+        EvalLoader(make_images(3), numbered, channels=3, batch_size=0)
+
+
+@pytest.mark.parametrize("first_step", [-1, 6])
+def test_steps_that_an_epoch_does_not_have_are_refused(first_step):
+    with pytest.raises(ValueError, match="an epoch has 5 steps"):
+        next(make_loader(make_images(NUM_TRAIN)).epoch(0, first_step))

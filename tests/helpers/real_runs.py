@@ -1,0 +1,91 @@
+"""Training runs as real processes that die, get signals, or are several."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# Everything that could break a resume: averages, mixing, drop path, repeats, checkpoints inside epochs.
+OPTIONS = {
+    "--image-size": "32",
+    "--epochs": "2",
+    "--warmup-epochs": "0.5",
+    "--batch-size": "128",
+    "--repeats": "2",
+    "--mixup": "0.8",
+    "--cutmix": "1.0",
+    "--ema-decay": "0.9",
+    "--random-erasing": "0.3",
+    "--clip-grad": "1.0",
+    "--checkpoint-every": "4",
+    "--cpu-threads": "1",
+}
+STEPS = 1437 // 128  # of an epoch
+
+# Dies, or signals itself, when a function of the library is called for the so-manieth time.
+DRIVER = """
+import importlib, os, signal, sys
+sys.path.insert(0, "recipes")
+place, times, number, rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+del sys.argv[1:5]
+import train
+module, name = place.split(":")
+module = importlib.import_module(f"s3a.{module}")
+original, calls = getattr(module, name), 0
+
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == times and os.environ.get("RANK", "0") == rank:
+        os.kill(os.getpid(), number)
+    return original(*args, **kwargs)
+
+setattr(module, name, counted)
+train.main()
+"""
+
+
+def arguments(folder: Path, **changes: str) -> list[str]:
+    options = OPTIONS | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+    return ["digits", "--output-dir", str(folder), *(word for pair in options.items() for word in pair)]
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"} | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900)
+
+
+def train(*args: str) -> subprocess.CompletedProcess:
+    return run([sys.executable, "recipes/train.py", *args])
+
+
+def die_at(place: str, times: int, *args: str) -> subprocess.CompletedProcess:
+    ended = run([sys.executable, "-c", DRIVER, place, str(times), str(int(signal.SIGKILL)), "0", *args])
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    return ended
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in folder.glob("*/model.safetensors")}
+
+
+def metrics(folder: Path) -> list[dict]:
+    measured = ("images_per_second", "loader_wait")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in measured} for line in lines]
+
+
+def launcher(count: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+
+
+def processes(count: int, *args: str, driver: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    script = [str(ROOT / "recipes" / "train.py")]
+    if driver:
+        path = Path(args[args.index("--output-dir") + 1]).parent / "driver.py"
+        path.write_text(DRIVER)
+        script = [str(path), *driver]
+    return run([*launcher(count), *script, *args], ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))

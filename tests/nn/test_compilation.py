@@ -1,0 +1,310 @@
+"""Compilation in place: same numbers, same keys, and no compilation that is not owed."""
+
+import copy
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
+from torch._inductor.exc import CppCompileError
+
+import s3a
+import s3a.nn.compilation
+from s3a.nn.layers import Region
+from s3a.support.compiler import compiling
+
+OWN = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("s3a.")]
+SMALL = {
+    "ssvit_nano": {"mlp_ratios": (2, 2), "layer_scale": (None, None)},
+    "svit_nano": {"mlp_ratio": 2, "layer_scale": (None, None), "super_token_sizes": (4, 1)},
+    "vvt_nano": {"mlp_ratios": (2, 2)},
+}
+# What has code of its own on 48 x 48 pixels, with maps of 12 x 12 and 6 x 6 tokens: a stem, a downsampling and the
+# blocks of either map, for SSViT those of two scans on the first and of one on the second.
+KINDS = {"ssvit_nano": 5, "svit_nano": 4, "vvt_nano": 4}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    s3a.nn.compilation.region_code.cache_clear()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    s3a.nn.compilation.region_code.cache_clear()
+
+
+def small_model(name: str = "ssvit_nano", **model_args) -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = {"dims": (16, 32), "depths": (3, 2), "num_heads": (1, 2), **SMALL[name]}
+    return timm.create_model(name, num_classes=5, **{**sizes, **model_args})
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def test_a_compiled_model_is_the_same_function_under_the_same_keys():
+    model = small_model().eval()
+    plain = copy.deepcopy(model)
+    assert s3a.compile_model(model) is model
+    assert list(model.state_dict()) == list(plain.state_dict())
+    images = torch.randn(2, 3, 40, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), plain(images), rtol=1e-5, atol=1e-6)
+    assert counters["graph_break"] == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "backend"),
+    [
+        ("ssvit_nano", (2, 3), "inductor"),
+        ("ssvit_nano", (1, 4), "aot_eager"),
+        ("ssvit_nano", (24, 2), "aot_eager"),
+        ("svit_nano", (1, 4), "aot_eager"),
+        ("vvt_nano", (24, 2), "aot_eager"),
+    ],
+)
+def test_blocks_share_code_and_batch_sizes_stop_compiling(name, first, backend, monkeypatch):
+    """Each kind once, and once with any batch size."""
+    compile_with(backend, monkeypatch)
+    model = small_model(name).eval()
+    plain = copy.deepcopy(model)
+    s3a.compile_model(model)
+    kinds = KINDS[name]
+    with torch.no_grad():
+        for times, batch_size in enumerate(first, start=1):
+            model(torch.randn(batch_size, 3, 48, 48))
+            assert graphs() == times * kinds
+        for batch_size in (4, 1, 2, 15, 16, 40):
+            images = torch.randn(batch_size, 3, 48, 48)
+            torch.testing.assert_close(model(images), plain(images), rtol=1e-4, atol=1e-5)
+        assert graphs() == 2 * kinds
+
+
+def test_another_resolution_compiles_once():
+    model = s3a.compile_model(small_model().eval())
+    with torch.no_grad():
+        model(torch.randn(2, 3, 48, 48))
+        before = graphs()
+        model(torch.randn(2, 3, 32, 64))
+        compiled = graphs() - before
+        assert 0 < compiled <= 5
+        for size in ((48, 48), (32, 64), (48, 48)):
+            model(torch.randn(2, 3, *size))
+    assert graphs() == before + compiled
+
+
+def test_training_gives_the_same_gradients_and_drop_path_compiles_nothing():
+    model = small_model(drop_path_rate=0.3).train()
+    plain = copy.deepcopy(model)
+    s3a.compile_model(model)
+    images = torch.randn(4, 3, 32, 32)
+    gradients = []
+    for each in (model, plain):
+        torch.manual_seed(1)
+        each(images).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in each.named_parameters()})
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-3, atol=1e-5)
+    before = graphs()
+    for _ in range(3):
+        model(images).sum().backward()
+    assert graphs() == before
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_family_trains_compiled(name, monkeypatch):
+    """Logits, gradients and statistics, with the same paths dropped, at two batch sizes; a third compiles nothing."""
+    compile_with("aot_eager", monkeypatch)
+    model = small_model(name, drop_path_rate=0.3).train()
+    plain = copy.deepcopy(model)
+    assert list(s3a.compile_model(model).state_dict()) == list(plain.state_dict())
+    for batch_size in (2, 3):
+        images, outcomes = torch.randn(batch_size, 3, 40, 56), []
+        for each in (model, plain):
+            torch.manual_seed(1)
+            logits = each(images)
+            gradients = torch.autograd.grad(logits.square().sum(), list(each.parameters()))
+            outcomes.append([logits, *gradients, *each.buffers()])
+        for compiled, eager in zip(*outcomes, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+    before = graphs()
+    model(torch.randn(5, 3, 40, 56)).sum().backward()
+    assert graphs() == before
+    assert counters["graph_break"] == {}
+
+
+def test_bf16_compiles():
+    model = small_model().eval().to(torch.bfloat16)
+    plain = copy.deepcopy(model)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        compiled, eager = s3a.compile_model(model)(images), plain(images)
+    torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-2)
+
+
+def test_the_whole_model_is_one_graph():
+    model = small_model().eval()
+    whole = torch.compile(model, fullgraph=True)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(images), model(images), rtol=1e-5, atol=1e-6)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_whole_of_every_family_trains_as_one_graph(name):
+    """A second batch size compiles once more, with the batch size left open, and a third never."""
+    model = small_model(name, depths=(1, 1), drop_path_rate=0.3).train()
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for batch_size in (2, 3, 4):
+        whole(torch.randn(batch_size, 3, 32, 48)).sum().backward()
+    assert graphs() == 2
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_exported_programs_take_any_batch_size(name):
+    model, images = small_model(name, depths=(1, 1)).eval(), torch.randn(2, 3, 40, 56)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    for batch_size in (1, 2, 7):
+        images = torch.randn(batch_size, 3, 40, 56)
+        torch.testing.assert_close(program(images), model(images), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_without_our_blocks_is_refused():
+    with pytest.raises(ValueError, match=r"Linear has no blocks.*torch\.compile"):
+        s3a.compile_model(torch.nn.Linear(2, 2))
+
+
+def test_a_compiled_model_copies_and_saves(tmp_path):
+    model = s3a.compile_model(small_model().eval())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+        torch.testing.assert_close(copy.deepcopy(model)(images), expected, rtol=1e-5, atol=1e-6)
+        model.save_pretrained(tmp_path)
+        torch.testing.assert_close(s3a.SSViT.from_pretrained(tmp_path)(images), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "name", [name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) for name in OWN]
+)
+def test_every_model_compiles_without_graph_breaks(name, training, dtype, monkeypatch):
+    """Once per (class, scan, map), counted here from the modules. Traced and differentiated, not compiled to code."""
+    compile_with("aot_eager", monkeypatch)
+    model = timm.create_model(name, num_classes=3).to(dtype).train(training)
+    images = torch.randn(2, 3, 48, 64, dtype=dtype)
+    kinds = set()
+    regions = [each for each in model.modules() if isinstance(each, Region)]
+    hooks = [
+        region.register_forward_pre_hook(lambda region, args: kinds.add(kind_of(region, args[0]))) for region in regions
+    ]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:  # each would be compiled for
+        hook.remove()
+    with torch.set_grad_enabled(training):
+        logits = s3a.compile_model(model)(images)
+        if training:
+            logits.float().sum().backward()
+    assert logits.shape == (2, 3)
+    assert graphs() == len(kinds)
+    assert counters["graph_break"] == {}
+
+
+@pytest.mark.parametrize("scan", ["local-only", "anchor-only", "dense"])
+def test_scans_of_an_ablation_compile(scan, monkeypatch):
+    """Logits and gradients, also of blocks whose maps leave their scan no pass."""
+    compile_with("aot_eager", monkeypatch)
+    model = small_model(scan=scan).train()
+    plain = copy.deepcopy(model)
+    s3a.compile_model(model)
+    images = torch.randn(2, 3, 32, 40)
+    outcomes = []
+    for each in (model, plain):
+        logits = each(images)
+        logits.square().sum().backward()
+        outcomes.append((logits, *(parameter.grad for parameter in each.parameters())))
+    for compiled, eager in zip(*outcomes, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+    assert counters["graph_break"] == {}
+
+
+@pytest.mark.parametrize("scan", ["local-only", "dense"])
+def test_scans_of_an_ablation_export(scan):
+    model, images = small_model(scan=scan).eval(), torch.randn(1, 3, 40, 56)
+    exported = torch.export.export(model, (images,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(images), model(images), rtol=1e-5, atol=1e-6)
+
+
+def compile_with(backend: str, monkeypatch) -> None:
+    """The frontend makes the graphs; aot_eager runs them without generating code."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+
+
+def kind_of(module: torch.nn.Module, x: torch.Tensor) -> tuple:
+    attn = getattr(module, "attn", None)
+    scan = s3a.sparse_scan(*x.shape[1:3], attn.size, attn.fixed) if isinstance(attn, s3a.S3A) else None
+    return type(module), scan, x.shape
+
+
+NO_COMPILER = """
+import torch, timm, s3a
+model = timm.create_model("ssvit_nano", num_classes=2).eval()
+images = torch.randn(1, 3, 32, 32)
+compiled = s3a.compile_model(__import__("copy").deepcopy(model))
+query = torch.randn(1, 8, 8, 1, 16)
+calls = {"model": lambda: compiled(images), "flex": lambda: s3a.neighborhood_attention(*[query] * 3, 3, backend="flex")}
+for name, call in calls.items():
+    try:
+        with torch.no_grad():
+            call()
+    except s3a.CompilationError as error:
+        print(name, error)
+print(model(images).shape, s3a.neighborhood_attention(*[query] * 3, 3).shape)
+"""
+
+
+def test_without_a_compiler_the_error_says_so_and_the_eager_path_works(tmp_path):
+    environment = os.environ | {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", NO_COMPILER]
+    run = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    model, flex, eager = run.stdout.splitlines()
+    assert "no working C++ compiler" in model
+    assert "set CXX" in model
+    assert "leave s3a.compile_model out" in model
+    assert "no working C++ compiler" in flex
+    assert 'use backend="tiled"' in flex
+    assert eager == "torch.Size([1, 2]) torch.Size([1, 8, 8, 1, 16])"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (CppCompileError(["g++"], "error: unknown type"), "C\\+\\+ compiler refused.*install a current g\\+\\+"),
+        (
+            RuntimeError("No valid triton configs. out of resource: shared memory, Required: 9"),
+            "too little shared memory",
+        ),
+        (TorchDynamoException("some limit\nand more"), "failed here: some limit; or do that"),
+    ],
+)
+def test_failures_are_worded(error, words):
+    with pytest.raises(s3a.CompilationError, match=words) as raised, compiling(instead="do that"):
+        raise error
+    assert raised.value.__cause__ is error
+
+
+def test_other_errors_pass_as_they_are():
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), compiling(instead="do that"):
+        raise RuntimeError("shapes differ")

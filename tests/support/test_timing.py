@@ -1,0 +1,50 @@
+"""Side-by-side timing and its files."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from s3a.support.timing import read_results, row, take_turns, write_result
+
+
+def test_candidates_take_turns_after_a_warm_up():
+    calls = []
+    samples = take_turns({"first": lambda: calls.append(1), "second": lambda: calls.append(2)}, turns=3, warm_up=1)
+    assert calls == [1, 2] * 4
+    assert samples["first"].turns == 3
+
+
+def test_times_are_milliseconds():
+    sample = take_turns({"nap": lambda: time.sleep(0.02)}, turns=3)["nap"]
+    assert 20 <= sample.fastest <= sample.median <= sample.slowest
+    assert sample.fastest < 200
+    assert row(sample, side=7) == {
+        "side": 7,
+        "median_ms": sample.median,
+        "fastest_ms": sample.fastest,
+        "slowest_ms": sample.slowest,
+        "turns": 3,
+    }
+
+
+def written(path: Path) -> Path:
+    write_result(path, "operator", torch.device("cpu"), {"turns": 3}, [{"median_ms": 1.0}])
+    return path
+
+
+def test_a_result_names_its_machine_and_compares_with_its_like(tmp_path):
+    results = read_results([written(tmp_path / "a.json"), written(tmp_path / "b.json")])
+    assert results[0]["rows"] == [{"median_ms": 1.0}]
+    assert results[0]["machine"]["packages"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_results_of_different_machines_are_not_compared(tmp_path):
+    first, second = written(tmp_path / "a.json"), written(tmp_path / "b.json")
+    other = json.loads(second.read_text())
+    other["machine"]["processor"] = "another"
+    second.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"differ in processor: only figures of one machine"):
+        read_results([first, second])

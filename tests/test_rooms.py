@@ -1,0 +1,115 @@
+"""The rooms of the library: every import runs downwards, and importing a module changes nothing else."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import s3a
+
+ROOT = Path(s3a.__file__).parent
+# From the ground up. A room imports from those below it; the rooms of one line are siblings, which do not.
+RANKS = (
+    ("support",),
+    ("geometry",),
+    ("attention", "data"),
+    ("quantization",),
+    ("nn",),
+    ("analysis",),
+    ("weights",),
+    ("models",),
+    ("export", "training"),
+    ("comparison",),
+)
+RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
+
+
+def list_modules() -> dict[str, Path]:
+    """Every module of the library, by its dotted name."""
+    modules = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
+
+
+def list_imports(path: Path, modules: set[str]) -> set[str]:
+    """The modules of the library that a file imports anywhere, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "s3a"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports by a relative path"
+            if node.module is not None and node.module.split(".")[0] == "s3a":
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {name if name in modules else node.module for name in inner}
+    return found
+
+
+def room_of(module: str) -> str:
+    """The first part below s3a: a folder, or a module of the root."""
+    return module.split(".")[1]
+
+
+def is_below(module: str, other: str) -> bool:
+    """Whether the first module's room is below the second's; a room without a rank is above all."""
+    return RANK.get(room_of(module), len(RANKS)) < RANK.get(room_of(other), len(RANKS) + 1)
+
+
+def find_faults(modules: dict[str, Path]) -> list[str]:
+    """What is wrong with the imports, a line each."""
+    imports = {name: list_imports(path, set(modules)) for name, path in modules.items()}
+    faults = [f"{name} has no rank" for name in modules if name != "s3a" and room_of(name) not in RANK]
+    for name, others in imports.items():
+        for other in others - {name}:
+            if other == "s3a":
+                faults.append(f"{name} imports s3a itself")
+            elif name != "s3a" and room_of(name) != room_of(other) and not is_below(other, name):
+                faults.append(f"{name} imports {other}, which is not below it")
+    return faults + [" -> ".join(circle) for circle in find_circles(imports)]
+
+
+def find_circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """The circles of imports that a depth-first walk meets."""
+    circles, done = [], set()
+
+    def visit(name: str, way: list[str]) -> None:
+        if name in way:
+            circles.append([*way[way.index(name) :], name])
+        elif name not in done:
+            for other in sorted(imports.get(name, set()) - {name}):
+                visit(other, [*way, name])
+            done.add(name)
+
+    for name in sorted(imports):
+        visit(name, [])
+    return circles
+
+
+def test_imports_run_one_way():
+    assert find_faults(list_modules()) == []
+
+
+def test_few_modules_in_the_root():
+    assert len(list(ROOT.glob("*.py"))) - 1 <= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "fault"),
+    [
+        ("s3a.support.errors", "from s3a.geometry import sparse_scan", "which is not below it"),
+        ("s3a.data.decode", "import s3a.attention.plan", "which is not below it"),
+        ("s3a.export", "def f():\n    from s3a.training import build", "which is not below it"),
+        ("s3a.geometry", "from s3a import S3A", "imports s3a itself"),
+        ("s3a.models.backbone", "from s3a.models import ssvit", "s3a.models.backbone -> s3a.models.ssvit"),
+        ("s3a.attic", "import math", "has no rank"),
+    ],
+)
+def test_faults_are_found(name, line, fault, tmp_path):
+    modules = list_modules()
+    changed = tmp_path / "changed.py"
+    old = modules[name].read_text(encoding="utf-8") if name in modules else ""
+    changed.write_text(f"{old}\n{line}\n", encoding="utf-8")
+    faults = find_faults({**modules, name: changed})
+    assert any(fault in each for each in faults), faults

@@ -1,0 +1,374 @@
+"""The benchmarks' command: what it measures, writes, draws, compares and refuses. Speed itself is not tested."""
+
+import itertools
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers import golden
+from helpers.command_line import Command, check_refused
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from s3a.attention.plan import LAYOUTS
+from s3a.geometry import FIXED, Neighborhood, sparse_scan
+
+SWIN = "swin_tiny_patch4_window7_224"
+SMALL = ("--batch-size", 1, "--num-heads", 1, "--head-dim", 16)
+Measure = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first timed call takes 1 ms, the second 2, and so on; the calls are made."""
+    ticks = itertools.count(1)
+
+    def milliseconds(call: Callable[[], object]) -> float:
+        call()
+        return float(next(ticks))
+
+    monkeypatch.setattr("s3a.support.timing.milliseconds", milliseconds)
+
+
+@pytest.fixture
+def measure(command: Command, tmp_path: Path) -> Measure:
+    """Runs a benchmark in three turns on the CPU and returns its JSON."""
+
+    def run(benchmark: str, *arguments: object) -> dict[str, Any]:
+        output = tmp_path / "new" / "result.json"
+        options = ("--turns", 3, "--device", "cpu", "--output", output)
+        status, out, err = command("benchmark", benchmark, *options, *arguments)
+        assert (status, err) == (0, "")
+        assert f"wrote {output}" in out.splitlines()
+        result = json.loads(output.read_text())
+        assert result["benchmark"] == benchmark
+        assert {"turns": 3, "device": "cpu"}.items() <= result["settings"].items()
+        return result
+
+    return run
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
+    """The axes of the pictures that are saved."""
+    saved, save = [], Figure.savefig
+
+    def savefig(figure: Figure, *arguments: object, **options: object) -> None:
+        saved.extend(figure.axes)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return saved
+
+
+@pytest.fixture
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str], list]:
+    """Makes a method note its calls in a list."""
+
+    def watch(owner: type, name: str) -> list:
+        calls, method = [], getattr(owner, name)
+
+        def noted(*arguments: object, **options: object) -> object:
+            calls.append(arguments[0])
+            return method(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+        return calls
+
+    return watch
+
+
+def points(axes: Axes, label: str) -> list[tuple[float, float]]:
+    """Of the line that the legend calls so."""
+    (line,) = [line for line in axes.lines if line.get_label() == label]
+    return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def pass_names(side: int, fixed: str) -> list[str]:
+    return [f"({kernel_size}, {dilation})" for kernel_size, dilation in golden.scan_table(side, side, fixed)]
+
+
+def scripted(first: int, number: int) -> dict[str, float]:
+    """What the clock gives a candidate in three turns of `number` candidates, the first of which started at `first`."""
+    return {"median_ms": first + number, "fastest_ms": first, "slowest_ms": first + 2 * number, "turns": 3}
+
+
+# --------------------------------------------------------------------------------------------------------
+# The operator
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("clock")
+def test_operator_rows_are_the_passes_beside_dense_attention(measure: Measure):
+    expected, first = [], 1
+    for side in (9, 15):
+        candidates = list(dict.fromkeys(["dense", *pass_names(side, "window"), *pass_names(side, "anchors")]))
+        for index, name in enumerate(candidates):
+            times = scripted(first + index, len(candidates))
+            ratio = (first + len(candidates)) / times["median_ms"]
+            row = {"side": side, "tokens": side**2, "candidate": name, "times_dense": pytest.approx(ratio)}
+            expected.append(row | times)
+        first += 3 * len(candidates)
+    assert measure("operator", "--sides", 9, 15, *SMALL)["rows"] == expected
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--backward",), ("--dtype", "bfloat16"), ("--backend", "flex"), ("--backward", "--compiled")]
+)
+def test_figures_of_one_result_agree(measure: Measure, graphs, arguments):
+    rows = measure("operator", "--sides", 15, *SMALL, *arguments)["rows"]
+    (dense,) = [row for row in rows if row["candidate"] == "dense"]
+    for row in rows:
+        assert 0 < row["fastest_ms"] <= row["median_ms"] <= row["slowest_ms"]
+        assert row["times_dense"] == pytest.approx(dense["median_ms"] / row["median_ms"])
+        assert row["turns"] == 3
+
+
+def test_backward_is_run_where_it_is_timed(measure: Measure, count_calls):
+    calls = count_calls(torch.Tensor, "backward")
+    rows = measure("operator", "--sides", 15, *SMALL)["rows"]
+    assert calls == []
+    measure("operator", "--sides", 15, *SMALL, "--backward")
+    assert len(calls) == (2 + 3) * len(rows)  # two rounds warm up
+
+
+def test_dense_attention_is_left_out_of_large_maps(measure: Measure, drawn, tmp_path):
+    picture = tmp_path / "operator.png"
+    rows = measure("operator", "--sides", 7, 8, *SMALL, "--most-dense-tokens", 49, "--plot", picture)["rows"]
+    assert [(row["side"], row["candidate"], "times_dense" in row) for row in rows] == [
+        *[(7, "dense", True), (7, "(7, 1)", True)],
+        (8, "(7, 1)", False),
+    ]
+    (axes,) = drawn
+    assert [tokens for tokens, _ in points(axes, "dense attention")] == [49]
+
+
+@pytest.mark.usefixtures("clock")
+def test_operator_picture_adds_the_passes_of_a_scan(measure: Measure, drawn, tmp_path):
+    picture = tmp_path / "pictures" / "operator.png"
+    rows = measure("operator", "--sides", 15, 9, *SMALL, "--plot", picture)["rows"]
+    times = {(row["side"], row["candidate"]): row["median_ms"] for row in rows}
+    (axes,) = drawn
+    assert sorted(points(axes, "dense attention")) == [(81, times[9, "dense"]), (225, times[15, "dense"])]
+    for fixed in FIXED:
+        sums = [(side**2, sum(times[side, name] for name in pass_names(side, fixed))) for side in (9, 15)]
+        assert points(axes, f'S3A, both passes, fixed="{fixed}"') == sums
+    with Image.open(picture) as image:
+        assert (image.format, *image.size) == ("PNG", 1050, 630)
+        assert len(image.convert("RGB").getcolors(10**6)) > 100
+    assert picture.stat().st_size < 200_000
+
+
+# --------------------------------------------------------------------------------------------------------
+# Models, plans, compilation
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("clock")
+def test_model_rows_are_against_the_last_swin(measure: Measure, drawn, tmp_path):
+    names, picture = ["ssvit_tiny", SWIN, "test_resnet"], tmp_path / "models.png"
+    result = measure("model", "--models", *names, "--batch-size", 2, "--eager", "--plot", picture)
+    assert result["rows"] == [
+        {
+            "model": name,
+            "images_per_second": pytest.approx(2 / (scripted(first, 3)["median_ms"] / 1000)),
+            "times_peer": pytest.approx(scripted(2, 3)["median_ms"] / scripted(first, 3)["median_ms"]),
+            **scripted(first, 3),
+        }
+        for first, name in enumerate(names, start=1)
+    ]
+    (axes,) = drawn
+    shown = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]
+    assert shown == [(pytest.approx(500), 83.0), (pytest.approx(400), 81.3)]  # of published top-1 alone
+    assert [text.get_text() for text in axes.texts] == ["ssvit_tiny", "swin_tiny"]
+    with Image.open(picture) as image:
+        assert (image.format, *image.size) == ("PNG", 1050, 630)
+
+
+@pytest.mark.parametrize("arguments", [("--eager",), ()])
+def test_without_a_swin_the_last_model_is_the_peer(measure: Measure, graphs, arguments):
+    small = ("--image-size", 32, "--batch-size", 3)
+    rows = measure("model", "--models", "ssvit_nano", "test_resnet", *small, *arguments)["rows"]
+    assert [row["model"] for row in rows] == ["ssvit_nano", "test_resnet"]
+    for row in rows:
+        assert row["times_peer"] == pytest.approx(rows[-1]["median_ms"] / row["median_ms"])
+        assert row["images_per_second"] == pytest.approx(3000 / row["median_ms"])
+    assert (graphs["compiled"] == 0) == ("--eager" in arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "weights", "logits"),
+    [
+        ((), torch.float32, torch.float32),
+        (("--dtype", "bfloat16"), torch.bfloat16, torch.bfloat16),
+        (("--dtype", "bfloat16", "--autocast"), torch.float32, torch.bfloat16),
+    ],
+)
+def test_models_run_in_the_dtype_that_is_asked_for(measure: Measure, monkeypatch, arguments, weights, logits):
+    seen, create_model = set(), timm.create_model
+
+    def watched(name: str) -> torch.nn.Module:
+        model = create_model(name)
+        model.register_forward_hook(lambda model, _, output: seen.add((model.head.weight.dtype, output.dtype)))
+        return model
+
+    monkeypatch.setattr(timm, "create_model", watched)
+    measure("model", "--models", "ssvit_nano", "--image-size", 32, "--eager", *arguments)
+    assert seen == {(weights, logits)}
+
+
+def test_training_takes_steps(measure: Measure, count_calls):
+    steps = count_calls(torch.optim.AdamW, "step")
+    measure("model", "--models", "ssvit_nano", "--image-size", 32, "--eager", "--training")
+    assert len(steps) == 3 + 3  # three rounds warm up
+
+
+@pytest.mark.usefixtures("clock")
+def test_plan_rows_are_the_backends(measure: Measure):
+    rows = measure("plan", "--sides", 7, 15)["rows"]
+    labels = [
+        {"side": side, "tokens": side**2, "backend": backend} for side in (7, 15) for backend in ("tiled", "flex")
+    ]
+    assert rows == [label | scripted(1 + 3 * index, 1) for index, label in enumerate(labels)]
+
+
+def test_plans_are_built_anew_in_every_turn(measure: Measure, monkeypatch):
+    built = []
+
+    def noted(layout: Callable[..., object], neighborhood: Neighborhood, *arguments: object) -> object:
+        built.append(neighborhood)
+        return layout(neighborhood, *arguments)
+
+    for backend, layout in LAYOUTS.items():
+        monkeypatch.setitem(LAYOUTS, backend, partial(noted, layout))
+    measure("plan", "--sides", 15)
+    passes = [neighborhood for fixed in FIXED for neighborhood in sparse_scan(15, 15, 7, fixed)]
+    assert built == 2 * (1 + 3) * passes  # backends; a warm-up and three turns
+
+
+def test_compilation_rows_are_first_forwards_in_turns(measure: Measure, monkeypatch):
+    caches, models, seconds = [], [], iter([3.0, 30.0, 1.0, 20.0, 2.0, 10.0])
+
+    def first_forward(command: list[str], env: dict[str, str], **_: object) -> SimpleNamespace:
+        models.append(command[3])
+        caches.append(env["TORCHINDUCTOR_CACHE_DIR"])
+        assert not list(Path(caches[-1]).iterdir())
+        return SimpleNamespace(stdout="a warning\n" + json.dumps({"seconds": next(seconds), "graphs": 4}))
+
+    monkeypatch.setattr("subprocess.run", first_forward)
+    rows = measure("compile", "--models", "ssvit_nano", "ssvit_tiny")["rows"]
+    assert models == 3 * ["ssvit_nano", "ssvit_tiny"]
+    assert len(set(caches)) == 6
+    nano = {"model": "ssvit_nano", "median_s": 2.0, "fastest_s": 1.0, "slowest_s": 3.0, "times_first": 1.0}
+    tiny = {"model": "ssvit_tiny", "median_s": 20.0, "fastest_s": 10.0, "slowest_s": 30.0, "times_first": 10.0}
+    assert rows == [row | {"graphs": 4, "turns": 3} for row in (nano, tiny)]
+
+
+@pytest.mark.slow
+def test_compilation_is_timed_in_fresh_processes(measure: Measure):
+    (row,) = measure("compile", "--models", "ssvit_nano", "--image-size", 32, "--batch-size", 1)["rows"]
+    assert 0 < row["fastest_s"] <= row["median_s"] <= row["slowest_s"]
+    assert row["graphs"] > 0
+
+
+# --------------------------------------------------------------------------------------------------------
+# Results
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_a_result_says_where_and_how_it_was_measured(measure: Measure):
+    result = measure("plan", "--sides", 7)
+    assert result["command"].startswith("python ")
+    assert result["command"].endswith(" --sides 7")
+    assert result["settings"]["sides"] == [7]
+    machine = result["machine"]
+    assert machine["threads"] == torch.get_num_threads()
+    assert machine["accelerator"] is None
+    versions = {"torch": torch.__version__.partition("+")[0], "timm": timm.__version__}
+    assert (
+        versions.items() <= {name: version.partition("+")[0] for name, version in machine["packages"].items()}.items()
+    )
+    assert machine["processor"]
+    assert machine["cores"] >= 1
+
+
+def written(path: Path, median: float, **machine: object) -> Path:
+    """A result as it was before, or on another machine."""
+    result = {"command": f"python {path.stem}", "machine": {"processor": "A", "threads": 2, **machine}}
+    path.write_text(json.dumps(result | {"rows": [{"candidate": "dense", "median_ms": median}]}))
+    return path
+
+
+def test_results_are_laid_beside_each_other(command: Command, tmp_path):
+    first, second = written(tmp_path / "before.json", 1234.5), written(tmp_path / "after.json", 1.0)
+    status, out, err = command("benchmark", "compare", first, second)
+    assert (status, err) == (0, "")
+    lines = [line.split() for line in out.splitlines() if line]
+    table = [["candidate", "median_ms"], ["dense", "1,234.50"]]
+    assert lines == [["python", "before"], *table, ["python", "after"], table[0], ["dense", "1.00"]]
+
+
+def test_results_of_different_machines_are_not(command: Command, tmp_path):
+    first, third = written(tmp_path / "first.json", 1.0), written(tmp_path / "third.json", 1.0)
+    second = written(tmp_path / "second.json", 1.0, processor="B", threads=4)
+    check_refused(command("benchmark", "compare", first, third, second), "second.json", "differ in processor, threads")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b'{"rows": []}', b"\x89PNG\r\n"])
+def test_files_that_are_no_results_are_refused(command: Command, tmp_path, content):
+    (tmp_path / "other.json").write_bytes(content)
+    check_refused(command("benchmark", "compare", tmp_path / "other.json"), "other.json", "tools/benchmark.py wrote")
+
+
+def test_comparing_nothing_is_refused(command: Command, tmp_path):
+    check_refused(command("benchmark", "compare"), "no FILE given")
+    check_refused(command("benchmark", "compare", tmp_path / "nothing.json"), "nothing.json", "does not exist")
+
+
+# --------------------------------------------------------------------------------------------------------
+# Refusals
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("model", "--models", SWIN, "ssvit_tini"), ["'ssvit_tini'", "did you mean 'ssvit_tiny'?"]),
+        (("model", "--models", "convnext_tinny"), ["did you mean 'convnext_tiny'?"]),
+        (("model", "--models"), ["--models"]),
+        (("operator", "--sides", 56, 0), ["--sides is 56 0", "positive"]),
+        (("operator", "--turns", 0), ["--turns is 0", "positive"]),
+        (("model", "--batch-size", -1), ["--batch-size is -1", "positive"]),
+        (("operator", "--side", 56), ["--side", "did you mean --sides?"]),
+        (("operator", "--dtype", "float8"), ["float8", "bfloat16"]),
+        (("plan", "--device", "tpu"), ["--device is tpu", "cpu"]),
+        (("plan", "--device", "cuda:first"), ["--device is cuda:first", "cuda:N"]),
+        (("plan", "--plot", "plans.png"), ["--plot is plans.png", "no picture"]),
+        (("compile", "--plot", "first.png"), ["--plot is first.png", "no picture"]),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(command: Command, tmp_path, arguments, words):
+    check_refused(command("benchmark", *arguments, "--output", tmp_path / "result.json"), *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("benchmark", ["operator", "model", "compile", "plan"])
+def test_a_missing_gpu_is_said(command: Command, monkeypatch, tmp_path, benchmark):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = command("benchmark", benchmark, "--device", "cuda", "--output", tmp_path / "result.json")
+    check_refused(result, "--device is cuda", "no GPU is at hand")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_not_there_is_said(command: Command, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    result = command("benchmark", "plan", "--device", "cuda:2", "--output", tmp_path / "result.json")
+    check_refused(result, "--device is cuda:2", "2 GPUs")

@@ -1,0 +1,104 @@
+"""Checkpoints are whole or not there."""
+
+import pytest
+import torch
+
+from s3a.training.checkpoints import checkpoints, read_newest, write_checkpoint
+
+
+def state_of_training(value: float) -> dict:
+    parameter = torch.nn.Parameter(torch.full((3,), value))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    parameter.sum().backward()
+    optimizer.step()
+    return {
+        "model": {"weight": parameter, "steps": torch.tensor(3), "half": torch.ones(2, dtype=torch.bfloat16)},
+        "optimizer": optimizer.state_dict(),
+        "history": [{"epoch": 1, "val_top1": value}],
+        "nothing": None,
+    }
+
+
+def complain(message: str) -> None:
+    raise AssertionError(f"nothing should be said, but: {message}")
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    state = state_of_training(0.1)
+    write_checkpoint(tmp_path / "step-00001", state, keep=2)
+    read = read_newest(tmp_path, complain)
+    assert read["history"] == state["history"]
+    assert read["nothing"] is None
+    for key, tensor in state["model"].items():
+        assert torch.equal(read["model"][key], tensor)
+        assert read["model"][key].dtype == tensor.dtype
+
+
+def test_an_optimizer_goes_on_from_its_checkpoint(tmp_path):
+    write_checkpoint(tmp_path / "step-00001", state_of_training(0.1), keep=2)
+    read = read_newest(tmp_path, complain)
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.load_state_dict(read["optimizer"])
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.state[parameter]["step"] == 1
+    assert optimizer.state[parameter]["exp_avg"].tolist() == pytest.approx([0.1] * 3)
+
+
+def test_the_newest_few_stay(tmp_path):
+    for epoch in range(1, 5):
+        write_checkpoint(tmp_path / f"step-{epoch:05d}", {"epoch": epoch}, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00004", "step-00003"]
+    assert read_newest(tmp_path, complain) == {"epoch": 4}
+
+
+def test_folders_of_the_user_are_left_alone(tmp_path):
+    for name in ("best", "zzz", "step-notes"):
+        (tmp_path / name).mkdir()
+    for epoch in (1, 2):
+        write_checkpoint(tmp_path / f"step-{epoch:05d}", {"epoch": epoch}, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"best", "zzz", "step-notes", "step-00002"}
+    assert read_newest(tmp_path, complain) == {"epoch": 2}
+
+
+def test_there_may_be_none(tmp_path):
+    assert read_newest(tmp_path, complain) is None
+    assert read_newest(tmp_path / "absent", complain) is None
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "tree.json", "manifest.json"])
+@pytest.mark.parametrize("damage", [cut, flip, lambda path: path.unlink()], ids=["torn", "altered", "missing"])
+def test_a_damaged_checkpoint_is_said_and_passed_over(tmp_path, name, damage):
+    for epoch in (1, 2):
+        write_checkpoint(tmp_path / f"step-{epoch:05d}", {"epoch": epoch, "tensor": torch.ones(4)}, keep=2)
+    damage(tmp_path / "step-00002" / name)
+    said = []
+    assert read_newest(tmp_path, said.append)["epoch"] == 1
+    assert len(said) == 1
+    assert "step-00002" in said[0]
+    assert name in said[0]
+
+
+def test_a_write_that_stops_half_way_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "step-00001", {"epoch": 1}, keep=1)
+
+    def full_disk(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("s3a.training.checkpoints.fingerprint", full_disk)
+    with pytest.raises(OSError, match="is full: a checkpoint needs"):
+        write_checkpoint(tmp_path / "step-00002", {"epoch": 2}, keep=1)
+    monkeypatch.undo()
+    assert read_newest(tmp_path, complain) == {"epoch": 1}
+    write_checkpoint(tmp_path / "step-00002", {"epoch": 2}, keep=1)
+    assert read_newest(tmp_path, complain) == {"epoch": 2}

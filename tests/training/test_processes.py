@@ -1,0 +1,137 @@
+"""Several processes, on this machine's CPU: the same run as one, whoever gets a signal, however weights are spread."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.real_runs import DRIVER, ROOT, STEPS, arguments, launcher, metrics, processes, run, train, weights
+
+LOSSES = """
+import sys
+sys.path.insert(0, "recipes")
+import train
+from s3a.training import steps
+tell = steps.tell
+
+def told(run, *args):
+    result = tell(run, *args)
+    run.say(f"loss {result.loss!r}")
+    return result
+
+steps.tell = told
+train.main()
+"""
+
+
+# Accelerate shards on accelerators alone: this lifts that, and our refusal, for the CPU.
+SHARDED = """
+from accelerate import state
+from accelerate.utils import DistributedType
+from s3a.training import build
+
+set_state = state.AcceleratorState.__init__
+
+def initialise(self, *args, fsdp_plugin=None, **kwargs):
+    fresh = not self.initialized
+    set_state(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fresh:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+state.AcceleratorState.__init__ = initialise
+build.check_processes = lambda recipe, accelerator: None
+"""
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    """Weights whose BatchNorm has seen images, so that they learn with its statistics frozen."""
+    folder = tmp_path_factory.mktemp("pretrained") / "run"
+    ended = train(*arguments(folder, epochs="3", mixup="0", cutmix="0", batch_size="64", ema_decay="None"))
+    assert ended.returncode == 0, ended.stderr
+    return folder / "model"
+
+
+def losses(folder: Path, pretrained: Path, count: int, before: str = "", **environment: str) -> list[float]:
+    """The first 20 losses on so many processes; nothing in the run may depend on the process."""
+    folder.mkdir(exist_ok=True)
+    alone = {"mixup": "0", "cutmix": "0", "drop_path": "0", "batch_size": "64", "epochs": "1", "warmup_epochs": "0"}
+    options = [*arguments(folder / "run", **alone, ema_decay="None"), "--freeze-batch-norm"]
+    options += ["--weights", str(pretrained)]
+    path = folder / "losses.py"
+    path.write_text(before + LOSSES)
+    command = [*launcher(count), str(path), *options] if count > 1 else [sys.executable, str(path), *options]
+    ended = run(command, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT), **environment)
+    assert ended.returncode == 0, ended.stderr
+    return [float(line.split()[1]) for line in ended.stderr.splitlines() if line.startswith("loss ")][:20]
+
+
+def test_two_processes_give_the_losses_of_one(pretrained, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    check_alike(folders, losses(folders[0], pretrained, 1), losses(folders[1], pretrained, 2))
+
+
+def check_alike(folders: list[Path], one: list[float], two: list[float]) -> None:
+    assert len(one) == len(two) == 20
+    assert sum(one[-5:]) < 0.9 * sum(one[:5]), "it learns"
+    assert two == pytest.approx(one, rel=1e-4)
+    last_one, last_two = (metrics(folder / "run")[-1] for folder in folders)
+    assert last_two["val_loss"] == pytest.approx(last_one["val_loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_stop_and_resume_as_whole_ones(pretrained, tmp_path):
+    """FSDP2, of which a checkpoint and the weights folders hold the whole weights, as those of any run."""
+    folders = [tmp_path / "whole", tmp_path / "sharded"]
+    sharded = losses(folders[1], pretrained, 2, before=SHARDED, **FSDP)
+    check_alike(folders, losses(folders[0], pretrained, 1), sharded)
+    options = arguments(tmp_path / "run", epochs="1", warmup_epochs="0", ema_decay="None")
+    driver = tmp_path / "driver.py"
+    for count, status in (("6", 1), ("1000", 0)):
+        driver.write_text(SHARDED + DRIVER)
+        stop = [str(driver), "training.steps:forward_backward", count, str(int(signal.SIGTERM)), "0"]
+        ended = run([*launcher(2), *stop, *options], ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT), **FSDP)
+        assert ended.returncode == status, ended.stderr
+    assert f"at step 6 of {STEPS}" in ended.stderr
+    options[options.index("--output-dir") + 1] = str(tmp_path / "undisturbed")
+    ended = run([*launcher(2), *stop, *options], ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT), **FSDP)
+    assert ended.returncode == 0, ended.stderr
+    assert weights(tmp_path / "run") == weights(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_and_both_resume(tmp_path):
+    options = arguments(tmp_path / "run", epochs="1", warmup_epochs="0")
+    driver = ("training.steps:forward_backward", "6", str(int(signal.SIGUSR1)), "1")  # the second process gets it
+    ended = processes(2, *options, driver=driver)
+    assert ended.returncode != 0
+    assert f"at epoch 1, step 6 of {STEPS}" in ended.stderr
+    assert "exitcode  : 75" in ended.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step-000000006-epoch-00000").is_dir()
+    ended = processes(2, *options)
+    assert ended.returncode == 0, ended.stderr
+    whole = processes(2, *arguments(tmp_path / "whole", epochs="1", warmup_epochs="0"))
+    assert whole.returncode == 0, whole.stderr
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_processes_without_their_launcher_checkpoint_and_end(tmp_path):
+    """`accelerate launch` dies of SIGTERM and passes it on to nobody."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/train.py", *arguments(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as started:
+        for line in started.stderr:
+            if "step/s" in line or "s/step" in line:
+                break
+        started.terminate()
+        rest = started.stderr.read()  # to its end, when the last process has ended
+    assert started.returncode == -signal.SIGTERM
+    assert "stopped by the end of its launcher at epoch 1, step" in rest
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))

@@ -1,0 +1,101 @@
+"""Model cards: what people and the Hub read of a model, checked through the Hub's own parser."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+
+from s3a.analysis.cost import count_cost
+from s3a.weights.card import Score, TrainingFacts, model_card, name_repository
+
+FACTS = TrainingFacts(
+    name="digits",
+    weights="ema",
+    scores={"last": Score(epoch=28, top1=358 / 360, top5=1.0), "ema": Score(epoch=28, top1=359 / 360)},
+    dataset="digits",
+    num_train=1437,
+    num_val=360,
+    fingerprint="sha256:5a1ad1e5",
+    recipe={"model": "ssvit_nano", "crop_scale": (0.8, 1.0), "drop_path": 0.1, "odd": "a | b\nc"},
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    with torch.device("meta"):
+        return timm.create_model("ssvit_nano", num_classes=10)
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The rows of all tables by their first cell."""
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| ")]
+    return {first.strip(): [cell.strip() for cell in rest] for first, *rest in cells}
+
+
+def test_the_hub_reads_the_card(model: torch.nn.Module):
+    data = ModelCard(model_card(model, FACTS)).data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "timm", "image-classification")
+    assert (data.datasets, data.metrics) == (["digits"], ["accuracy"])
+    assert {"timm", "transformers", "s3a"} <= set(data.tags)
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_type) == ("accuracy", 359 / 360, "digits")
+    assert "top-1" in result.metric_name
+    assert "EMA" in result.metric_name
+    last = TrainingFacts(**{**vars(FACTS), "weights": "last"})
+    assert [result.metric_value for result in ModelCard(model_card(model, last)).data.eval_results] == [358 / 360, 1.0]
+
+
+def test_people_read_the_card(model: torch.nn.Module):
+    text = model_card(model, FACTS, data_config={"input_size": (3, 64, 96)})
+    told = rows(text)
+    cost = count_cost(model, 64, 96)
+    assert told["image"] == ["64 x 96 pixels, 3 channels"]
+    assert told["parameters"] == [f"{cost.parameters:,}"]
+    assert told["GMACs, layers alone"] == [f"{cost.published_gmacs:.3g}"]
+    assert told["GMACs, whole"] == [f"{cost.gmacs:.3g}"] != told["GMACs, layers alone"]
+    assert told["last epoch"] == ["28", "99.44 %", "100.00 %"]
+    assert told["**EMA (exponential moving average), last epoch: these weights**"] == ["28", "99.72 %", ""]
+    assert told["fingerprint"] == ["`sha256:5a1ad1e5`"]
+    assert told["training images"] == ["1,437"]
+    assert told["crop_scale"] == ["(0.8, 1.0)"]
+    assert told["odd"] == ["a \\| b c"]
+    assert told["licence"] == ["mit"]
+    assert "arxiv.org/abs/2405.13335" in text
+
+
+def test_a_model_of_which_nothing_is_known(model: torch.nn.Module):
+    text = model_card(model)
+    assert ModelCard(text).data.eval_results is None
+    assert "Recipe" not in text
+    assert rows(text)["image"] == ["64 x 64 pixels, 3 channels"]
+
+
+def test_models_of_timm(tmp_path: Path):
+    """They have their licence, and no method of this library loads them."""
+    with torch.device("meta"):
+        text = model_card(timm.create_model("resnet18"))
+    assert ModelCard(text).data.license == "apache-2.0"
+    assert "from_pretrained" not in text
+    assert "fan2024vision" not in text
+
+
+def test_the_commands_of_the_card_run(model: torch.nn.Module, tmp_path: Path):
+    """Python that parses, with the repository's name."""
+    (tmp_path / "README.md").write_text(model_card(model), encoding="utf-8")
+    name_repository(tmp_path / "README.md", "lizards/nano")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    compile(code, "card", "exec")
+    assert 's3a.SSViT.from_pretrained("lizards/nano")' in code
+    assert 'timm.create_model("hf-hub:lizards/nano", pretrained=True)' in code
+    assert 'model="lizards/nano"' in code
+
+
+def test_facts_that_do_not_fit():
+    with pytest.raises(ValueError, match="weights is 'best': scores must hold its score"):
+        TrainingFacts(**{**vars(FACTS), "weights": "best"})
+    with pytest.raises(ValueError, match="weights 'emma' is unknown"):
+        TrainingFacts(**{**vars(FACTS), "scores": {**FACTS.scores, "emma": FACTS.scores["ema"]}})

@@ -1,0 +1,444 @@
+"""Weights on the Hub: the real client against a server on loopback (`hub_server.py`)."""
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers.hub_server import STRANGER, TOKEN, Handler, Hub, RefusalError
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load, save
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+from transformers import pipeline
+
+import s3a
+from s3a import SSViT
+from s3a.weights.folder import push_folder
+
+LABELS = ["cat", "dog", "Eidechse ü"]
+NANO = "lizards/nano"
+
+
+def make_model(**options: object) -> SSViT:
+    """A nano with random statistics, so that a buffer that is lost is seen."""
+    model = timm.create_model("ssvit_nano", num_classes=len(LABELS), **options)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    data_config = {"input_size": (3, 48, 48), "crop_pct": 0.9, "mean": (0.4, 0.5, 0.6)}
+    make_model().save_pretrained(tmp_path / "saved", data_config=data_config, config={"label_names": LABELS})
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def commit(hub: Hub, folder: Path) -> str:
+    """The commit of a repository with a nano."""
+    return hub.publish(NANO, contents(folder))
+
+
+def assert_same(model: nn.Module, other: nn.Module) -> None:
+    state, others = model.state_dict(), other.state_dict()
+    assert state.keys() == others.keys()
+    assert all(torch.equal(tensor, others[key]) for key, tensor in state.items())
+
+
+def asked(hub: Hub) -> list[str]:
+    """What was asked since the last time."""
+    requests, hub.requests = hub.requests, []
+    return requests
+
+
+# --------------------------------------------------------------------------------------------------------
+# Loading
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_one_repository_serves_three_libraries(hub: Hub, commit: str, folder: Path):
+    """This one, timm and transformers: the same probabilities for an image, under the same names."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8))
+    ours, through_timm = SSViT.from_pretrained(NANO), timm.create_model(f"hf-hub:{NANO}", pretrained=True).eval()
+    assert_same(ours, SSViT.from_pretrained(folder))
+    assert_same(ours, through_timm)
+    with torch.no_grad():
+        config = resolve_model_data_config(ours)
+        right = ours(create_transform(**config, is_training=False)(image)[None]).softmax(-1)[0]
+    said = pipeline("image-classification", model=NANO)(image)
+    assert {each["label"]: pytest.approx(each["score"], abs=1e-6) for each in said} == dict(
+        zip(LABELS, right.tolist(), strict=True)
+    )
+    assert timm.create_model(f"hf-hub:{NANO}@{commit}", pretrained=True, num_classes=5).head.out_features == 5
+
+
+def test_what_is_cached_is_not_asked_for_again(hub: Hub, commit: str):
+    SSViT.from_pretrained(NANO)
+    loads = [request for request in asked(hub) if request.startswith("GET")]
+    assert loads == [f"GET /{NANO}/resolve/main/config.json", f"GET /{NANO}/resolve/{commit}/model.safetensors"]
+    SSViT.from_pretrained(NANO, revision=commit)
+    assert asked(hub) == []
+    SSViT.from_pretrained(NANO, local_files_only=True)
+    assert asked(hub) == []
+    SSViT.from_pretrained(NANO)
+    assert asked(hub) == [f"HEAD /{NANO}/resolve/main/config.json"]
+
+
+def test_revisions(hub: Hub, commit: str, folder: Path):
+    """A branch is followed, a commit is not left, and a cache keeps both."""
+    first = SSViT.from_pretrained(folder)
+    other = make_model()
+    other.save_pretrained(folder)
+    newer = hub.publish(NANO, contents(folder))
+    hub.publish(NANO, hub.repositories[NANO].commits[commit], branch="release/v1.0")
+    for revision, right in ((commit, first), (newer, other), ("main", other), ("release/v1.0", first), (None, other)):
+        assert_same(SSViT.from_pretrained(NANO, revision), right)
+    hub.publish(NANO, hub.repositories[NANO].commits[commit])
+    assert_same(SSViT.from_pretrained(NANO), first)
+    asked(hub)
+    assert_same(SSViT.from_pretrained(NANO, newer), other)
+    assert asked(hub) == []
+
+
+def test_both_files_are_of_one_commit(hub: Hub, commit: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Somebody pushes another architecture right after config.json was fetched."""
+    first = SSViT.from_pretrained(folder)
+    timm.create_model("ssvit_nano", size=5, num_classes=7).save_pretrained(folder)
+    resolve = Handler.resolve
+
+    def push_after_config(self: Handler, repo: str, revision: str, name: str) -> tuple:
+        answer = resolve(self, repo, revision, name)
+        if name == "config.json" and self.command == "GET":
+            hub.publish(NANO, contents(folder))
+        return answer
+
+    monkeypatch.setattr(Handler, "resolve", push_after_config)
+    assert_same(SSViT.from_pretrained(NANO), first)
+    assert SSViT.from_pretrained(NANO).num_classes == 7
+
+
+def test_cache_dir_and_token(hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hub.publish("lizards/private", contents(folder), private=True)
+    hub.publish("lizards/gated", contents(folder), gated=True)
+    for repo in ("lizards/private", "lizards/gated"):
+        assert_same(
+            SSViT.from_pretrained(repo, token=TOKEN, cache_dir=tmp_path / "mine"), SSViT.from_pretrained(folder)
+        )
+    assert {path.name for path in (tmp_path / "mine").glob("models--*")} == {
+        "models--lizards--private",
+        "models--lizards--gated",
+    }
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    SSViT.from_pretrained("lizards/private")
+    with pytest.raises(FileNotFoundError, match="does not exist or is private"):
+        SSViT.from_pretrained("lizards/private", token=False, cache_dir=tmp_path / "other")
+
+
+def test_a_folder_has_no_revisions(folder: Path):
+    with pytest.raises(ValueError, match=r"local folder.*leave revision='main' out"):
+        SSViT.from_pretrained(folder, "main")
+
+
+# --------------------------------------------------------------------------------------------------------
+# What cannot be had
+# --------------------------------------------------------------------------------------------------------
+
+
+def refusal(repo: str = NANO, **options: object) -> str:
+    """The one line with which a repository is refused."""
+    with pytest.raises(FileNotFoundError) as raised:
+        SSViT.from_pretrained(repo, **options)
+    line = str(raised.value)
+    assert "\n" not in line
+    assert line.startswith(f"{repo!r} is ")
+    return line
+
+
+def test_every_refusal_says_why_and_what_helps(hub: Hub, commit: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    hub.publish("lizards/gated", contents(folder), gated=True)
+    hub.publish("lizards/pickled", {"config.json": b"{}", "pytorch_model.bin": b"\x80\x04"})
+    hub.publish("lizards/empty", {"README.md": b"# Nothing yet\n"})
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(folder / "none"))
+    said = [
+        (refusal("lizards/nanno"), "does not exist or is private: check the name"),
+        (refusal("lizards/nanno", token=TOKEN), "does not exist or is private: check the name"),
+        (refusal("lizards/gated"), "is gated: ask for access on its page"),
+        (refusal("lizards/gated", token=STRANGER), "is gated: ask for access on its page"),
+        (refusal(token="hf_expired"), "does not know the token"),
+        (refusal(token=True), "token=True finds no stored token"),
+        (refusal(revision="v2"), "has no revision 'v2': pass a branch, tag or commit"),
+        (refusal(revision="0" * 40), f"has no revision '{'0' * 40}': pass a branch, tag or commit"),
+        (refusal("lizards/pickled"), "has no model.safetensors at revision 'main': only safetensors"),
+        (refusal("lizards/empty"), "has no config.json at revision 'main'"),
+        (refusal(local_files_only=True), "not in the cache, and local_files_only=True forbids to ask the Hub: leave"),
+        (refusal("liz ards/nano"), "its name is not valid: it must be ORG/NAME"),
+        (refusal("nano"), "neither a local folder nor a Hub repository ORG/NAME"),
+        (refusal("lizards/nano/main"), "neither a local folder nor a Hub repository ORG/NAME"),
+    ]
+    for line, reason in said:
+        assert reason in line
+
+
+def test_a_cache_does_not_hide_what_the_hub_says(hub: Hub, commit: str):
+    """That a repository is gone or closed is an answer, not an outage; its commit can still be asked for."""
+    model = SSViT.from_pretrained(NANO)
+    hub.repositories[NANO].gated = True
+    assert "is gated" in refusal()
+    assert "does not know the token" in refusal(token="hf_expired")
+    del hub.repositories[NANO]
+    assert "does not exist or is private" in refusal()
+    assert_same(SSViT.from_pretrained(NANO, commit), model)
+
+
+def test_a_disabled_repository(hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch):
+    def disabled(*_: object) -> tuple:
+        raise RefusalError(403, message="Access to this resource is disabled.")
+
+    monkeypatch.setattr(Handler, "resolve", disabled)
+    assert "is disabled by the Hub" in refusal()
+
+
+def test_a_token_without_the_right(hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch):
+    def forbidden(*_: object) -> tuple:
+        raise RefusalError(403, message="Your token is not fine-grained enough")
+
+    monkeypatch.setattr(Handler, "resolve", forbidden)
+    assert "the token gives no right to that (403)" in refusal(token=TOKEN)
+
+
+def test_what_is_no_hub(hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch):
+    """A proxy's login page, say: it answers everything, without a commit."""
+    monkeypatch.setattr(Handler, "resolve", lambda *_: (b"<html>", {}))
+    assert "what answers is no Hub: check HF_ENDPOINT" in refusal()
+
+
+def test_no_network_and_nothing_cached(hub: Hub, commit: str):
+    """Said at once, not after minutes of trying again."""
+    with hub.down():
+        started = time.perf_counter()
+        assert "config.json is not in the cache, and the Hub cannot be reached" in refusal()
+        assert time.perf_counter() - started < 5
+
+
+def test_no_network_and_only_half_cached(hub: Hub, commit: str, tmp_path: Path):
+    SSViT.from_pretrained(NANO)
+    (cached,) = (tmp_path / "hub-cache").glob("models--*/snapshots/*/model.safetensors")
+    cached.unlink()
+    with hub.down():
+        assert "model.safetensors is not in the cache, and the Hub cannot be reached" in refusal()
+
+
+def test_no_network_and_a_warm_cache(hub: Hub, commit: str, caplog: pytest.LogCaptureFixture):
+    """Loaded from the cache, and said; a commit needs no network, so nothing is said."""
+    model = SSViT.from_pretrained(NANO)
+    with hub.down():
+        assert_same(SSViT.from_pretrained(NANO), model)
+        (warning,) = warnings(caplog)
+        assert "the Hub cannot be reached" in warning
+        assert f"{NANO} is loaded from the cache, as of commit {commit}" in warning
+        SSViT.from_pretrained(NANO, commit)
+        SSViT.from_pretrained(NANO, local_files_only=True)
+    assert len(warnings(caplog)) == 1
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_an_overloaded_hub_and_a_warm_cache(hub: Hub, commit: str, status: int, caplog: pytest.LogCaptureFixture):
+    model = SSViT.from_pretrained(NANO)
+    hub.failing = status
+    assert_same(SSViT.from_pretrained(NANO), model)
+    (warning,) = warnings(caplog)
+    assert f"the Hub answers {status}" in warning
+    assert f"as of commit {commit}" in warning
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the library says on stderr."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_hub_that_is_overloaded_is_asked_again(hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch):
+    waits = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        hub.failing = None if len(waits) == 2 else hub.failing
+
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", sleep)
+    hub.failing = 503
+    assert SSViT.from_pretrained(NANO).num_classes == 3
+    assert len(waits) == 2
+
+
+def test_a_hub_that_stays_overloaded(hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    hub.failing = 500
+    assert "config.json is not in the cache, and the Hub answers 500" in refusal()
+
+
+def test_offline_mode(hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """As the user wants it: the cache is used without a word."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub: unset it" in refusal()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    SSViT.from_pretrained(NANO)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked(hub)
+    SSViT.from_pretrained(NANO)
+    assert asked(hub) == []
+    assert not warnings(caplog)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", b"{", "config.json is not JSON"),
+        ("config.json", b'{"model_type": "vit", "architectures": []}', "'vit' of transformers"),
+        ("config.json", b'{"architecture": "ssvit_nano"}', "lacks num_classes, pretrained_cfg"),
+        ("model.safetensors", b"\x80\x04\x95" + bytes(100), "model.safetensors is no whole safetensors file"),
+        ("model.safetensors", save({"conv1.weight": torch.zeros(3)}), "missing: "),
+        ("model.safetensors", {"rotary": torch.zeros(2)}, "surplus: rotary"),
+        ("model.safetensors", {"norm.weight": torch.ones(255)}, "norm.weight is (255,), must be (256,)"),
+        ("model.safetensors", {"norm.weight": torch.ones(256, dtype=torch.long)}, "norm.weight"),
+    ],
+)
+def test_repositories_that_hold_something_else(hub: Hub, commit: str, name: str, content: bytes | dict, words: str):
+    """The repository and its commit are named, not a path of the cache."""
+    if isinstance(content, dict):
+        content = save({**load(hub.files(NANO)[name]), **content})
+    broken = hub.publish(NANO, {name: content})
+    with pytest.raises(ValueError, match=f"{NANO}@{broken}/{name}") as raised:
+        SSViT.from_pretrained(NANO)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_other_families_are_named(hub: Hub, tmp_path: Path):
+    model = timm.create_model("resnet10t", num_classes=2)
+    timm.models.save_for_hf(model, tmp_path / "resnet", safe_serialization=True)
+    hub.publish("lizards/resnet", contents(tmp_path / "resnet"))
+    with pytest.raises(ValueError, match=r"'lizards/resnet' holds a ResNet, not a SSViT: load it with timm"):
+        SSViT.from_pretrained("lizards/resnet")
+
+
+# --------------------------------------------------------------------------------------------------------
+# Publishing
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_push_then_pull(hub: Hub, tmp_path: Path):
+    """What comes back is what was pushed, byte for byte, from one commit."""
+    model, config = make_model(drop_path_rate=0.1), {"label_names": LABELS}
+    model.save_pretrained(tmp_path / "saved", config=config)
+    card = "---\nlicense: mit\n---\n{}\n"
+    url = model.push_to_hub("lizards/new", token=TOKEN, config=config, card=card.format("FOLDER_OR_REPO"))
+    pushed = hub.files("lizards/new")
+    assert pushed == {**contents(tmp_path / "saved"), "README.md": card.format("lizards/new").encode()}
+    assert url == f"{hub.url}/lizards/new/commit/{hub.repositories['lizards/new'].branches['main']}"
+    assert len(hub.repositories["lizards/new"].commits) == 2, "the empty one and one with all files"
+    assert_same(SSViT.from_pretrained("lizards/new"), model)
+
+
+def test_a_pulled_model_is_pushed_again(hub: Hub, commit: str, folder: Path):
+    """With its preprocessing and the names of its classes."""
+    SSViT.from_pretrained(NANO).push_to_hub("lizards/copy", token=TOKEN, private=True)
+    copied, saved = hub.files("lizards/copy"), contents(folder)
+    assert copied["model.safetensors"] == saved["model.safetensors"]
+    assert json.loads(copied["config.json"]) == json.loads(saved["config.json"])
+    assert hub.repositories["lizards/copy"].private
+    assert SSViT.from_pretrained("lizards/copy", token=TOKEN).pretrained_cfg["label_names"] == LABELS
+
+
+def test_a_push_brings_a_card(hub: Hub, tmp_path: Path):
+    make_model().push_to_hub("lizards/new", token=TOKEN)
+    (tmp_path / "README.md").write_bytes(hub.files("lizards/new")["README.md"])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.license, card.data.library_name) == ("mit", "timm")
+    assert 's3a.SSViT.from_pretrained("lizards/new")' in card.text
+    assert "FOLDER_OR_REPO" not in card.text
+
+
+def test_pushing_a_folder(hub: Hub, folder: Path):
+    """Strangers in it stay at home, and the folder stays as it is."""
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# FOLDER_OR_REPO\n")
+    (folder / "diary.txt").write_text("private")
+    before = contents(folder)
+    hub.publish("lizards/there", {"notes.md": b"kept"})
+    push_folder(folder, "lizards/there", token=TOKEN)
+    names = {"README.md", "config.json", "model.safetensors", "notes.md"}
+    assert hub.files("lizards/there").keys() == names
+    assert b"# lizards/there\n" in hub.files("lizards/there")["README.md"]
+    assert contents(folder) == before
+
+
+def test_what_cannot_be_loaded_is_not_published(hub: Hub, folder: Path):
+    shutil.copy(folder / "config.json", folder / "model.safetensors")
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        push_folder(folder, "lizards/new", token=TOKEN)
+    assert asked(hub) == []
+
+
+def test_an_invalid_card_is_refused(hub: Hub):
+    with pytest.raises(ValueError, match=r"Invalid metadata in README\.md"):
+        make_model().push_to_hub("lizards/new", token=TOKEN, card="---\n- a list\n---\n")
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "words"),
+    [
+        (None, "lizards/new", "(401): log in with `hf auth login`"),
+        ("hf_expired", "lizards/new", "does not know the token"),
+        (STRANGER, "lizards/new", "gives no right to that (403)"),
+        (TOKEN, "new", "must be ORG/NAME"),
+        (TOKEN, "liz ards/new", "its name is not valid"),
+    ],
+)
+def test_refused_pushes(hub: Hub, token: str | None, repo: str, words: str):
+    with pytest.raises(ValueError, match=repo) as raised:
+        make_model().push_to_hub(repo, token=token)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not hub.repositories
+
+
+def test_a_push_without_network(hub: Hub):
+    with hub.down(), pytest.raises(ValueError, match="'lizards/new': the Hub cannot be reached"):
+        make_model().push_to_hub("lizards/new", token=TOKEN)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Strangers' configs
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_args": {"pretrained": True}}, "model_args holds pretrained"),
+        ({"model_args": {"checkpoint_path": "evil.pth"}}, "model_args holds checkpoint_path"),
+        ({"model_args": {"depth": 3}}, "ssvit_nano cannot be built with its model_args"),
+        ({"model_args": {"dims": [32]}}, "ssvit_nano cannot be built with its model_args"),
+        ({"model_args": {"size": "seven"}}, "ssvit_nano cannot be built with its model_args"),
+        ({"model_args": [3]}, "model_args is [3]: it must be a JSON object"),
+        ({"pretrained_cfg": "none"}, "pretrained_cfg is 'none': it must be a JSON object"),
+    ],
+)
+def test_configs_that_no_model_has(folder: Path, changes: dict, words: str):
+    """Nothing of a config chooses another file to load."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.json") as raised:
+        s3a.SSViT.from_pretrained(folder)
+    assert words in str(raised.value)
