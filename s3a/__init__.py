@@ -9,6 +9,7 @@ from s3a.geometry import Neighborhood, sparse_scan
 from s3a.models import VVT, SSViT, SViT
 from s3a.nn.compilation import compile_model
 from s3a.nn.s3a import S3A
+from s3a.support.caches import clear_caches
 from s3a.support.compiler import CompilationError
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Neighborhood",
     "SSViT",
     "SViT",
+    "clear_caches",
     "compile_model",
     "explain",
     "neighborhood_attention",

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from s3a.analysis.cost import count_cost, image_channels
 from s3a.quantization.schemes import quantization_of
-from s3a.support.compiler import compiling
+from s3a.support.compiler import raise_compilation_errors
 from s3a.support.errors import unknown
 
 Format = Literal["pt2", "aoti", "onnx"]
@@ -106,7 +106,7 @@ def write_pt2(program: ExportedProgram, path: Path) -> None:
 
 def write_aoti(program: ExportedProgram, path: Path) -> None:
     """Compiled code and weights for `torch._inductor.aoti_load_package` and for C++."""
-    with compiling(instead="use the format pt2, which needs no compiler"):
+    with raise_compilation_errors(instead="use the format pt2, which needs no compiler"):
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 

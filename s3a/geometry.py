@@ -2,22 +2,23 @@
 
 Three ideas, each on top of the one before:
 
-- an *axis* of tokens falls into dilation groups, and every token has a window of its group (`AxisWindows`);
-- a `Neighborhood` is such a window on the rows times one on the columns;
-- a scan is a tuple of neighborhoods, attended one after the other (`sparse_scan` gives the two of S3A, or those that
-  an ablation leaves of them).
+- an *axis* of tokens falls into dilation groups, and every token has a window in its group (`AxisWindows`);
+- a *pass* is a `Neighborhood`: such a window on the rows times one on the columns;
+- a *scan* is a tuple of passes, attended one after the other (`sparse_scan` returns the two of S3A, or what an ablation
+  leaves of them).
 
 Everything is numpy on purpose: geometry must not depend on the device, the dtype or the tracing mode
 that torch happens to be in.
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import numpy as np
 
+from s3a.support.caches import cache_results
 from s3a.support.errors import unknown
 
 Fixed: TypeAlias = Literal["window", "anchors"]
@@ -26,17 +27,22 @@ Passes: TypeAlias = Literal["both", "local", "anchor", "dense"]
 PASSES = ("both", "local", "anchor", "dense")
 
 
-def pair(value: int | tuple[int, int], name: str, rule: str = "a positive integer") -> tuple[int, int]:
+def parse_pair(value: int | tuple[int, int], name: str, rule: str = "a positive integer") -> tuple[int, int]:
     """An int for both axes, or a (row, column) pair, as a (row, column) pair of positive ints.
 
     Raises:
         ValueError: where it is neither, or an entry is below 1.
     """
-    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    both: tuple[object, ...] = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     integers = all(isinstance(entry, (int, np.integer)) and not isinstance(entry, bool) for entry in both)
     if len(both) != 2 or not integers or min(both) < 1:
         raise ValueError(f"{name} is {value!r}: it must be {rule}, or a (row, column) pair of them")
     return int(both[0]), int(both[1])
+
+
+def make_odd(number: int) -> int:
+    """The number, or the next one if it is even."""
+    return number if number % 2 else number + 1
 
 
 def check_size(size: int) -> int:
@@ -71,8 +77,8 @@ class AxisWindows:
         return [(int(first), int(last)) for first, last in pairwise(edges)]
 
 
-@lru_cache(maxsize=256)
-def axis_windows(length: int, kernel_size: int, dilation: int) -> AxisWindows:
+@cache_results(maxsize=256)
+def find_axis_windows(length: int, kernel_size: int, dilation: int) -> AxisWindows:
     """The windows of an axis, by NATTEN's rule: full size, shifted inwards at the borders, never cut.
 
     Only the tokens with the same residue modulo the dilation count. A group with fewer tokens than the
@@ -89,7 +95,7 @@ def axis_windows(length: int, kernel_size: int, dilation: int) -> AxisWindows:
     return AxisWindows(position=position, group=group, start=start, stop=stop)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Neighborhood:
     """A (dilated) window of keys around every query of a map.
 
@@ -102,45 +108,40 @@ class Neighborhood:
     """
 
     kernel_size: tuple[int, int]
-    dilation: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int]
 
-    def __post_init__(self) -> None:
+    def __init__(self, kernel_size: int | tuple[int, int], dilation: int | tuple[int, int] = 1) -> None:
         rule = "a positive odd integer"
-        kernel_size = pair(self.kernel_size, "kernel_size", rule)
-        if not all(size % 2 for size in kernel_size):
-            odd = tuple(size + 1 - size % 2 for size in kernel_size)
+        rows, columns = parse_pair(kernel_size, "kernel_size", rule)
+        if rows % 2 == 0 or columns % 2 == 0:
+            odd = make_odd(rows), make_odd(columns)
             raise ValueError(
-                f"kernel_size is {self.kernel_size!r}: it must be {rule}, or a (row, column) pair of them; use {odd}"
+                f"kernel_size is {kernel_size!r}: it must be {rule}, or a (row, column) pair of them; use {odd}"
             )
-        object.__setattr__(self, "kernel_size", kernel_size)
-        object.__setattr__(self, "dilation", pair(self.dilation, "dilation"))
+        object.__setattr__(self, "kernel_size", (rows, columns))
+        object.__setattr__(self, "dilation", parse_pair(dilation, "dilation"))
 
-    def axes(self, height: int, width: int) -> tuple[AxisWindows, AxisWindows]:
+    def windows(self, height: int, width: int) -> tuple[AxisWindows, AxisWindows]:
         """The windows of the rows and of the columns of a map."""
-        rows = axis_windows(height, self.kernel_size[0], self.dilation[0])
-        columns = axis_windows(width, self.kernel_size[1], self.dilation[1])
+        rows = find_axis_windows(height, self.kernel_size[0], self.dilation[0])
+        columns = find_axis_windows(width, self.kernel_size[1], self.dilation[1])
         return rows, columns
 
     def keys(self, row: int, column: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows and the columns that the query at (row, column) sees; it sees their product."""
         seen = []
-        for windows, token in zip(self.axes(height, width), (row, column), strict=True):
+        for windows, token in zip(self.windows(height, width), (row, column), strict=True):
             place = int(np.flatnonzero(windows.position == token)[0])
             seen.append(windows.position[windows.start[place] : windows.stop[place]])
         return seen[0], seen[1]
 
     def count_pairs(self, height: int, width: int) -> int:
         """How many (query, key) pairs the neighborhood has on a map: the cost of one pass."""
-        rows, columns = self.axes(height, width)
+        rows, columns = self.windows(height, width)
         return int((rows.stop - rows.start).sum() * (columns.stop - columns.start).sum())
 
 
 Scan: TypeAlias = tuple[Neighborhood, ...]
-
-
-def odd(number: int) -> int:
-    """The number, or the next one if it is even."""
-    return number if number % 2 else number + 1
 
 
 def sparse_scan(height: int, width: int, size: int = 7, fixed: Fixed = "window", passes: Passes = "both") -> Scan:
@@ -158,67 +159,65 @@ def sparse_scan(height: int, width: int, size: int = 7, fixed: Fixed = "window",
             tokens in their place.
 
     Raises:
-        ValueError: for a size below 1 or another word for `fixed` or `passes`.
+        ValueError: for a size below 1, or an unknown `fixed` or `passes`.
     """
-    return tuple(step for step in scan_passes(height, width, size, fixed, passes) if step is not None)
+    return tuple(one for one in find_passes(height, width, size, fixed, passes) if one is not None)
 
 
-def scan_passes(
+def find_passes(
     height: int, width: int, size: int, fixed: Fixed, passes: Passes = "both"
 ) -> tuple[Neighborhood | None, Neighborhood | None]:
-    """The local and the anchor pass of `sparse_scan`, None for one that is left out; to "dense" all are anchors."""
+    """The local and the anchor pass of `sparse_scan`, None for one that is left out.
+
+    With passes="dense" the one pass stands in the anchor pass' place: every token is an anchor.
+    """
     if passes not in PASSES:
         raise unknown("passes", passes, PASSES)
-    local, anchor = chained_passes(height, width, size, fixed)
-    if passes == "dense":
-        return None, Neighborhood(odd(max(height, width)))
-    return local if passes != "anchor" else None, anchor if passes != "local" else None
-
-
-def chained_passes(height: int, width: int, size: int, fixed: Fixed) -> tuple[Neighborhood | None, Neighborhood | None]:
-    """The published local and anchor pass, None for one of a single token."""
     if fixed not in FIXED:
         raise unknown("fixed", fixed, FIXED)
     size = check_size(size)
+    if passes == "dense":
+        return None, Neighborhood(make_odd(max(height, width)))
     shorter = min(height, width)
     window, anchors = (size, shorter // size) if fixed == "window" else (shorter // size, size)
-    dilation = max(1, min(window, shorter // odd(anchors)))
+    dilation = max(1, min(window, shorter // make_odd(anchors)))
+    has_local, has_anchor = window > 1 and passes != "anchor", anchors > 1 and passes != "local"
     return (
-        Neighborhood(odd(window)) if window > 1 else None,
-        Neighborhood(odd(anchors), dilation) if anchors > 1 else None,
+        Neighborhood(make_odd(window)) if has_local else None,
+        Neighborhood(make_odd(anchors), dilation) if has_anchor else None,
     )
 
 
 @dataclass(frozen=True)
-class ScanRule:
+class ScanPattern:
     """Which scan each block of a network runs.
 
     Attributes:
-        fixed: of the first blocks of a stage; they repeat.
-        passes: of every block.
+        fixed: `fixed` of the first blocks of a stage; repeated over the others.
+        passes: `passes` of every block.
     """
 
     fixed: tuple[Fixed, ...]
     passes: Passes
 
     def fixed_of(self, block: int) -> Fixed:
-        """`fixed` of the stage's block of that index."""
+        """`fixed` of a stage's block, by its index in the stage."""
         return self.fixed[block % len(self.fixed)]
 
 
 # The published alternation, and what tests its parts: one kind of scan alone, one pass alone, no sparsity.
-SCANS = {
-    "alternate": ScanRule(FIXED, "both"),
-    "window-first": ScanRule(("window",), "both"),
-    "anchors-first": ScanRule(("anchors",), "both"),
-    "local-only": ScanRule(FIXED, "local"),
-    "anchor-only": ScanRule(FIXED, "anchor"),
-    "dense": ScanRule(("window",), "dense"),
+SCAN_PATTERNS = {
+    "alternate": ScanPattern(FIXED, "both"),
+    "window-first": ScanPattern(("window",), "both"),
+    "anchors-first": ScanPattern(("anchors",), "both"),
+    "local-only": ScanPattern(FIXED, "local"),
+    "anchor-only": ScanPattern(FIXED, "anchor"),
+    "dense": ScanPattern(("window",), "dense"),
 }
 
 
-def scan_rule(name: str) -> ScanRule:
-    """The rule of that name in SCANS; ValueError with the nearest one if there is none."""
-    if name not in SCANS:
-        raise unknown("scan", name, SCANS)
-    return SCANS[name]
+def find_scan_pattern(name: str) -> ScanPattern:
+    """The pattern of that name in SCAN_PATTERNS; ValueError with the nearest name if there is none."""
+    if name not in SCAN_PATTERNS:
+        raise unknown("scan", name, SCAN_PATTERNS)
+    return SCAN_PATTERNS[name]

@@ -76,5 +76,5 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
 
 def forget_graphs() -> None:
     """As in a fresh process: dynamo remembers what varied, also for functions that are gone."""
-    flex.compiled.cache_clear()
+    flex.compile_pass.cache_clear()
     torch._dynamo.reset()

@@ -5,7 +5,7 @@ import pytest
 from helpers.golden import dense_mask, scan_table, seen_keys
 
 from s3a import Neighborhood, sparse_scan
-from s3a.geometry import SCANS, scan_rule
+from s3a.geometry import SCAN_PATTERNS, find_scan_pattern
 
 KERNELS = (1, 3, 5, 7, 9, 11)
 DILATIONS = (1, 2, 3, 4, 5, 8)
@@ -201,7 +201,7 @@ def test_rules_say_what_each_block_runs():
         "local-only": (alternating, "local"),
         "anchor-only": (alternating, "anchor"),
     }
-    rules = {name: scan_rule(name) for name in SCANS}
+    rules = {name: find_scan_pattern(name) for name in SCAN_PATTERNS}
     found = {name: ([rule.fixed_of(block) for block in range(5)], rule.passes) for name, rule in rules.items()}
     assert found.pop("dense")[1] == "dense"
     assert found == expected
@@ -212,7 +212,7 @@ def test_rules_say_what_each_block_runs():
 )
 def test_unknown_scans_are_refused(name: str, near: str):
     with pytest.raises(ValueError, match=f"scan '{name}' is unknown.*did you mean '{near}'"):
-        scan_rule(name)
+        find_scan_pattern(name)
 
 
 @pytest.mark.parametrize("passes", ["dens", "", None, "Both"])

@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import s3a
-from s3a.attention.backends.tiles import axis_tiles
-from s3a.attention.functional import attend_plan
-from s3a.attention.plan import plan_scan
+from s3a.attention.backends import Operands
+from s3a.attention.plan import attend_plan, lay_out_scan, plan_scan
 from s3a.geometry import FIXED, Neighborhood, Scan, sparse_scan
 from s3a.models.backbone import Backbone
 from s3a.support import command_line as cli
@@ -216,9 +215,9 @@ def operator_candidates(options: Operator, side: int) -> dict[str, Callable[[], 
 
 def pass_call(options: Operator, scan: Scan, side: int, tensors: list[Tensor]) -> Callable[[], Tensor]:
     """A scan on the tensors, by the chosen backend."""
-    device = tensors[0].device
-    automatic = "flex" if device.type == "cuda" else "tiled"
-    plan = plan_scan(scan, side, side, device, automatic if options.backend == "auto" else options.backend)
+    query = tensors[0]
+    operands = Operands(query.device, query.dtype, options.head_dim, options.backward)
+    plan = plan_scan(scan, side, side, operands, None if options.backend == "auto" else options.backend)
     return lambda: attend_plan(*tensors, plan)
 
 
@@ -450,10 +449,10 @@ def measure_plans(options: Plan) -> list[dict[str, Any]]:
         device = torch.device(options.device)
 
         def build(side: int = side, backend: str = backend, device: torch.device = device) -> None:
-            plan_scan.cache_clear()
-            axis_tiles.cache_clear()
+            s3a.clear_caches()
             for fixed in FIXED:
-                plan_scan(sparse_scan(side, side, 7, fixed), side, side, device, backend)
+                scan = sparse_scan(side, side, 7, fixed)
+                lay_out_scan(scan, side, side, device, (backend,) * len(scan))
 
         sample = take_turns({backend: build}, options.turns, warm_up=1)[backend]
         rows.append(row(sample, side=side, tokens=side**2, backend=backend))

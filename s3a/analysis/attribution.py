@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from s3a.attention.backends import reference
-from s3a.attention.plan import plan_scan
-from s3a.geometry import Neighborhood, scan_passes
+from s3a.attention.plan import lay_out_scan
+from s3a.geometry import Neighborhood, find_passes
 from s3a.nn.s3a import S3A
 
 ITSELF = Neighborhood(1)  # stands for a pass that a scan leaves out
@@ -86,7 +86,7 @@ class Call:
     def passes(self) -> tuple[Neighborhood | None, Neighborhood | None]:
         """The local and the anchor pass; None for one that is left out."""
         attention = self.attention
-        return scan_passes(*self.map_size, attention.size, attention.fixed, attention.passes)
+        return find_passes(*self.map_size, attention.size, attention.fixed, attention.passes)
 
 
 @torch.enable_grad()
@@ -206,11 +206,11 @@ def trace(call: Call, gradient: Tensor, passes: tuple[Neighborhood, Neighborhood
     """
     attention, (height, width) = call.attention, call.map_size
     query, key, value = (part.detach() for part in attention.split_heads(call.qkv, attention.plan(call.mixed)))
-    plan = plan_scan(passes, height, width, value.device, "reference")
+    plan = lay_out_scan(passes, height, width, value.device, ("reference", "reference"))
     scale = attention.head_dim**-0.5
     value.requires_grad_()
-    seen = reference.attend(query, key, value, plan.passes[0], scale)  # u, [1, tokens, heads, head_dim]
-    attended = reference.attend(query, key, seen, plan.passes[1], scale)  # o
+    seen = reference.attend(query, key, value, plan.passes[0].layout, scale)  # u, [1, tokens, heads, head_dim]
+    attended = reference.attend(query, key, seen, plan.passes[1].layout, scale)  # o
     to_seen, to_value = torch.autograd.grad(attended, (seen, value), gradient.reshape(attended.shape))
     relevances = ((to_seen * seen).sum((0, 2, 3)), (to_value * value).sum((0, 2, 3)))
     return tuple(relevance.detach().unflatten(0, (height, width)) for relevance in relevances)

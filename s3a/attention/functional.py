@@ -1,21 +1,20 @@
-"""Neighborhood attention and Sparse Scan Self-Attention, on any of the backends.
+"""Neighborhood attention and Sparse Scan Self-Attention, as functions.
 
-`query, key, value` are [batch, height, width, heads, head_dim] at this surface, as in `natten.na2d`.
+The way of a query: here it is checked and the plan of its map is looked up; the plan hands it to the backend of each
+pass; the result comes back.
 """
 
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from s3a.attention.backends import flex, reference, tiled
-from s3a.attention.backends.blocks import BLOCK_SIZE
-from s3a.attention.plan import BACKENDS, Backend, ScanPlan, plan_scan
+from s3a.attention.backends import Operands
+from s3a.attention.plan import ScanPlan, attend_plan, plan_scan
 from s3a.geometry import Fixed, Neighborhood, Passes, Scan, sparse_scan
-from s3a.support.errors import unknown
-
-__all__ = ["attend_plan", "choose_backend", "neighborhood_attention", "sparse_scan_attention"]
-
-ATTEND = {"flex": flex.attend, "tiled": tiled.attend, "reference": reference.attend}
-SMALL_MAP = 2 * BLOCK_SIZE  # tokens
 
 
 def neighborhood_attention(
@@ -26,7 +25,7 @@ def neighborhood_attention(
     dilation: int | tuple[int, int] = 1,
     *,
     scale: float | None = None,
-    backend: Backend | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Attention of every token over its (dilated) neighborhood, by NATTEN's rule.
 
@@ -36,8 +35,8 @@ def neighborhood_attention(
             group sees the group whole.
         dilation: distance between neighboring keys, in tokens; an int or a (row, column) pair.
         scale: factor of the scores; None is head_dim ** -0.5.
-        backend: None chooses (flex on CUDA, tiled elsewhere); "flex", "tiled" or "reference" is run as
-            said or refused.
+        backend: None chooses: flex on CUDA for maps of more than 256 tokens, tiled elsewhere (`s3a.explain` says why);
+            "flex", "tiled" or "reference" is used exactly, or ValueError.
 
     Returns:
         The query's shape, dtype and device.
@@ -46,8 +45,7 @@ def neighborhood_attention(
         ValueError: for tensors that do not match, an even or negative kernel, a dilation below 1, an unknown
             backend, or one that cannot run these tensors.
     """
-    check_tensors(query, key, value)
-    return attend_scan(query, key, value, (Neighborhood(kernel_size, dilation),), scale, backend)
+    return attend_scan(query, key, value, build_single_pass, (kernel_size, dilation), scale, backend)
 
 
 def sparse_scan_attention(
@@ -59,7 +57,7 @@ def sparse_scan_attention(
     fixed: Fixed = "window",
     passes: Passes = "both",
     scale: float | None = None,
-    backend: Backend | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Sparse Scan Self-Attention (arXiv 2405.13335): two chained passes with the same queries and keys.
 
@@ -73,78 +71,60 @@ def sparse_scan_attention(
         fixed: "window" fixes the reference window, "anchors" the number of anchors per axis.
         passes: "both", or for ablations "local" or "anchor" alone, or "dense" attention in their place.
         scale: factor of the scores; None is head_dim ** -0.5.
-        backend: None chooses (flex on CUDA, tiled elsewhere); "flex", "tiled" or "reference" is run as
-            said or refused.
+        backend: None chooses for each pass: flex on CUDA for maps of more than 256 tokens, tiled elsewhere
+            (`s3a.explain` says why); "flex", "tiled" or "reference" is used exactly, or ValueError.
 
     Returns:
         The query's shape, dtype and device.
 
     Raises:
-        ValueError: for tensors that do not match, a size below 1, another word for `fixed` or `passes`, an unknown
-            backend, or one that cannot run these tensors.
+        ValueError: for tensors that do not match, a size below 1, an unknown `fixed`, `passes` or backend, or a backend
+            that cannot run these tensors.
     """
-    check_tensors(query, key, value)
-    scan = sparse_scan(query.shape[1], query.shape[2], size, fixed, passes)
-    return attend_scan(query, key, value, scan, scale, backend)
+    return attend_scan(query, key, value, sparse_scan, (size, fixed, passes), scale, backend)
 
 
 def attend_scan(
-    query: Tensor, key: Tensor, value: Tensor, scan: Scan, scale: float | None, backend: Backend | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    build_scan: Callable[..., Scan],
+    arguments: tuple[Any, ...],
+    scale: float | None,
+    backend: str | None,
 ) -> Tensor:
-    """Runs any scan on [batch, height, width, heads, head_dim]."""
-    _, height, width, _, head_dim = query.shape
+    """Executes the scan `build_scan(height, width, *arguments)` on [batch, height, width, heads, head_dim]."""
+    check_tensors(query, key, value)
+    # a plan belongs to one map size, also where a tracer would vary it
+    height, width, head_dim = (operator.index(query.shape[axis]) for axis in (1, 2, 4))
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    backend = choose_backend(backend, query.device, query.dtype, head_dim, needs_grad, height * width)
-    plan = plan_scan(scan, height, width, query.device, backend)
-    flat = (tensor.flatten(1, 2) for tensor in (query, key, value))
-    return attend_plan(*flat, plan, scale).unflatten(1, (height, width))
+    plan = plan_call(build_scan, arguments, height, width, query.device, query.dtype, head_dim, needs_grad, backend)
+    query, key, value = (rearrange(tensor, "b h w n d -> b (h w) n d") for tensor in (query, key, value))
+    return rearrange(attend_plan(query, key, value, plan, scale), "b (h w) n d -> b h w n d", h=height)
 
 
-def attend_plan(query: Tensor, key: Tensor, value: Tensor, plan: ScanPlan, scale: float | None = None) -> Tensor:
-    """Executes a plan: each pass attends with the same queries and keys, to the values the last one left.
-
-    Args:
-        query, key, value: [batch, tokens, heads, head_dim], the tokens of the plan's map in row-major order.
-        plan: from `plan.plan_scan`, for the tensors' device.
-        scale: factor of the scores; None is head_dim ** -0.5.
-
-    Returns:
-        [batch, tokens, heads, head_dim].
-    """
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    attend = ATTEND[plan.backend]
-    for layout in plan.passes:
-        value = attend(query, key, value, layout, scale)
-    return value
-
-
-def choose_backend(
-    backend: str | None, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool, num_tokens: int
-) -> Backend:
-    """The backend asked for, if it can run; for None, flex on CUDA where it pays, and tiled elsewhere.
-
-    Raises:
-        ValueError: for an unknown backend, or one that cannot run such tensors (it says why and what would).
-    """
-    if backend is None:
-        return "tiled" if objection_to_flex(device, dtype, head_dim, needs_grad, num_tokens) else "flex"
-    if backend not in BACKENDS:
-        raise unknown("backend", backend, BACKENDS)
-    reason = flex.why_not(device, dtype, head_dim, needs_grad) if backend == "flex" else None
-    if reason is not None:
-        raise ValueError(f'backend "flex" cannot run this: {reason}; use backend="tiled", which can')
-    return backend
+@torch.compiler.assume_constant_result
+def plan_call(
+    build_scan: Callable[..., Scan],
+    arguments: tuple[Any, ...],
+    height: int,
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    needs_grad: bool,
+    backend: str | None,
+) -> ScanPlan:
+    """`plan_scan` for a call, whose result torch.compile takes as a constant: a plan is never built inside a graph."""
+    operands = Operands(device, dtype, head_dim, needs_grad)
+    return plan_scan(build_scan(height, width, *arguments), height, width, operands, backend)
 
 
-def objection_to_flex(
-    device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool, num_tokens: int
-) -> str | None:
-    """Why the automatic choice is not flex, or None if it is."""
-    if device.type != "cuda":
-        return f"on {device.type} tiles are faster"
-    if num_tokens <= SMALL_MAP:
-        return f"a map of {num_tokens} tokens has so few blocks that a mask skips none"
-    return flex.why_not(device, dtype, head_dim, needs_grad)
+def build_single_pass(
+    height: int, width: int, kernel_size: int | tuple[int, int], dilation: int | tuple[int, int]
+) -> Scan:
+    """A scan of one neighborhood, the same on every map."""
+    return (Neighborhood(kernel_size, dilation),)
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from s3a.analysis.cost import Cost, count_cost
-from s3a.geometry import scan_rule
+from s3a.geometry import find_scan_pattern
 from s3a.nn.s3a import S3A
 from s3a.support.errors import unknown
 from s3a.training.build import build_model, check_image_size
@@ -89,7 +89,7 @@ def list_candidates(models: Iterable[str], scans: Iterable[str], sizes: Iterable
         if not timm.is_model(name):
             raise unknown("model", name, timm.list_models())
     for scan in scans:
-        scan_rule(scan)
+        find_scan_pattern(scan)
     for kind, given in (("model", models), ("--scan", scans), ("--size", sizes)):
         twice = next((value for value in given if given.count(value) > 1), None)
         if twice is not None:

@@ -10,8 +10,7 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from s3a.attention.plan import Backend
-from s3a.geometry import scan_rule
+from s3a.geometry import find_scan_pattern
 from s3a.models.backbone import (
     Backbone,
     ResidualBlock,
@@ -111,7 +110,7 @@ class SSViT(Backbone):
         dims, depths, num_heads, mlp_ratios: per stage.
         layer_scale: per stage, the initial value, or None for no layer scale.
         size: of the scans (`geometry.sparse_scan`).
-        scan: which blocks run which of them, a key of `geometry.SCANS`.
+        scan: which blocks run which of them, a key of `geometry.SCAN_PATTERNS`.
         head_hidden_size: width of the pointwise layer in front of the classifier.
         drop_rate: dropout in front of the classifier.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
@@ -140,11 +139,11 @@ class SSViT(Backbone):
         head_hidden_size: int = 1024,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        backend: Backend | None = None,
+        backend: str | None = None,
     ) -> None:
         tables = {"depths": depths, "num_heads": num_heads, "mlp_ratios": mlp_ratios, "layer_scale": layer_scale}
         check_arguments(dims, tables, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        rule = scan_rule(scan)
+        rule = find_scan_pattern(scan)
         stages = []
         for index, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths), strict=True)):
             blocks = [

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from s3a.geometry import pair
+from s3a.geometry import parse_pair
 from s3a.models.backbone import Backbone, ResidualBlock, Stage, check_arguments, create, default_cfg, drop_path_rates
 from s3a.nn.layers import ConvFFN, DepthwiseConv, Downsample, Pointwise, Stem
 from s3a.weights.official import KeyTable, filter_official
@@ -128,7 +128,8 @@ class SuperTokenAttention(nn.Module):
         super().__init__()
         if min(dim, num_heads) < 1 or dim % num_heads:
             raise ValueError(f"dim is {dim} and num_heads is {num_heads}: the heads must divide the dim")
-        self.dim, self.num_heads, self.super_token_size = dim, num_heads, pair(super_token_size, "super_token_size")
+        self.dim, self.num_heads = dim, num_heads
+        self.super_token_size = parse_pair(super_token_size, "super_token_size")
         self.qkv = Pointwise(dim, 3 * dim)
         self.proj = Pointwise(dim, dim)
 

@@ -7,7 +7,7 @@ attention [batch, heads, tokens, head_dim] with the tokens in row-major order.
 import operator
 import re
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from math import pi
 from typing import Any
 
@@ -26,7 +26,8 @@ from s3a.models.backbone import (
     init_linear,
 )
 from s3a.nn.layers import DepthwiseConv, Pointwise, Region
-from s3a.support.tensors import plain_tensors
+from s3a.support.caches import cache_results
+from s3a.support.compiler import make_plain_tensors
 from s3a.weights.official import KeyTable, filter_official
 
 # The published drop path rate is each size's default.
@@ -81,7 +82,7 @@ CITATION = """\
 SMALLEST, LARGEST = 1e-4, 1e4  # magnitudes that attention keeps its numbers between
 
 
-@lru_cache(maxsize=256)
+@cache_results(maxsize=256)
 def build_vicinity(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """How a token's place weighs its features: [tokens, 4, 1], the cosine and sine of its row and column angle.
 
@@ -89,7 +90,7 @@ def build_vicinity(height: int, width: int, device: torch.device, dtype: torch.d
     weights is then cos(da) + cos(db) of their angles' differences: 2 for the same place, and less the farther apart.
     Built at the first call for its arguments, looked up at the next.
     """
-    with plain_tensors():
+    with make_plain_tensors():
         rows = torch.arange(height, dtype=torch.float64)[:, None].expand(-1, width) / height
         columns = torch.arange(width, dtype=torch.float64).expand(height, -1) / width
         angles = pi / 2 * torch.stack([rows, columns], dim=-1)  # [height, width, 2]

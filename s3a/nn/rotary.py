@@ -3,17 +3,24 @@
 import torch
 from torch import Tensor
 
+from s3a.support.compiler import make_plain_tensors
 
-def rotary_angles(height: int, width: int, head_dim: int) -> Tensor:
-    """The 2-D rotary embedding's angles (official code: RoPE): [tokens, head_dim / 2], float64.
 
-    The first half of the pairs turns with the row index, the second half with the column index; frequencies
-    fall geometrically from 1 to 1 / 10000, both included.
+def build_rotary_tables(
+    height: int, width: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The cosine and sine of every token's angles (official code: RoPE), each [tokens, 1, 1, head_dim / 2].
+
+    The first half of the pairs of channels turns with the row index, the second half with the column index; frequencies
+    fall geometrically from 1 to 1 / 10000, both included. Angles are computed in float64.
     """
-    frequencies = 10000.0 ** -torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
-    rows = torch.arange(height)[:, None, None] * frequencies  # [height, 1, head_dim / 4]
-    columns = torch.arange(width)[None, :, None] * frequencies  # [1, width, head_dim / 4]
-    return torch.cat([rows.expand(-1, width, -1), columns.expand(height, -1, -1)], dim=-1).flatten(0, 1)
+    with make_plain_tensors():
+        frequencies = 10000.0 ** -torch.linspace(0, 1, head_dim // 4, dtype=torch.float64, device="cpu")
+        rows = torch.arange(height, device="cpu")[:, None, None] * frequencies  # [height, 1, head_dim / 4]
+        columns = torch.arange(width, device="cpu")[None, :, None] * frequencies  # [1, width, head_dim / 4]
+        angles = torch.cat([rows.expand(-1, width, -1), columns.expand(height, -1, -1)], dim=-1)
+        angles = angles.flatten(0, 1)[:, None, None]  # [tokens, 1, 1, head_dim / 2]
+        return angles.cos().to(device=device, dtype=dtype), angles.sin().to(device=device, dtype=dtype)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -2,27 +2,27 @@
 
 import operator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from s3a.attention.functional import attend_plan, choose_backend
-from s3a.attention.plan import BACKENDS, Backend, ScanPlan, plan_scan
+from s3a.attention.backends import BACKENDS, Operands
+from s3a.attention.plan import ScanPlan, attend_plan, plan_scan
 from s3a.geometry import FIXED, PASSES, Fixed, Passes, Scan, check_size, sparse_scan
 from s3a.nn.layers import DepthwiseConv, Pointwise
-from s3a.nn.rotary import rotary_angles, rotate
+from s3a.nn.rotary import build_rotary_tables, rotate
+from s3a.support.caches import cache_results
 from s3a.support.errors import unknown
-from s3a.support.tensors import plain_tensors
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """All that S3A needs to know of a map size.
+    """All that S3A needs to know of a map.
 
     Attributes:
-        scan: the plan of the two passes.
+        scan: the plan of its passes.
         cosine, sine: [tokens, 1, 1, head_dim / 2], the rotation of every pair of channels.
     """
 
@@ -31,39 +31,42 @@ class AttentionPlan:
     sine: Tensor
 
 
-@lru_cache(maxsize=256)
+@cache_results(maxsize=256)
+def join_plan(scan: ScanPlan, head_dim: int, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
+    """The plan of a scan with the rotary tables of its map, in that dtype."""
+    cosine, sine = build_rotary_tables(scan.height, scan.width, head_dim, device, dtype)
+    return AttentionPlan(scan=scan, cosine=cosine, sine=sine)
+
+
+@cache_results(maxsize=1024)
 def build_attention_plan(
     height: int,
     width: int,
-    head_dim: int,
     size: int,
     fixed: Fixed,
     passes: Passes,
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: Backend,
+    operands: Operands,
+    backend: str | None,
 ) -> AttentionPlan:
     """The plan of S3A on a map; built at the first call for its arguments, looked up at the next.
 
     Args:
         height, width: the map, in tokens.
-        dtype: of the rotary tables.
-        backend: who runs it; already checked.
+        size, fixed, passes: of the scan, see `geometry.sparse_scan`.
+        operands: what will be attended; rotary tables are of their dtype, float32 at least.
+        backend: of every pass; None chooses for each.
     """
-    with plain_tensors():
-        angles = rotary_angles(height, width, head_dim)[:, None, None]
-        cosine, sine = (table.to(device=device, dtype=dtype) for table in (angles.cos(), angles.sin()))
-    return AttentionPlan(
-        scan=plan_scan(sparse_scan(height, width, size, fixed, passes), height, width, device, backend),
-        cosine=cosine,
-        sine=sine,
-    )
+    scan = plan_scan(sparse_scan(height, width, size, fixed, passes), height, width, operands, backend)
+    dtype = torch.promote_types(operands.dtype, torch.float32)
+    return join_plan(scan, operands.head_dim, operands.device, dtype)
 
 
 @torch.compiler.assume_constant_result
-def attention_plan(*arguments: Any) -> AttentionPlan:
+def find_attention_plan(
+    device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool, backend: str | None, *arguments: Any
+) -> AttentionPlan:
     """`build_attention_plan`, whose result a tracer takes as a constant: a plan is never built inside a graph."""
-    return build_attention_plan(*arguments)
+    return build_attention_plan(*arguments, Operands(device, dtype, head_dim, needs_grad), backend)
 
 
 class S3A(nn.Module):
@@ -80,8 +83,8 @@ class S3A(nn.Module):
         fixed: "window" fixes the reference window and lets the number of anchors follow the map, "anchors"
             the other way round. Networks alternate the two.
         passes: "both" as published; for ablations "local" or "anchor" alone, or "dense" attention.
-        backend: None chooses (flex on CUDA, tiled elsewhere); "flex", "tiled" or "reference" is run as
-            said or refused.
+        backend: None chooses for each pass: flex on CUDA for maps of more than 256 tokens, tiled elsewhere
+            (`s3a.explain` says why); "flex", "tiled" or "reference" is used exactly, or ValueError.
 
     Shape:
         [batch, height, width, dim] to the same.
@@ -99,7 +102,7 @@ class S3A(nn.Module):
         size: int = 7,
         fixed: Fixed = "window",
         passes: Passes = "both",
-        backend: Backend | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         whole = isinstance(dim, int) and isinstance(num_heads, int)
@@ -129,17 +132,8 @@ class S3A(nn.Module):
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.qkv.weight.requires_grad)
         # a plan belongs to one map size, also where a tracer would vary it
         height, width = operator.index(x.shape[1]), operator.index(x.shape[2])
-        return attention_plan(
-            height,
-            width,
-            self.head_dim,
-            self.size,
-            self.fixed,
-            self.passes,
-            x.device,
-            torch.promote_types(x.dtype, torch.float32),
-            choose_backend(self.backend, x.device, x.dtype, self.head_dim, needs_grad, height * width),
-        )
+        scan = height, width, self.size, self.fixed, self.passes
+        return find_attention_plan(x.device, x.dtype, self.head_dim, needs_grad, self.backend, *scan)
 
     def forward(self, x: Tensor, plan: AttentionPlan | None = None) -> Tensor:
         """Attends. `plan` is what `self.plan(x)` returns; None looks it up.
@@ -152,11 +146,11 @@ class S3A(nn.Module):
         plan = plan or self.plan(x)
         qkv = self.qkv(x)  # [batch, height, width, 3 * dim]
         query, key, value = self.split_heads(qkv, plan)
-        attended = attend_plan(query, key, value, plan.scan)
-        return self.proj(attended.reshape(x.shape) + self.lepe(qkv[..., 2 * self.dim :]))
+        attended = rearrange(attend_plan(query, key, value, plan.scan), "b (h w) n d -> b h w (n d)", h=x.shape[1])
+        return self.proj(attended + self.lepe(qkv[..., 2 * self.dim :]))
 
     def split_heads(self, qkv: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, both rotated, and values of projected tokens; each [batch, tokens, heads, head_dim]."""
-        heads = qkv.flatten(1, 2).unflatten(2, (3, self.num_heads, self.head_dim))
+        heads = rearrange(qkv, "b h w (three n d) -> b (h w) three n d", three=3, n=self.num_heads)
         query, key = rotate(heads[:, :, :2], plan.cosine, plan.sine).unbind(2)
         return query, key, heads[:, :, 2]

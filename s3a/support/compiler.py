@@ -1,4 +1,8 @@
-"""How this library compiles: own code for every kind of call, no silent fallback, failures that say why."""
+"""What this library asks of torch.compile, and of PyTorch's private side.
+
+Own code for every kind of call, no silent fallback, failures that say why; and tensors that outlive the call, the mode
+and the trace in which they were made.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -6,9 +10,12 @@ from itertools import count
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 import torch._dynamo
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils._python_dispatch import _disable_current_modes
 
 NUMBERS = count()
 
@@ -17,7 +24,12 @@ class CompilationError(RuntimeError):
     """torch.compile failed on this machine; says why, and what runs without it."""
 
 
-def compile_own(function: Callable[..., Any], name: str, *, any_batch: bool = False) -> Callable[..., Any]:
+# --------------------------------------------------------------------------------------------------------
+# Compiled code
+# --------------------------------------------------------------------------------------------------------
+
+
+def compile_copy(function: Callable[..., Any], name: str, *, any_batch: bool = False) -> Callable[..., Any]:
     """Compiles a copy of a function, as one graph, under a code object and a name of its own.
 
     Dynamo counts recompilations per code object and gives up after eight, and makes dynamic by name what it sees
@@ -26,17 +38,17 @@ def compile_own(function: Callable[..., Any], name: str, *, any_batch: bool = Fa
     Args:
         function: one without a closure.
         name: for logs; a number is added.
-        any_batch: code with an open batch size serves all of them. For functions of which only the batch size
-            varies, on a CPU.
+        any_batch: whether code with an open batch size serves all batch sizes. For functions of which only the batch
+            size varies, on a CPU.
     """
     name = f"{name}_{next(NUMBERS)}"
     copy = FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-    options = {"guard_filter_fn": without_shape_conditions} if any_batch else None
+    options = {"guard_filter_fn": drop_shape_conditions} if any_batch else None
     return torch.compile(copy, fullgraph=True, options=options)
 
 
-def without_shape_conditions(guards: Sequence[Any]) -> list[bool]:
-    """Keeps every guard but the conditions on open sizes.
+def drop_shape_conditions(guards: Sequence[Any]) -> list[bool]:
+    """Which guards to keep: all but the conditions on open sizes.
 
     On a CPU these are two: at least 2, since sizes of 1 broadcast, which images never do; and up to 15 or from 16
     on, by which PyTorch foresees the layout that a convolution returns, channels-last here in either case.
@@ -45,11 +57,11 @@ def without_shape_conditions(guards: Sequence[Any]) -> list[bool]:
 
 
 @contextmanager
-def compiling(instead: str) -> Iterator[None]:
-    """Around calls of compiled code: past its limit of recompilations dynamo raises, and failures are worded for users.
+def raise_compilation_errors(instead: str) -> Iterator[None]:
+    """Turns failures of compiled code that is called inside into a `CompilationError`.
 
-    Left alone, dynamo would run eager (and flex_attention dense) from there on and say little; importing timm.optim
-    raises the limit for all.
+    Past its limit of recompilations dynamo raises here. Left alone, it would run eager (and flex_attention dense) from
+    there on and say little; importing timm.optim raises the limit for all.
 
     Args:
         instead: what the user can do that needs no compiler.
@@ -61,13 +73,13 @@ def compiling(instead: str) -> Iterator[None]:
         with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
             yield
     except RuntimeError as error:
-        reason = diagnosis(error)
+        reason = diagnose(error)
         if reason is None:
             raise
         raise CompilationError(f"torch.compile failed here: {reason}; or {instead}") from error
 
 
-def diagnosis(error: RuntimeError) -> str | None:
+def diagnose(error: RuntimeError) -> str | None:
     """Cause and remedy of a failed compilation; None for an error of another kind."""
     story = f"{type(error).__name__}: {error}"  # names the errors inside it too
     first_line = str(error).strip().partition("\n")[0]
@@ -78,3 +90,30 @@ def diagnosis(error: RuntimeError) -> str | None:
     if "out of resource" in story:
         return f"the GPU has too little shared memory for a kernel ({first_line}); use a smaller head dim"
     return first_line if isinstance(error, TorchDynamoException) else None
+
+
+# --------------------------------------------------------------------------------------------------------
+# Tensors of plans
+# --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def make_plain_tensors() -> Iterator[None]:
+    """Tensors made inside are real ones, whatever mode the caller is in, so that they can be cached.
+
+    An inference-mode tensor could not be saved for a later backward, and a fake or traced one is gone when
+    its trace is.
+    """
+    with torch.inference_mode(False), _disable_current_modes():
+        yield
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor on the device; compiled code takes its size as a constant."""
+    return fix_size(torch.from_numpy(np.ascontiguousarray(array)).to(device))
+
+
+def fix_size(tensor: Tensor) -> Tensor:
+    """The same tensor, whose size compiled code takes as a constant."""
+    torch._dynamo.mark_static(tensor)
+    return tensor

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from s3a.data import Source
-from s3a.geometry import scan_rule
+from s3a.geometry import find_scan_pattern
 from s3a.quantization.schemes import SchemeName
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -159,7 +159,7 @@ class Recipe:
                 "the warm-up must be shorter than the run; use --warmup-epochs 0 for none"
             )
         if self.scan is not None:
-            scan_rule(self.scan)
+            find_scan_pattern(self.scan)
         if self.late_drop_path is not None:
             rate, epochs = self.late_drop_path
             if not 0 <= rate <= 1 or not 0 < epochs <= self.total_epochs:

@@ -22,8 +22,8 @@ from helpers.golden import (
 from torch import Tensor
 
 from s3a import neighborhood_attention, sparse_scan, sparse_scan_attention
-from s3a.attention.functional import attend_plan, choose_backend
-from s3a.attention.plan import plan_scan
+from s3a.attention.backends import Operands
+from s3a.attention.plan import attend_plan, choose_backend, lay_out_scan, plan_scan
 
 EAGER = ["tiled", "reference"]  # those that run any tensors
 
@@ -330,13 +330,16 @@ def test_flex_stays_compiled_over_modes(graphs: Counter):
 )
 def test_automatic_choice(device: str, dtype: torch.dtype, head_dim, needs_grad: bool, num_tokens: int, chosen: str):
     """Flex on CUDA where it can run and has blocks to skip, tiled elsewhere."""
-    assert choose_backend(None, torch.device(device), dtype, head_dim, needs_grad, num_tokens) == chosen
+    assert choose_backend(num_tokens, Operands(torch.device(device), dtype, head_dim, needs_grad)) == chosen
 
 
 @pytest.mark.parametrize("backend", ["flex", "tiled", "reference"])
-@pytest.mark.parametrize("num_tokens", [1, 3136])
-def test_explicit_choice_is_kept(backend: str, num_tokens: int):
-    assert choose_backend(backend, torch.device("cuda"), torch.bfloat16, 32, True, num_tokens) == backend
+@pytest.mark.parametrize("side", [2, 56])
+def test_explicit_choice_is_kept(backend: str, side: int):
+    """Where the automatic choice is another: tiled on the small map, and on this device."""
+    scan, operands = sparse_scan(side, side, 2), Operands(torch.device("cpu"), torch.bfloat16, 32, needs_grad=False)
+    plan = plan_scan(scan, side, side, operands, backend)
+    assert plan.backends == (backend,) * len(scan) != ()
 
 
 @pytest.mark.parametrize(
@@ -363,12 +366,24 @@ def test_flex_runs_trainable_inputs_without_a_graph(graphs: Counter):
     assert graphs["runs"] == 1
 
 
+@pytest.mark.parametrize("attend", [partial(neighborhood_attention, kernel_size=3, dilation=2), sparse_scan_attention])
+def test_functions_compile_as_one_graph(attend):
+    """Inside a caller's torch.compile: plans are constants of the graph, and every map has its own."""
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for height, width in ((13, 16), (9, 22), (13, 16)):
+        inputs = draw(2, height, width, 2, 16)
+        assert error(compiled(*inputs), attend(*in_double(inputs))) <= 1e-5
+
+
 @pytest.mark.parametrize(("wrong", "meant"), [("tilde", "tiled"), ("flexx", "flex"), ("refrence", "reference")])
 def test_unknown_backend_names_the_nearest(wrong: str, meant: str):
     inputs = draw(1, 6, 7, 1, 16)
     for attend in (partial(neighborhood_attention, kernel_size=3), sparse_scan_attention):
         with pytest.raises(ValueError, match=f"'{wrong}'.*flex, reference, tiled.*'{meant}'"):
             attend(*inputs, backend=wrong)
+    with pytest.raises(ValueError, match=f"'{wrong}'"):  # also where the scan has no pass
+        sparse_scan_attention(*draw(1, 1, 1, 1, 16), backend=wrong)
 
 
 WRONG_INPUTS = {
@@ -440,10 +455,10 @@ def test_inputs_are_left_alone():
 def test_compiled_inference_is_the_oracle(height, width, size, fixed, listed, dtype):
     """Lists of keys and tiles, as the plan has them; borders and windows with fewer keys included."""
     scan = sparse_scan(height, width, size, fixed)
-    plan = plan_scan(scan, height, width, torch.device("cpu"), "tiled")
-    assert [layout.listed is not None for layout in plan.passes] == listed
+    plan = lay_out_scan(scan, height, width, torch.device("cpu"), ("tiled",) * len(scan))
+    assert [each.layout.key_list is not None for each in plan.passes] == listed
     tensors = [torch.randn(2, height * width, 2, 16, dtype=dtype) for _ in range(3)]
-    oracle = plan_scan(scan, height, width, torch.device("cpu"), "reference")
+    oracle = lay_out_scan(scan, height, width, torch.device("cpu"), ("reference",) * len(scan))
     expected = attend_plan(*(tensor.double() for tensor in tensors), oracle)
     torch._dynamo.reset()
     compiled = torch.compile(lambda query, key, value: attend_plan(query, key, value, plan), fullgraph=True)
@@ -456,10 +471,9 @@ def test_compiled_inference_is_the_oracle(height, width, size, fixed, listed, dt
 
 LARGE_MAP = """
 import pathlib, re, sys, torch
-from s3a.attention.functional import attend_plan
+from s3a.attention.plan import attend_plan, lay_out_scan
 from s3a.geometry import Neighborhood
-from s3a.attention.plan import plan_scan
-plan = plan_scan((Neighborhood(7, 1),), 256, 256, torch.device("cpu"), "tiled")
+plan = lay_out_scan((Neighborhood(7, 1),), 256, 256, torch.device("cpu"), ("tiled",))
 tensors = [torch.randn(1, 65536, 2, 32) for _ in range(3)]
 attend = torch.compile(attend_plan, fullgraph=True) if sys.argv[1] == "compiled" else attend_plan
 with torch.no_grad():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s3a import Neighborhood, neighborhood_attention, sparse_scan, sparse_scan_attention
-from s3a.attention.functional import attend_plan
-from s3a.attention.plan import BlockPass, TiledPass, block_pass, gather_pass, plan_scan, tiled_pass
+from s3a.attention.backends import Operands
+from s3a.attention.backends.blocks import BlockLayout, lay_out_blocks
+from s3a.attention.backends.reference import lay_out_keys
+from s3a.attention.backends.tiles import TileLayout, lay_out_tiles
+from s3a.attention.plan import attend_plan, lay_out_scan, plan_scan
 from s3a.nn.s3a import build_attention_plan
+from s3a.support.caches import CACHES, clear_caches
 
 CPU = torch.device("cpu")
 
@@ -34,7 +39,7 @@ CASES = [
 ]
 
 
-def unfolded(layout: TiledPass, num_tokens: int) -> tuple[Tensor, Tensor]:
+def unfolded(layout: TileLayout, num_tokens: int) -> tuple[Tensor, Tensor]:
     """How often each query meets each key in the tiles, and the queries in the order of the tiles."""
     counts = torch.zeros(num_tokens, num_tokens, dtype=torch.int64)
     order = []
@@ -58,7 +63,7 @@ def listed_blocks(count: Tensor, indices: Tensor) -> Tensor:
     return blocks
 
 
-def padded_mask(layout: BlockPass, mask: Tensor) -> Tensor:
+def padded_mask(layout: BlockLayout, mask: Tensor) -> Tensor:
     """What the padded sequence must see: copies of the last query, and no padding keys."""
     expected = mask[layout.order][:, layout.order]
     expected[:, len(mask) :] = False
@@ -79,7 +84,7 @@ def blocked(mask: Tensor, block_size: int) -> Tensor:
 @pytest.mark.parametrize(("kernel_size", "dilation", "height", "width"), CASES)
 def test_block_mask_is_the_rule(kernel_size, dilation, height: int, width: int, block_size: int):
     """The mask function pair by pair, the lists of partial and full blocks, forwards and backwards."""
-    layout = block_pass(Neighborhood(kernel_size, dilation), height, width, CPU, block_size)
+    layout = lay_out_blocks(Neighborhood(kernel_size, dilation), height, width, CPU, block_size)
     expected = padded_mask(layout, dense_mask(height, width, kernel_size, dilation))
     mask = layout.block_mask
     index = torch.arange(len(layout.order))
@@ -98,7 +103,7 @@ def test_block_mask_is_the_rule(kernel_size, dilation, height: int, width: int, 
 @pytest.mark.parametrize(("kernel_size", "dilation", "height", "width"), CASES)
 def test_order_pads_to_whole_blocks(kernel_size, dilation, height: int, width: int):
     """Every position once, then copies that are queries with keys of their own and keys of nobody."""
-    layout = block_pass(Neighborhood(kernel_size, dilation), height, width, CPU)
+    layout = lay_out_blocks(Neighborhood(kernel_size, dilation), height, width, CPU)
     num_tokens = height * width
     assert sorted(layout.order[:num_tokens].tolist()) == list(range(num_tokens))
     assert torch.equal(layout.order[layout.inverse], torch.arange(num_tokens))
@@ -113,16 +118,16 @@ def test_order_pads_to_whole_blocks(kernel_size, dilation, height: int, width: i
 
 def test_some_blocks_are_full():
     """Partial and full blocks both occur above; a map of one full block, and one with some of each."""
-    whole = block_pass(Neighborhood(7), 4, 4, CPU, 16)
+    whole = lay_out_blocks(Neighborhood(7), 4, 4, CPU, 16)
     assert (whole.num_full, whole.num_touched) == (1, 1)
-    mixed = block_pass(Neighborhood(15), 24, 24, CPU, 16)
+    mixed = lay_out_blocks(Neighborhood(15), 24, 24, CPU, 16)
     assert 0 < mixed.num_full < mixed.num_touched
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation", "most"), [(9, 6, 0.13), (7, 8, 0.13), (7, 1, 0.25)])
 def test_touched_blocks_at_56_by_56(kernel_size: int, dilation: int, most: float):
     """The promised sparsity, counted on the dense mask in the plan's own order."""
-    layout = block_pass(Neighborhood(kernel_size, dilation), 56, 56, CPU)
+    layout = lay_out_blocks(Neighborhood(kernel_size, dilation), 56, 56, CPU)
     expected = padded_mask(layout, dense_mask(56, 56, kernel_size, dilation))
     touched = blocked(expected, 128).any((2, 3))
     assert torch.equal(layout.block_mask.to_dense()[0, 0].bool(), touched)
@@ -138,7 +143,7 @@ def test_touched_blocks_at_56_by_56(kernel_size: int, dilation: int, most: float
 @pytest.mark.parametrize(("kernel_size", "dilation", "height", "width"), [*CASES, (9, 6, 56, 56), (5, 5, 28, 28)])
 def test_tiles_are_the_rule(kernel_size, dilation, height: int, width: int):
     """Every query meets each of its keys once and no other; no query is in two tiles."""
-    layout = tiled_pass(Neighborhood(kernel_size, dilation), height, width, CPU)
+    layout = lay_out_tiles(Neighborhood(kernel_size, dilation), height, width, CPU)
     num_tokens = height * width
     counts, order = unfolded(layout, num_tokens)
     assert torch.equal(counts, dense_mask(height, width, kernel_size, dilation).long())
@@ -149,14 +154,14 @@ def test_tiles_are_the_rule(kernel_size, dilation, height: int, width: int):
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(9, 6), (7, 8), (7, 1), (9, 1)])
 def test_tiles_stay_sparse(kernel_size: int, dilation: int):
     """Halos may hold keys that a query does not see, but a tile must not grow into the map."""
-    layout = tiled_pass(Neighborhood(kernel_size, dilation), 56, 56, CPU)
+    layout = lay_out_tiles(Neighborhood(kernel_size, dilation), 56, 56, CPU)
     paired = sum(len(batch.queries) * len(batch.keys) // batch.num_tiles for batch in layout.batches)
     assert paired <= 0.25 * (56 * 56) ** 2
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation", "height", "width"), CASES)
 def test_gathers_are_the_rule(kernel_size, dilation, height: int, width: int):
-    layout = gather_pass(Neighborhood(kernel_size, dilation), height, width, CPU)
+    layout = lay_out_keys(Neighborhood(kernel_size, dilation), height, width, CPU)
     axes = []
     for keys, seen in ((layout.rows, layout.row_seen), (layout.columns, layout.column_seen)):
         axes.append(torch.zeros(len(keys), len(keys), dtype=torch.int64).scatter_add_(1, keys, seen.long()))
@@ -171,25 +176,39 @@ def test_gathers_are_the_rule(kernel_size, dilation, height: int, width: int):
 
 @pytest.mark.parametrize("backend", ["flex", "tiled", "reference"])
 def test_plans_are_built_once(backend):
-    plan = plan_scan(sparse_scan(14, 21), 14, 21, CPU, backend)
-    assert plan_scan(sparse_scan(14, 21), 14, 21, torch.device("cpu"), backend) is plan
-    assert (plan.height, plan.width, plan.backend, plan.scan) == (14, 21, backend, sparse_scan(14, 21))
-    assert len(plan.passes) == len(plan.scan) == 2
+    plan = plan_scan(sparse_scan(14, 21), 14, 21, Operands(CPU, torch.float32, 32, needs_grad=False), backend)
+    again = Operands(torch.device("cpu"), torch.bfloat16, 16, needs_grad=False)  # no layout depends on these
+    assert plan_scan(sparse_scan(14, 21), 14, 21, again, backend) is plan
+    assert lay_out_scan(sparse_scan(14, 21), 14, 21, torch.device("cpu"), (backend, backend)) is plan
+    assert (plan.height, plan.width, plan.backends, plan.scan) == (14, 21, (backend, backend), sparse_scan(14, 21))
+    assert tuple(each.neighborhood for each in plan.passes) == plan.scan
 
 
 def test_plans_of_different_things_differ():
     scan, other = sparse_scan(14, 21, fixed="window"), sparse_scan(14, 21, fixed="anchors")
     calls = [
-        (scan, 14, 21, CPU, "tiled"),
-        (scan, 21, 14, CPU, "tiled"),
-        (other, 14, 21, CPU, "tiled"),
-        (scan, 14, 21, CPU, "reference"),
-        (scan, 14, 21, torch.device("meta"), "tiled"),
+        (scan, 14, 21, CPU, ("tiled", "tiled")),
+        (scan, 21, 14, CPU, ("tiled", "tiled")),
+        (other, 14, 21, CPU, ("tiled", "tiled")),
+        (scan, 14, 21, CPU, ("reference", "reference")),
+        (scan, 14, 21, CPU, ("tiled", "reference")),
+        (scan, 14, 21, torch.device("meta"), ("tiled", "tiled")),
     ]
-    plans = [plan_scan(*call) for call in calls]
+    plans = [lay_out_scan(*call) for call in calls]
     assert len({id(plan) for plan in plans}) == len(calls)
-    assert plans[-1].passes[0].batches[0].keys.device.type == "meta"
-    assert plans[0].passes[0].batches[0].keys.device.type == "cpu"
+    assert plans[-1].passes[0].layout.batches[0].keys.device.type == "meta"
+    assert plans[0].passes[0].layout.batches[0].keys.device.type == "cpu"
+
+
+@pytest.mark.parametrize("backends", [("tiled", "reference"), ("reference", "tiled"), ("flex", "tiled")])
+def test_the_passes_of_a_scan_mix_backends(backends):
+    """Each pass is attended by its own backend, and the chain is the same function."""
+    plan = lay_out_scan(sparse_scan(12, 15, 3, "anchors"), 12, 15, CPU, backends)
+    assert plan.backends == backends
+    query, key, value = torch.randn(3, 2, 12, 15, 2, 16)
+    with torch.no_grad():
+        attended = attend_plan(*(tensor.flatten(1, 2) for tensor in (query, key, value)), plan).unflatten(1, (12, 15))
+    assert error(attended, chained_attention(query.double(), key.double(), value.double(), "anchors", 3)) <= 1e-5
 
 
 def test_one_forward_builds_what_the_next_one_uses():
@@ -202,17 +221,30 @@ def test_one_forward_builds_what_the_next_one_uses():
     assert (after.misses, after.hits) == (before.misses, before.hits + 1)
 
 
+def test_cleared_caches_build_anew():
+    """Nothing of a plan is left: its tensors go with it."""
+    query, key, value = torch.randn(3, 1, 10, 13, 2, 8)
+    attended = sparse_scan_attention(query, key, value)
+    operands = Operands(CPU, torch.float32, 8, needs_grad=False)
+    keys = weakref.ref(plan_scan(sparse_scan(10, 13), 10, 13, operands).passes[0].layout.batches[0].keys)
+    assert keys() is not None
+    clear_caches()
+    assert all(cached.cache_info().currsize == 0 for cached in CACHES)
+    assert keys() is None
+    assert torch.equal(sparse_scan_attention(query, key, value), attended)
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode, torch.no_grad])
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
 def test_plans_survive_the_mode_they_are_built_in(backend, mode):
     """An inference or fake tensor in the cache would break the training step that finds it there."""
-    plan_scan.cache_clear()
+    clear_caches()
     with mode():
-        plan = plan_scan(sparse_scan(12, 15), 12, 15, CPU, backend)
+        plan = lay_out_scan(sparse_scan(12, 15, 3), 12, 15, CPU, (backend, backend))
     query, key, value = torch.randn(3, 1, 12, 15, 2, 8, dtype=torch.float64, requires_grad=True)
     flat = (tensor.flatten(1, 2) for tensor in (query, key, value))
     attended = attend_plan(*flat, plan).unflatten(1, (12, 15))
-    expected = chained_attention(query, key, value, "window")
+    expected = chained_attention(query, key, value, "window", 3)
     assert error(attended, expected) < 1e-10
     weight = torch.randn_like(expected)
     ours, right = (torch.autograd.grad((out * weight).sum(), (query, key, value)) for out in (attended, expected))
@@ -221,9 +253,9 @@ def test_plans_survive_the_mode_they_are_built_in(backend, mode):
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode])
 def test_block_masks_survive_the_mode_they_are_built_in(mode):
-    plan_scan.cache_clear()
+    clear_caches()
     with mode():
-        (layout,) = plan_scan((Neighborhood(3, 2),), 9, 10, CPU, "flex").passes
+        layout = lay_out_scan((Neighborhood(3, 2),), 9, 10, CPU, ("flex",)).passes[0].layout
     tensors = [layout.order, layout.inverse, layout.block_mask.kv_indices, layout.block_mask.q_indices]
     assert {type(tensor) for tensor in tensors} == {Tensor}
     assert not any(tensor.is_inference() for tensor in tensors)
@@ -233,9 +265,11 @@ def test_block_masks_survive_the_mode_they_are_built_in(mode):
 
 
 def test_rotary_tables_survive_the_mode_they_are_built_in():
-    build_attention_plan.cache_clear()
+    clear_caches()
+    operands = Operands(CPU, torch.bfloat16, 16, needs_grad=False)
     with torch.inference_mode(), FakeTensorMode():
-        plan = build_attention_plan(6, 9, 16, 7, "window", "both", CPU, torch.float32, "tiled")
+        plan = build_attention_plan(6, 9, 7, "window", "both", operands, "tiled")
+    assert plan.cosine.dtype == torch.float32
     assert {type(plan.cosine), type(plan.sine)} == {Tensor}
     assert not plan.cosine.is_inference()
     assert torch.allclose(plan.cosine**2 + plan.sine**2, torch.ones(54, 1, 8))
@@ -243,10 +277,10 @@ def test_rotary_tables_survive_the_mode_they_are_built_in():
 
 def test_plans_of_a_default_device_context():
     """Building a model under `torch.device("meta")` must not leave meta tensors in plans for the CPU."""
-    plan_scan.cache_clear()
+    clear_caches()
     with torch.device("meta"):
-        plan = plan_scan(sparse_scan(10, 13), 10, 13, CPU, "flex")
-    assert {tensor.device.type for tensor in (plan.passes[0].order, plan.passes[0].block_mask.q_indices)} == {"cpu"}
+        layout = lay_out_scan(sparse_scan(10, 13, 3), 10, 13, CPU, ("flex", "flex")).passes[0].layout
+    assert {tensor.device.type for tensor in (layout.order, layout.block_mask.q_indices)} == {"cpu"}
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -259,7 +293,7 @@ from resource import RUSAGE_SELF, getrusage
 from pathlib import Path
 import torch
 from s3a import sparse_scan
-from s3a.attention.plan import plan_scan
+from s3a.attention.plan import lay_out_scan
 
 def peak():  # Linux hands ru_maxrss of the parent down to its children, so it would hide the growth there
     status = Path("/proc/self/status")
@@ -268,9 +302,9 @@ def peak():  # Linux hands ru_maxrss of the parent down to its children, so it w
     return 1024 * marks[0] if marks else getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 backend, fixed = sys.argv[1:]
-plan_scan(sparse_scan(16, 16, 7, fixed), 16, 16, torch.device("cpu"), backend)  # loads what is loaded lazily
+lay_out_scan(sparse_scan(16, 16, 7, fixed), 16, 16, torch.device("cpu"), (backend, backend))  # lazy imports
 before, start = peak(), time.process_time()
-plan = plan_scan(sparse_scan(256, 256, 7, fixed), 256, 256, torch.device("cpu"), backend)
+plan = lay_out_scan(sparse_scan(256, 256, 7, fixed), 256, 256, torch.device("cpu"), (backend, backend))
 print(json.dumps({"seconds": time.process_time() - start, "bytes": peak() - before, "passes": len(plan.passes)}))
 """
 

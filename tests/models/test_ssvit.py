@@ -13,7 +13,7 @@ import s3a
 from s3a import SSViT, sparse_scan
 from s3a.analysis.cost import count_cost
 from s3a.attention.plan import ScanPlan
-from s3a.geometry import SCANS
+from s3a.geometry import SCAN_PATTERNS
 from s3a.models.ssvit import checkpoint_filter_fn
 
 PARAMETERS = {
@@ -187,7 +187,7 @@ def test_scans_have_the_same_parameters_and_their_own_cost():
     """On 16 x 16, 8 x 8 and 4 x 4 tokens, two blocks each: pairs of the dense masks, times two products of a dim."""
     plain = timm.create_model("ssvit_nano")
     layers = count_cost(plain, 64, 64).published_gmacs
-    for scan, rule in SCANS.items():
+    for scan, rule in SCAN_PATTERNS.items():
         model = timm.create_model("ssvit_nano", scan=scan)
         assert model.state_dict().keys() == plain.state_dict().keys()
         cost = count_cost(model, 64, 64)
@@ -203,7 +203,7 @@ def test_scans_have_the_same_parameters_and_their_own_cost():
 
 
 def test_every_scan_has_maps_and_gradients():
-    for scan in SCANS:
+    for scan in SCAN_PATTERNS:
         model = timm.create_model("ssvit_nano", scan=scan, num_classes=3)
         model(torch.randn(2, 3, 32, 40)).sum().backward()
         assert all(parameter.grad is not None for parameter in model.parameters()), scan

@@ -16,7 +16,7 @@ from torch._inductor.exc import CppCompileError
 import s3a
 import s3a.nn.compilation
 from s3a.nn.layers import Region
-from s3a.support.compiler import compiling
+from s3a.support.compiler import raise_compilation_errors
 
 OWN = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("s3a.")]
 SMALL = {
@@ -32,11 +32,11 @@ KINDS = {"ssvit_nano": 5, "svit_nano": 4, "vvt_nano": 4}
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
-    s3a.nn.compilation.region_code.cache_clear()
+    s3a.nn.compilation.compile_region.cache_clear()
     counters.clear()
     yield
     torch._dynamo.reset()
-    s3a.nn.compilation.region_code.cache_clear()
+    s3a.nn.compilation.compile_region.cache_clear()
 
 
 def small_model(name: str = "ssvit_nano", **model_args) -> torch.nn.Module:
@@ -300,11 +300,11 @@ def test_without_a_compiler_the_error_says_so_and_the_eager_path_works(tmp_path)
     ],
 )
 def test_failures_are_worded(error, words):
-    with pytest.raises(s3a.CompilationError, match=words) as raised, compiling(instead="do that"):
+    with pytest.raises(s3a.CompilationError, match=words) as raised, raise_compilation_errors(instead="do that"):
         raise error
     assert raised.value.__cause__ is error
 
 
 def test_other_errors_pass_as_they_are():
-    with pytest.raises(RuntimeError, match=r"^shapes differ$"), compiling(instead="do that"):
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), raise_compilation_errors(instead="do that"):
         raise RuntimeError("shapes differ")

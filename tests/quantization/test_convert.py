@@ -25,7 +25,7 @@ import s3a
 from s3a import VVT, SSViT, SViT
 from s3a.analysis.cost import count_cost
 from s3a.data import load_data
-from s3a.nn.compilation import region_code
+from s3a.nn.compilation import compile_region
 from s3a.quantization import convert as quantize
 from s3a.quantization import int8, schemes, storage
 from s3a.quantization.convert import choose_layers
@@ -179,7 +179,7 @@ def test_compiled(tmp_path: Path, graphs, scheme: str):
     quantize.quantize(trained(), scheme).save_pretrained(tmp_path)
     model, images = SSViT.from_pretrained(tmp_path), torch.randn(SHAPE)
     right = logits(model, images)
-    region_code.cache_clear()
+    compile_region.cache_clear()
     int8.PACKED.clear()
     assert (logits(s3a.compile_model(model), images) - right).norm() < 0.03 * right.norm()
     assert graphs["compiled"] > 0

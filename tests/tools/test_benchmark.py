@@ -1,5 +1,6 @@
 """The benchmarks' command: what it measures, writes, draws, compares and refuses. Speed itself is not tested."""
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from s3a.attention.plan import LAYOUTS
+from s3a.attention.backends import BACKENDS
 from s3a.geometry import FIXED, Neighborhood, sparse_scan
 
 SWIN = "swin_tiny_patch4_window7_224"
@@ -246,8 +247,9 @@ def test_plans_are_built_anew_in_every_turn(measure: Measure, monkeypatch):
         built.append(neighborhood)
         return layout(neighborhood, *arguments)
 
-    for backend, layout in LAYOUTS.items():
-        monkeypatch.setitem(LAYOUTS, backend, partial(noted, layout))
+    for name, backend in BACKENDS.items():
+        noting = dataclasses.replace(backend, layout=partial(noted, backend.layout))
+        monkeypatch.setitem(BACKENDS, name, noting)
     measure("plan", "--sides", 15)
     passes = [neighborhood for fixed in FIXED for neighborhood in sparse_scan(15, 15, 7, fixed)]
     assert built == 2 * (1 + 3) * passes  # backends; a warm-up and three turns

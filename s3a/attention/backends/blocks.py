@@ -1,4 +1,4 @@
-"""A token order and the block mask in it: what the flex backend runs.
+"""The layout of the flex backend: a token order, and the block mask of a pass in it.
 
 A *block* is a run of `BLOCK_SIZE` tokens of the order. Which blocks touch which follows from the windows of the two
 axes (`geometry.AxisWindows`), in time and memory that grow with the tokens touched.
@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from s3a.geometry import AxisWindows, Neighborhood
-from s3a.support.tensors import to_device
+from s3a.support.compiler import to_device
 
 BLOCK_SIZE = 128  # what FlexAttention's kernels are tuned for
 
 
 @dataclass(frozen=True, eq=False)
-class BlockPass:
+class BlockLayout:
     """One pass as a FlexAttention block mask over reordered tokens.
 
     Attributes:
@@ -40,8 +40,8 @@ class BlockPass:
 
 
 @dataclass(frozen=True, eq=False)
-class BlockLayout:
-    """A token order and the blocks that it touches.
+class TokenOrder:
+    """A token order, and the blocks that a pass touches in it.
 
     Attributes:
         rows, columns: [tokens] int64, the row and column place at each index of the sequence.
@@ -57,7 +57,7 @@ class BlockLayout:
     tile: tuple[int, int]
 
 
-def tile_order(rows: AxisWindows, columns: AxisWindows, tile: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def walk_tiles(rows: AxisWindows, columns: AxisWindows, tile: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """The tokens group by group, inside a group tile by tile, inside a tile row by row; as row and column places."""
     row_tile, column_tile = (
         np.concatenate([np.arange(last - first) // size for first, last in windows.bounds])
@@ -69,16 +69,23 @@ def tile_order(rows: AxisWindows, columns: AxisWindows, tile: tuple[int, int]) -
     return row[order], column[order]
 
 
-def counted_up(first: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """The ranges `first[i] .. first[i] + count[i] - 1`, one after the other."""
+def concatenate_ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The ranges `first[i] .. first[i] + count[i] - 1`, one after the other: ([2, 7], [3, 1]) gives [2, 3, 4, 7]."""
     return np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())
 
 
-def touched_blocks(rows: AxisWindows, columns: AxisWindows, block: np.ndarray) -> np.ndarray:
+def find_touched_blocks(rows: AxisWindows, columns: AxisWindows, block: np.ndarray) -> np.ndarray:
     """Which key blocks each query block touches, exactly, from runs of tokens rather than from tokens.
 
     Along a row of places, a *run* is a stretch of one block and one dilation group. The queries of a run see
     a rectangle of places, which is again a few runs per row.
+
+    Example: 4 x 4 tokens in row-major order, a kernel of 3, blocks of 4. Each row of the map is a block and a run:
+
+        block 0 0 0 0      run 0      Rows 0 and 1 see rows 0 to 2, rows 2 and 3 see rows 1 to 3. Queries of a run
+              1 1 1 1      run 1      together see all columns of these. So block 0 touches blocks 0, 1 and 2, and so
+              2 2 2 2      run 2      on: 12 of 16 pairs of blocks. Four runs with three rows each were looked at,
+              3 3 3 3      run 3      instead of 16 queries with nine keys each.
 
     Args:
         block: [height, width] int64, the block of the token at each (row, column) place.
@@ -87,16 +94,16 @@ def touched_blocks(rows: AxisWindows, columns: AxisWindows, block: np.ndarray) -
         [touched, 2] int64: the pairs of (query block, key block), sorted.
     """
     height, width = block.shape
-    new_run = np.ones((height, width), dtype=bool)
-    new_run[:, 1:] = (np.diff(block, axis=1) != 0) | (np.diff(columns.group) != 0)
-    run_of = np.cumsum(new_run).reshape(height, width) - 1
-    row, first = np.nonzero(new_run)
+    starts_run = np.ones((height, width), dtype=bool)
+    starts_run[:, 1:] = (np.diff(block, axis=1) != 0) | (np.diff(columns.group) != 0)
+    run_of = np.cumsum(starts_run).reshape(height, width) - 1
+    row, first = np.nonzero(starts_run)
     run_block = block[row, first]
     last = np.append(first[1:], 0) - 1
     last[last < 0] = width - 1
 
     num_rows = (rows.stop - rows.start)[row]  # rows that each run sees
-    seen_row = counted_up(rows.start[row], num_rows)
+    seen_row = concatenate_ranges(rows.start[row], num_rows)
     first_run = run_of[seen_row, np.repeat(columns.start[first], num_rows)]
     last_run = run_of[seen_row, np.repeat(columns.stop[last] - 1, num_rows)]
 
@@ -106,20 +113,20 @@ def touched_blocks(rows: AxisWindows, columns: AxisWindows, block: np.ndarray) -
     stretch, more_runs = np.divmod(stretch, width + 1)
     query_block, first_run = np.divmod(stretch, len(row))
 
-    seen_run = counted_up(first_run, more_runs + 1)
+    seen_run = concatenate_ranges(first_run, more_runs + 1)
     query_block = np.repeat(query_block, more_runs + 1)
     num_blocks = int(block.max()) + 1
     touched = np.unique(query_block * num_blocks + run_block[seen_run])
     return np.stack([touched // num_blocks, touched % num_blocks], axis=1)
 
 
-def block_layout(rows: AxisWindows, columns: AxisWindows, tile: tuple[int, int], block_size: int) -> BlockLayout:
-    """The order that walks the given tiles, with the blocks it touches and which of them are full."""
-    row, column = tile_order(rows, columns, tile)
+def order_tokens(rows: AxisWindows, columns: AxisWindows, tile: tuple[int, int], block_size: int) -> TokenOrder:
+    """The order that walks the given tiles, with the blocks that it touches, and which of them are full."""
+    row, column = walk_tiles(rows, columns, tile)
     index = np.arange(len(row))
     block = np.empty((len(rows.position), len(columns.position)), dtype=np.int64)
     block[row, column] = index // block_size
-    pairs = touched_blocks(rows, columns, block)
+    pairs = find_touched_blocks(rows, columns, block)
 
     # Windows are rectangles, so a block is full where the bounding box of its keys lies in the rectangle
     # that all its queries see. Padding keeps the last key block from ever being full.
@@ -131,38 +138,42 @@ def block_layout(rows: AxisWindows, columns: AxisWindows, tile: tuple[int, int],
         common_stop = np.minimum.reduceat(windows.stop[place], starts)[query]
         lowest, highest = np.minimum.reduceat(place, starts)[key], np.maximum.reduceat(place, starts)[key]
         full &= (common_start <= lowest) & (highest < common_stop)
-    return BlockLayout(rows=row, columns=column, pairs=pairs, full=full, tile=tile)
+    return TokenOrder(rows=row, columns=column, pairs=pairs, full=full, tile=tile)
 
 
-def candidate_tiles(rows: AxisWindows, columns: AxisWindows, block_size: int) -> list[tuple[int, int]]:
-    """Whole groups row by row, and tiles of one block's tokens at four shapes."""
+def list_tiles(rows: AxisWindows, columns: AxisWindows, block_size: int) -> list[tuple[int, int]]:
+    """The tiles that orders are tried with: whole groups, and tiles of one block's tokens at four shapes."""
     height, width = (max(last - first for first, last in windows.bounds) for windows in (rows, columns))
     tiles = [(tile_height, block_size // tile_height) for tile_height in (4, 8, 16, 32)]
     return [(height, width), *(tile for tile in tiles if tile[0] < height and tile[1] < width)]
 
 
-def layouts(neighborhood: Neighborhood, height: int, width: int, block_size: int = BLOCK_SIZE) -> list[BlockLayout]:
+def rank_orders(neighborhood: Neighborhood, height: int, width: int, block_size: int = BLOCK_SIZE) -> list[TokenOrder]:
     """The candidate token orders, the one that touches the fewest blocks first; of equals, the nearest to row-major."""
-    rows, columns = neighborhood.axes(height, width)
-    candidates = [block_layout(rows, columns, tile, block_size) for tile in candidate_tiles(rows, columns, block_size)]
-    return sorted(candidates, key=lambda layout: len(layout.pairs))
+    rows, columns = neighborhood.windows(height, width)
+    orders = [order_tokens(rows, columns, tile, block_size) for tile in list_tiles(rows, columns, block_size)]
+    return sorted(orders, key=lambda order: len(order.pairs))
 
 
-def listed(pairs: np.ndarray, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sorted (row, column) pairs as a BlockMask wants them: per row, how many and which."""
-    row, column = pairs.T
-    count = np.bincount(row, minlength=num_blocks)
-    rank = counted_up(np.zeros_like(count), count)
+def index_blocks(pairs: np.ndarray, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sorted (query block, key block) pairs as a BlockMask takes them: per query block, how many key blocks, and which.
+
+    Example: the pairs (0, 0), (0, 2), (1, 1) of three blocks give the counts [2, 1, 0] and, as indices, the rows
+    [0, 2, -], [1, -, -] and [-, -, -], where "-" is never read.
+    """
+    query_block, key_block = pairs.T
+    count = np.bincount(query_block, minlength=num_blocks)
+    rank = concatenate_ranges(np.zeros_like(count), count)
     indices = np.zeros((num_blocks, num_blocks), dtype=np.int32)
-    indices[row, rank] = column
+    indices[query_block, rank] = key_block
     return (
         to_device(count.astype(np.int32)[None, None], device),
         to_device(indices[None, None], device),
     )
 
 
-def window_mask(rows: Tensor, columns: Tensor, row_window: Tensor, column_window: Tensor) -> Callable[..., Tensor]:
-    """The mask of a FlexAttention sequence: a key is seen if it is in the query's window on both axes.
+def make_mask(rows: Tensor, columns: Tensor, row_window: Tensor, column_window: Tensor) -> Callable[..., Tensor]:
+    """The mask function of a FlexAttention sequence: a key is seen if it is in the query's window on both axes.
 
     Args:
         rows, columns: [tokens] int32, the places of the token at each index; -1 for padding.
@@ -177,41 +188,41 @@ def window_mask(rows: Tensor, columns: Tensor, row_window: Tensor, column_window
     return neighborhood_mask
 
 
-def block_pass(
+def lay_out_blocks(
     neighborhood: Neighborhood, height: int, width: int, device: torch.device, block_size: int = BLOCK_SIZE
-) -> BlockPass:
-    """The block mask in the chosen token order, built from the geometry."""
-    rows, columns = neighborhood.axes(height, width)
-    layout = layouts(neighborhood, height, width, block_size)[0]
+) -> BlockLayout:
+    """Builds the block mask from the geometry, in the token order that touches the fewest blocks."""
+    rows, columns = neighborhood.windows(height, width)
+    best = rank_orders(neighborhood, height, width, block_size)[0]
     num_tokens = height * width
     num_blocks = -(-num_tokens // block_size)
     padding = num_blocks * block_size - num_tokens
-    query_row, query_column = (np.pad(place, (0, padding), mode="edge") for place in (layout.rows, layout.columns))
-    key_row, key_column = (np.pad(place, (0, padding), constant_values=-1) for place in (layout.rows, layout.columns))
+    query_row, query_column = (np.pad(place, (0, padding), mode="edge") for place in (best.rows, best.columns))
+    key_row, key_column = (np.pad(place, (0, padding), constant_values=-1) for place in (best.rows, best.columns))
     order = rows.position[query_row] * width + columns.position[query_column]
 
     def int32(array: np.ndarray) -> Tensor:
         return to_device(array.astype(np.int32), device)
 
-    mask = window_mask(
+    mask = make_mask(
         int32(key_row),
         int32(key_column),
         int32(np.stack([rows.start[query_row], rows.stop[query_row]])),
         int32(np.stack([columns.start[query_column], columns.stop[query_column]])),
     )
-    partial, full = layout.pairs[~layout.full], layout.pairs[layout.full]
+    partial, full = best.pairs[~best.full], best.pairs[best.full]
     block_mask = BlockMask.from_kv_blocks(
-        *listed(partial, num_blocks, device),
-        *listed(full, num_blocks, device),
+        *index_blocks(partial, num_blocks, device),
+        *index_blocks(full, num_blocks, device),
         BLOCK_SIZE=block_size,
         mask_mod=mask,
         seq_lengths=(len(order), len(order)),
     )
-    return BlockPass(
+    return BlockLayout(
         order=to_device(order, device),
         inverse=to_device(np.argsort(order[:num_tokens]), device),
         block_mask=block_mask,
-        num_touched=len(layout.pairs),
+        num_touched=len(best.pairs),
         num_full=len(full),
         num_blocks=num_blocks**2,
     )

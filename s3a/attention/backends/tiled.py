@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from s3a.attention.backends.key_lists import KeyList
-from s3a.attention.backends.tiles import TiledPass
+from s3a.attention.backends.tiles import KeyList, TileLayout
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, layout: TiledPass, scale: float) -> Tensor:
-    """One pass. Shapes: query, key, value and the result [batch, tokens, heads, head_dim]."""
-    if layout.listed is not None and is_compiled_inference(query, key, value):
-        return attend_list(query, key, value, layout.listed, scale)
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: TileLayout, scale: float) -> Tensor:
+    """Executes one pass. Shapes: query, key, value and the result [batch, tokens, heads, head_dim]."""
+    if layout.key_list is not None and is_compiled_inference(query, key, value):
+        return attend_list(query, key, value, layout.key_list, scale)
     if layout.whole:
         whole = [tensor.transpose(1, 2) for tensor in (query, key, value)]  # [batch, heads, tokens, head_dim]
         return scaled_dot_product_attention(*whole, attn_mask=layout.batches[0].mask, scale=scale).transpose(1, 2)

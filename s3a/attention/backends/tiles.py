@@ -1,4 +1,4 @@
-"""Query tiles with key halos: what the tiled backend runs.
+"""The layout of the tiled backend: query tiles with key halos, or the keys of every query as a list.
 
 A tile is a rectangle of queries of one dilation group; its halo is the rectangle of keys that any of them sees.
 Tiles of equal shape and mask are one batch, so no tile is padded and a mask is stored once.
@@ -6,16 +6,17 @@ Tiles of equal shape and mask are one batch, so no tile is padded and a mask is 
 
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise, product
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from s3a.attention.backends.key_lists import KeyList, key_list
+from s3a.attention.backends.reference import lay_out_keys
 from s3a.geometry import Neighborhood
-from s3a.support.tensors import to_device
+from s3a.support.caches import cache_results
+from s3a.support.compiler import fix_size, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,19 +36,32 @@ class TileBatch:
 
 
 @dataclass(frozen=True, eq=False)
-class TiledPass:
+class KeyList:
+    """One pass as the keys of every query.
+
+    Attributes:
+        keys: [tokens, keys] int64, positions. seen: [tokens, keys] bool, False where a window has fewer keys;
+            None if no window has.
+    """
+
+    keys: Tensor
+    seen: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class TileLayout:
     """One pass as query tiles with key halos.
 
     Attributes:
         batches: the tiles, by shape and mask.
-        whole: the one tile is the map in row-major order, so nothing has to be gathered.
-        listed: the keys of every query, for a compiler to fuse their gathering with their products; None where
+        whole: whether the one tile is the map in row-major order, so that nothing has to be gathered.
+        key_list: the keys of every query, for a compiler to fuse their gathering with their products; None where
             tiles are cheaper even so.
     """
 
     batches: tuple[TileBatch, ...]
     whole: bool
-    listed: KeyList | None
+    key_list: KeyList | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +77,21 @@ class AxisTiles:
     mask: np.ndarray
 
 
-@lru_cache(maxsize=1024)
-def axis_tiles(length: int, kernel_size: int, dilation: int, tile: int) -> tuple[AxisTiles, ...]:
-    """Cuts every dilation group of an axis into nearly equal tiles of at most `tile` queries."""
-    windows = Neighborhood((kernel_size, 1), (dilation, 1)).axes(length, 1)[0]
-    shapes: dict[tuple, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+@cache_results(maxsize=1024)
+def cut_axis(length: int, kernel_size: int, dilation: int, tile: int) -> tuple[AxisTiles, ...]:
+    """Cuts every dilation group of an axis into nearly equal tiles of at most `tile` queries.
+
+    Example: 6 tokens, a kernel of 3, tiles of 2 queries. A tile's halo holds every key that one of its queries sees:
+
+        queries 0 1   halo 0 1 2     mask 1 1 1        Windows move inwards at the ends, so both queries of an outer
+                                          1 1 1        tile see the same keys. The outer tiles have one shape and
+        queries 2 3   halo 1 2 3 4   mask 1 1 1 0      one mask, and make one batch; the inner one is a batch of
+                                          0 1 1 1      its own.
+        queries 4 5   halo 3 4 5     mask 1 1 1
+                                          1 1 1
+    """
+    windows = Neighborhood((kernel_size, 1), (dilation, 1)).windows(length, 1)[0]
+    shapes: dict[tuple[tuple[int, ...], bytes], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
     masks = {}
     for first, last in windows.bounds:
         num_tiles = -(-(last - first) // tile)
@@ -94,7 +118,7 @@ TILES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 HALO_TOKEN_COST = 60
 BATCH_COST = 4_000
 # Likewise: one pair of compiled code that gathers every key for itself.
-LISTED_PAIR_COST = 4.5
+KEY_LIST_PAIR_COST = 4.5
 
 
 @dataclass(frozen=True)
@@ -118,10 +142,10 @@ class TileCost:
         return self.pairs + HALO_TOKEN_COST * self.halo_tokens + BATCH_COST * self.batches
 
 
-def tile_costs(neighborhood: Neighborhood, height: int, width: int) -> list[TileCost]:
-    """Every choice of tiles, cheapest first."""
+def rank_tiles(neighborhood: Neighborhood, height: int, width: int) -> list[TileCost]:
+    """What every choice of tiles costs, cheapest first."""
     rows, columns = (
-        axis_costs(length, kernel_size, dilation)
+        estimate_axis_costs(length, kernel_size, dilation)
         for length, kernel_size, dilation in zip(
             (height, width), neighborhood.kernel_size, neighborhood.dilation, strict=True
         )
@@ -138,60 +162,65 @@ def tile_costs(neighborhood: Neighborhood, height: int, width: int) -> list[Tile
     return sorted(costs, key=lambda cost: cost.total)
 
 
-def axis_costs(length: int, kernel_size: int, dilation: int) -> list[TileCost]:
-    """What tiles cost along one axis; costs of a map are products of these."""
+def estimate_axis_costs(length: int, kernel_size: int, dilation: int) -> list[TileCost]:
+    """What each size of tile costs along one axis; the costs on a map are products of these."""
     group_length = -(-length // dilation)
     costs = []
     for tile in (*(tile for tile in TILES if tile < group_length), group_length):
-        batches = axis_tiles(length, kernel_size, dilation, tile)
+        batches = cut_axis(length, kernel_size, dilation, tile)
         pairs = sum(batch.queries.size * batch.keys.shape[1] for batch in batches)
         halo_tokens = sum(batch.keys.size for batch in batches)
         costs.append(TileCost(tile=(tile, 1), pairs=pairs, halo_tokens=halo_tokens, batches=len(batches)))
     return costs
 
 
-def listed_cost(neighborhood: Neighborhood, height: int, width: int) -> int:
+def estimate_key_list_cost(neighborhood: Neighborhood, height: int, width: int) -> int:
     """What listing the keys of every query costs, in the same pairs as `TileCost.total`."""
-    return round(LISTED_PAIR_COST * neighborhood.count_pairs(height, width))
+    return round(KEY_LIST_PAIR_COST * neighborhood.count_pairs(height, width))
 
 
-def prefers_list(neighborhood: Neighborhood, height: int, width: int, device: torch.device) -> bool:
+def prefers_key_list(neighborhood: Neighborhood, height: int, width: int, device: torch.device) -> bool:
     """Whether compiled code lists keys instead of cutting tiles; measured on CPUs, so only there."""
-    tiles = tile_costs(neighborhood, height, width)[0].total
-    return device.type == "cpu" and listed_cost(neighborhood, height, width) < tiles
+    tiles = rank_tiles(neighborhood, height, width)[0].total
+    return device.type == "cpu" and estimate_key_list_cost(neighborhood, height, width) < tiles
 
 
-def choose_tiles(neighborhood: Neighborhood, height: int, width: int) -> tuple[int, int]:
-    """The (row, column) tile that costs least."""
-    return tile_costs(neighborhood, height, width)[0].tile
-
-
-def tiled_pass(neighborhood: Neighborhood, height: int, width: int, device: torch.device) -> TiledPass:
-    """The products of row tiles and column tiles, as batches of equal shape and mask."""
-    tile = choose_tiles(neighborhood, height, width)
+def lay_out_tiles(neighborhood: Neighborhood, height: int, width: int, device: torch.device) -> TileLayout:
+    """The tiles that cost least: products of row tiles and column tiles, as batches of equal shape and mask."""
+    tile = rank_tiles(neighborhood, height, width)[0].tile
     row_batches, column_batches = (
-        axis_tiles(length, neighborhood.kernel_size[axis], neighborhood.dilation[axis], tile[axis])
+        cut_axis(length, neighborhood.kernel_size[axis], neighborhood.dilation[axis], tile[axis])
         for axis, length in enumerate((height, width))
     )
+    batches = [combine_axes(rows, columns, width, device) for rows, columns in product(row_batches, column_batches)]
+    whole = all(
+        len(each) == 1 and np.array_equal(each[0].queries, np.arange(length)[None])
+        for each, length in ((row_batches, height), (column_batches, width))
+    )
+    lists_keys = prefers_key_list(neighborhood, height, width, device)
+    key_list = list_keys(neighborhood, height, width, device) if lists_keys else None
+    return TileLayout(batches=tuple(batches), whole=whole, key_list=key_list)
 
-    def positions(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        return (rows[:, None, :, None] * width + columns[None, :, None, :]).reshape(-1)
 
-    batches = []
-    for rows, columns in product(row_batches, column_batches):
-        queries, keys = positions(rows.queries, columns.queries), positions(rows.keys, columns.keys)
-        mask = (rows.mask[:, None, :, None] & columns.mask[None, :, None, :]).reshape(
-            rows.mask.shape[0] * columns.mask.shape[0], -1
-        )
-        batches.append(
-            TileBatch(
-                num_tiles=len(rows.queries) * len(columns.queries),
-                queries=to_device(queries, device),
-                keys=to_device(keys, device),
-                mask=None if mask.all() else to_device(mask, device),
-            )
-        )
-    whole = len(batches) == 1 and batches[0].num_tiles == 1 and bool((np.diff(queries) == 1).all())
-    as_list = prefers_list(neighborhood, height, width, device)
-    listed = key_list(neighborhood, height, width, device) if as_list else None
-    return TiledPass(batches=tuple(batches), whole=whole, listed=listed)
+def combine_axes(rows: AxisTiles, columns: AxisTiles, width: int, device: torch.device) -> TileBatch:
+    """The tiles of a map: every row tile with every column tile."""
+
+    def combine(of_rows: np.ndarray, of_columns: np.ndarray) -> np.ndarray:  # each [tiles, tokens]
+        return (of_rows[:, None, :, None] * width + of_columns[None, :, None, :]).reshape(-1)
+
+    mask = rearrange(rows.mask[:, None, :, None] & columns.mask[None, :, None, :], "r c i j -> (r c) (i j)")
+    return TileBatch(
+        num_tiles=len(rows.queries) * len(columns.queries),
+        queries=to_device(combine(rows.queries, columns.queries), device),
+        keys=to_device(combine(rows.keys, columns.keys), device),
+        mask=None if mask.all() else to_device(mask, device),
+    )
+
+
+def list_keys(neighborhood: Neighborhood, height: int, width: int, device: torch.device) -> KeyList:
+    """The keys of every query as one list of positions."""
+    axes = lay_out_keys(neighborhood, height, width, device)
+    keys = axes.rows[:, None, :, None] * width + axes.columns[None, :, None, :]  # [height, width, kernel, kernel]
+    seen = axes.row_seen[:, None, :, None] & axes.column_seen[None, :, None, :]
+    keys, seen = (rearrange(each, "h w i j -> (h w) (i j)") for each in (keys, seen))
+    return KeyList(keys=fix_size(keys), seen=None if seen.all() else fix_size(seen))
