@@ -22,9 +22,9 @@ from s3a.support.caches import cache_results
 from s3a.support.errors import unknown
 
 Fixed: TypeAlias = Literal["window", "anchors"]
-FIXED = ("window", "anchors")
+FIXED: tuple[Fixed, ...] = ("window", "anchors")
 Passes: TypeAlias = Literal["both", "local", "anchor", "dense"]
-PASSES = ("both", "local", "anchor", "dense")
+PASSES: tuple[Passes, ...] = ("both", "local", "anchor", "dense")
 
 
 def parse_pair(value: int | tuple[int, int], name: str, rule: str = "a positive integer") -> tuple[int, int]:
@@ -33,11 +33,15 @@ def parse_pair(value: int | tuple[int, int], name: str, rule: str = "a positive 
     Raises:
         ValueError: where it is neither, or an entry is below 1.
     """
-    both: tuple[object, ...] = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    integers = all(isinstance(entry, (int, np.integer)) and not isinstance(entry, bool) for entry in both)
-    if len(both) != 2 or not integers or min(both) < 1:
+    both = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(both) != 2 or not all(is_positive_integer(entry) for entry in both):
         raise ValueError(f"{name} is {value!r}: it must be {rule}, or a (row, column) pair of them")
     return int(both[0]), int(both[1])
+
+
+def is_positive_integer(value: object) -> bool:
+    """Whether the value is a whole number above 0, of Python's or numpy's; True is none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) > 0
 
 
 def make_odd(number: int) -> int:
@@ -47,7 +51,7 @@ def make_odd(number: int) -> int:
 
 def check_size(size: int) -> int:
     """The size of a scan; ValueError unless it is a positive int (a pair has no meaning, both axes are alike)."""
-    if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
+    if not is_positive_integer(size):
         raise ValueError(f"size is {size!r}: it must be one positive integer, for both axes")
     return int(size)
 

@@ -41,7 +41,8 @@ def call_region(module: Region, x: Tensor, *rest: Any) -> Tensor:
         return module._call_impl(x, *rest)
     torch._dynamo.mark_static(x, list(range(1, x.ndim)))
     scans = tuple((plan.scan.scan, plan.scan.backends) for plan in rest if isinstance(plan, AttentionPlan))
-    compiled = compile_region(type(module), tuple(x.shape[1:]), scans, describe_mode(module, x), x.device.type)
+    variant = type(module), tuple(x.shape[1:]), scans, describe_mode(module, x)
+    compiled = compile_region(variant, any_batch=x.device.type == "cpu")
     with raise_compilation_errors(instead="leave s3a.compile_model out: the model runs without it too"):
         return compiled(module, x, *rest)
 
@@ -54,12 +55,16 @@ def describe_mode(module: nn.Module, x: Tensor) -> Hashable:
 
 
 @cache_results(maxsize=4096)
-def compile_region(
-    kind: type[Region], shape: tuple[int, ...], scans: Hashable, mode: Hashable, device_type: str
-) -> Callable[..., Tensor]:
-    """The compiled code of a kind of region on one map in one mode; only the batch size varies under it."""
+def compile_region(variant: tuple[Any, ...], any_batch: bool) -> Callable[..., Tensor]:
+    """The compiled code of a kind of region on one map in one mode; only the batch size varies under it.
+
+    Args:
+        variant: class, shape without the batch, scans with their backends, and mode: code of its own for each.
+        any_batch: see `compile_copy`.
+    """
+    kind, shape, *_ = variant
     name = f"{kind.__name__.lower()}_{'x'.join(map(str, shape))}"
-    return compile_copy(call_module, name, any_batch=device_type == "cpu")
+    return compile_copy(call_module, name, any_batch=any_batch)
 
 
 def call_module(module: nn.Module, *arguments: Any) -> Tensor:

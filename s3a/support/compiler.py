@@ -43,8 +43,9 @@ def compile_copy(function: Callable[..., Any], name: str, *, any_batch: bool = F
     """
     name = f"{name}_{next(NUMBERS)}"
     copy = FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-    options = {"guard_filter_fn": drop_shape_conditions} if any_batch else None
-    return torch.compile(copy, fullgraph=True, options=options)
+    if any_batch:
+        return torch.compile(copy, fullgraph=True, options={"guard_filter_fn": drop_shape_conditions})
+    return torch.compile(copy, fullgraph=True)
 
 
 def drop_shape_conditions(guards: Sequence[Any]) -> list[bool]:

@@ -1,62 +1,77 @@
 """Query tiles with key halos through scaled_dot_product_attention: any device, trains everywhere, exports.
 
-Compiled inference on a CPU has two shorter ways. Where the keys of a query are few beside those of a tile, it
-lists them: the compiler fuses their gathering with scores, softmax and sums, and nothing is masked. And bf16 tiles
+Compiled inference on a CPU has two shorter ways. Where the keys of a query are few beside those of a tile, they are
+listed: the compiler fuses their gathering with scores, softmax and sums, and nothing is masked. And bf16 tiles
 are two matrix products with a softmax fused between, faster there than scaled_dot_product_attention (LOG.md).
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from s3a.attention.backends.tiles import KeyList, TileLayout
+from s3a.attention.backends.tiles import KeyList, TileBatch, TileLayout
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: TileLayout, scale: float) -> Tensor:
     """Executes one pass. Shapes: query, key, value and the result [batch, tokens, heads, head_dim]."""
     if layout.key_list is not None and is_compiled_inference(query, key, value):
-        return attend_list(query, key, value, layout.key_list, scale)
+        return attend_key_list(query, key, value, layout.key_list, scale)
     if layout.whole:
-        whole = [tensor.transpose(1, 2) for tensor in (query, key, value)]  # [batch, heads, tokens, head_dim]
-        return scaled_dot_product_attention(*whole, attn_mask=layout.batches[0].mask, scale=scale).transpose(1, 2)
+        query, key, value = (rearrange(tensor, "b tokens n d -> b n tokens d") for tensor in (query, key, value))
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=layout.batches[0].mask, scale=scale)
+        return rearrange(attended, "b n tokens d -> b tokens n d")
+    return attend_tiles(query, key, value, layout.batches, scale)
 
-    # A tile is treated as an image of its own. All tiles are gathered at once, tile batch after tile batch, so
-    # that each of them is a slice; a gather or a call less is a synchronization of the cores less.
-    images = query.shape[0]
-    query_rows = rows_of([batch.queries for batch in layout.batches], images, query.shape[1])
-    key_rows = rows_of([batch.keys for batch in layout.batches], images, query.shape[1])
+
+def attend_tiles(query: Tensor, key: Tensor, value: Tensor, batches: tuple[TileBatch, ...], scale: float) -> Tensor:
+    """Every tile as an image of its own.
+
+    All tiles are gathered at once, tile batch after tile batch, so that each of them is a slice; a gather or a call
+    less is a synchronization of the cores less. With two images and two batches: first the tiles of batch 0 of image 0,
+    then those of image 1, then the tiles of batch 1 of image 0, then those of image 1.
+    """
+    num_images, num_tokens = query.shape[:2]
+    query_rows = find_rows([batch.queries for batch in batches], num_images, num_tokens)
+    key_rows = find_rows([batch.keys for batch in batches], num_images, num_tokens)
     queries = query.flatten(0, 1).index_select(0, query_rows)
     keys, values = (tensor.flatten(0, 1).index_select(0, key_rows) for tensor in (key, value))
-    parts = zip(
-        queries.split([images * len(batch.queries) for batch in layout.batches]),
-        keys.split([images * len(batch.keys) for batch in layout.batches]),
-        values.split([images * len(batch.keys) for batch in layout.batches]),
-        layout.batches,
-        strict=True,
+    query_sizes = [num_images * len(batch.queries) for batch in batches]
+    key_sizes = [num_images * len(batch.keys) for batch in batches]
+    parts = zip(queries.split(query_sizes), keys.split(key_sizes), values.split(key_sizes), batches, strict=True)
+    attended = concatenate(
+        [attend_tile_batch(q, k, v, num_images * batch.num_tiles, batch.mask, scale) for q, k, v, batch in parts]
     )
-    attended = joined([attend_tiles(*part, images * batch.num_tiles, batch.mask, scale) for *part, batch in parts])
-    return torch.empty_like(attended).index_copy_(0, query_rows, attended).unflatten(0, (images, -1))
+    return torch.empty_like(attended).index_copy_(0, query_rows, attended).unflatten(0, (num_images, -1))
 
 
-def rows_of(positions: list[Tensor], images: int, num_tokens: int) -> Tensor:
-    """Positions as rows of [images * num_tokens, ...]: list after list, and in each of them image after image."""
-    first = num_tokens * torch.arange(images, device=positions[0].device)[:, None]
-    return joined([(first + each).flatten() for each in positions])
+def find_rows(positions: list[Tensor], num_images: int, num_tokens: int) -> Tensor:
+    """Positions as rows of [num_images * num_tokens, ...]: list after list, and in each of them image after image.
+
+    Example: the lists [0, 2] and [1, 3], two images of 4 tokens: 0 2, 4 6, 1 3, 5 7.
+    """
+    first = num_tokens * torch.arange(num_images, device=positions[0].device)[:, None]
+    return concatenate([(first + each).flatten() for each in positions])
 
 
-def joined(parts: list[Tensor]) -> Tensor:
+def concatenate(parts: list[Tensor]) -> Tensor:
     """The parts after one another; a single one without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def attend_tiles(
+def attend_tile_batch(
     query: Tensor, key: Tensor, value: Tensor, num_tiles: int, mask: Tensor | None, scale: float
 ) -> Tensor:
     """Tiles of one shape and mask, as one call. Shapes: tensors and the result [tiles * tokens, heads, head_dim]."""
-    tiles = [tensor.unflatten(0, (num_tiles, -1)).transpose(1, 2) for tensor in (query, key, value)]
-    if query.dtype == torch.bfloat16 and is_compiled_inference(query, key, value):
-        return multiply(*tiles, mask, scale).transpose(1, 2).flatten(0, 1)
-    return scaled_dot_product_attention(*tiles, attn_mask=mask, scale=scale).transpose(1, 2).flatten(0, 1)
+    fuses = query.dtype == torch.bfloat16 and is_compiled_inference(query, key, value)
+    query, key, value = (
+        rearrange(tensor, "(tiles tokens) n d -> tiles n tokens d", tiles=num_tiles) for tensor in (query, key, value)
+    )
+    if fuses:
+        attended = multiply(query, key, value, mask, scale)
+    else:
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return rearrange(attended, "tiles n tokens d -> (tiles tokens) n d")
 
 
 def is_compiled_inference(*tensors: Tensor) -> bool:
@@ -66,12 +81,11 @@ def is_compiled_inference(*tensors: Tensor) -> bool:
     return compiled and not needs_grad and tensors[0].device.type == "cpu"
 
 
-def attend_list(query: Tensor, key: Tensor, value: Tensor, layout: KeyList, scale: float) -> Tensor:
+def attend_key_list(query: Tensor, key: Tensor, value: Tensor, layout: KeyList, scale: float) -> Tensor:
     """One pass, every query with keys of its own; uncompiled it would hold all of them at once."""
     exact = torch.promote_types(query.dtype, torch.float32)
-    scores = scale * (query.to(exact)[:, :, None] * key[:, layout.keys].to(exact)).sum(
-        -1
-    )  # [batch, tokens, keys, heads]
+    products = query.to(exact)[:, :, None] * key[:, layout.keys].to(exact)
+    scores = scale * products.sum(-1)  # [batch, tokens, keys, heads]
     if layout.seen is not None:
         scores = scores.masked_fill(~layout.seen[:, :, None], -torch.inf)
     # over the last axis, so that the compiler vectorizes it
