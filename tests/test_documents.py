@@ -31,9 +31,8 @@ def find_blocks(document: str, heading: str) -> list[str]:
 
 def list_anchors(document: str) -> set[str]:
     """What a link to a heading may be, by GitHub's rule."""
-    headings = re.findall(
-        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", document, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
-    )
+    prose = re.sub(r"^```.*?^```", "", document, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", prose, flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -43,9 +42,9 @@ def list_anchors(document: str) -> set[str]:
 
 
 def find_absent(document: str) -> list[str]:
-    """The paths of this repository that a document names and that do not exist, and tests that their file has not.
+    """The paths of this repository that a document names and that do not exist; so too for `FILE::TEST`.
 
-    `tests/<room>/test_<file>.py` stands for many files: there the folder in front must exist. `*` matches as in a shell.
+    `tests/<room>/test_<file>.py` stands for many: the folder in front of `<` must exist. `*` matches as in a shell.
     """
     absent = []
     for path, test in PATH.findall(document):
@@ -60,7 +59,7 @@ def find_absent(document: str) -> list[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_named_paths_exist(document: Path):
-    assert find_absent(read(document)) == []
+    assert not (absent := find_absent(read(document))), "\n".join(absent)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -115,8 +114,8 @@ def test_the_tree_names_every_module_once():
     expected = {str(path.relative_to(ROOT)) for path in files if path.name != "__init__.py"}
     expected |= {f"{path.parent.relative_to(ROOT)}/" for path in files if path.name == "__init__.py"}
     assert len(named) == len(set(named))
-    assert not (absent := [path for path in named if not (ROOT / path).exists()]), absent
-    assert not (unnamed := sorted(expected - set(named))), unnamed
+    assert not (absent := [path for path in named if not (ROOT / path).exists()]), "\n".join(absent)
+    assert not (unnamed := sorted(expected - set(named))), "\n".join(unnamed)
 
 
 def test_the_order_of_imports_is_the_one_that_is_held():
