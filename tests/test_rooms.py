@@ -1,6 +1,10 @@
 """The rooms of the library: every import runs downwards, and importing a module changes nothing else."""
 
 import ast
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ ROOT = Path(s3a.__file__).parent
 # From the ground up. A room imports from those below it; the rooms of one line are siblings, which do not.
 RANKS = (
     ("support",),
-    ("geometry",),
+    ("geometry", "published"),
     ("attention", "data"),
     ("quantization",),
     ("nn",),
@@ -87,6 +91,21 @@ def find_circles(imports: dict[str, set[str]]) -> list[list[str]]:
     return circles
 
 
+def list_outside_imports(modules: dict[str, Path]) -> list[str]:
+    """The modules of other libraries that the modules import when they are loaded, so not inside functions."""
+    found = set()
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8")) for path in modules.values()]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            found.add(node.module)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            nodes += ast.iter_child_nodes(node)
+    return sorted(name for name in found if name.split(".")[0] != "s3a")
+
+
 def test_imports_run_one_way():
     assert find_faults(list_modules()) == []
 
@@ -113,3 +132,67 @@ def test_faults_are_found(name, line, fault, tmp_path):
     changed.write_text(f"{old}\n{line}\n", encoding="utf-8")
     faults = find_faults({**modules, name: changed})
     assert any(fault in each for each in faults), faults
+
+
+def find_global_changes(first: list[str], then: list[str], folder: Path) -> list[str]:
+    """What importing the later modules changes in a fresh process that has imported the first ones, a line each."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT.parent, Path(__file__).parent, folder))),
+        "MPLBACKEND": "svg",  # any but "agg", which matplotlib chooses by itself where there is no display
+    }
+    finished = subprocess.run(
+        [sys.executable, "-m", "helpers.global_state"],
+        input=json.dumps({"first": first, "then": then}),
+        env=environment,
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+def test_importing_changes_nothing_global(tmp_path):
+    """timm's registry of models excepted, which nothing here looks at: that change is what the package is for."""
+    modules = list_modules()
+    changes = find_global_changes(list_outside_imports(modules), sorted(modules), tmp_path)
+    assert not changes, "\n".join(changes)
+
+
+def test_global_changes_are_found(tmp_path):
+    lines = {
+        "import os; os.environ['OMP_WAIT_POLICY'] = 'passive'": "os.environ[OMP_WAIT_POLICY]",
+        "import matplotlib; matplotlib.use('agg')": "matplotlib.rcParams[backend]",
+        "import warnings; warnings.filterwarnings('ignore', 'all is well')": "all is well",
+        "import logging; logging.getLogger('torch').setLevel('ERROR')": "the logger 'torch'",
+        "import signal; signal.signal(signal.SIGUSR1, print)": "the handler of SIGUSR1",
+        "import torch; torch.set_num_threads(torch.get_num_threads() + 1)": "torch.get_num_threads",
+        "torch._dynamo.config.recompile_limit = 3": "torch._dynamo.config.recompile_limit",
+        "torch.manual_seed(1)": "the state of torch's generator",
+        "torch.nn.functional.relu = print": "torch.nn.functional.relu was replaced",
+        "from timm.data import auto_augment; auto_augment.NAME_TO_OP['Rotate'] = print": "NAME_TO_OP[Rotate]",
+    }
+    (tmp_path / "careless.py").write_text("\n".join(lines), encoding="utf-8")
+    changes = find_global_changes([], ["careless"], tmp_path)
+    for fault in lines.values():
+        assert any(fault in change for change in changes), fault
+
+
+@pytest.mark.parametrize("room", sorted(path.parent for path in ROOT.rglob("__init__.py")), ids=lambda room: room.name)
+def test_a_room_only_reexports(room):
+    """An `__init__.py` is a docstring, imports of the library, and the names of `__all__`."""
+    tree = ast.parse((room / "__init__.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    imported, exported = [], []
+    for node in tree.body[1:]:
+        if isinstance(node, ast.Assign):
+            assert [target.id for target in node.targets if isinstance(target, ast.Name)] == ["__all__"]
+            exported = ast.literal_eval(node.value)
+        else:
+            assert isinstance(node, ast.ImportFrom), ast.unparse(node)
+            assert node.module.split(".")[0] == "s3a", ast.unparse(node)
+            imported += [alias.asname or alias.name for alias in node.names]
+    assert sorted(imported) == sorted(exported)
