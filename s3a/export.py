@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from s3a.analysis.cost import count_cost, image_channels
+from s3a.analysis.cost import count_channels, count_cost
 from s3a.quantization.schemes import quantization_of
 from s3a.support.compiler import compiling
 from s3a.support.errors import unknown
@@ -74,7 +74,7 @@ def export(
         )
     count_cost(model, height, width)  # says what is wrong with the size
     sizes = OPEN_BATCHES if dynamic_batch else (batch_size,)
-    shape = (image_channels(model), height, width)
+    shape = (count_channels(model), height, width)
     model = model.cpu().eval().requires_grad_(False)
     program = trace(model, torch.randn(2 if dynamic_batch else batch_size, *shape), dynamic_batch)
     path.parent.mkdir(parents=True, exist_ok=True)
