@@ -11,7 +11,7 @@ ROOT = Path(s3a.__file__).parent
 # From the ground up. A room imports from those below it; the rooms of one line are siblings, which do not.
 RANKS = (
     ("support",),
-    ("geometry",),
+    ("geometry", "published"),
     ("attention", "data"),
     ("quantization",),
     ("nn",),
