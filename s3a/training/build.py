@@ -30,8 +30,8 @@ from s3a.training.augmentation import train_transform
 from s3a.training.processes import use_cores
 from s3a.training.recipe import Recipe
 from s3a.training.run_folder import claim_folder
-from s3a.weights.folder import PretrainedMixin, load_pretrained
 from s3a.weights.hub import create_repository
+from s3a.weights.pretrained import PretrainedMixin, load_pretrained
 
 
 def build(recipe: Recipe) -> dict[str, Any]:
