@@ -16,7 +16,7 @@ from s3a.data import Source, load_data
 from s3a.support import command_line as cli
 from s3a.training.evaluation import evaluate_weights
 from s3a.training.recipe import Precision
-from s3a.weights.folder import load_pretrained
+from s3a.weights.pretrained import load_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,9 @@ from s3a.quantization.schemes import check_float, check_scheme
 from s3a.support import command_line as cli
 from s3a.support.timing import take_turns, write_result
 from s3a.training.evaluation import evaluate_weights
-from s3a.weights.card import model_card, table
-from s3a.weights.folder import CONFIG_NAME, WEIGHTS_NAME, load_pretrained, save_folder
+from s3a.weights.card import build_card, format_table
+from s3a.weights.folder import CONFIG_NAME, WEIGHTS_NAME, save_folder
+from s3a.weights.pretrained import load_pretrained
 
 COLUMNS = {
     "top1": "top-1",
@@ -97,11 +98,11 @@ def main(options: Options) -> None:
     if left:
         print(f"left in bfloat16, for their inputs are not in whole groups: {grouped(left)}")
     quantized = quantize(model, options.scheme, layers)
-    save_folder(quantized, options.output, card=model_card(quantized))
+    save_folder(quantized, options.output, card=build_card(quantized))
     models = {"float32": model, options.scheme: quantized}
     rows = compare(options, models, data)
     text = result_table(rows)
-    save_folder(quantized, options.output, card=f"{model_card(quantized)}\n## Quantization\n\n{text}\n")
+    save_folder(quantized, options.output, card=f"{build_card(quantized)}\n## Quantization\n\n{text}\n")
     print(f"\n{text}\n\nwrote {options.output}")
     if options.results:
         write_result(options.results, "quantize", torch.device("cpu"), asdict(options), rows)
@@ -204,7 +205,7 @@ def file_size(model: nn.Module, weights: str, revision: str | None) -> int:
 PEAK_MEMORY = """
 import json, re, sys, torch, s3a, s3a.quantization.storage
 from pathlib import Path
-from s3a.weights.folder import load_pretrained
+from s3a.weights.pretrained import load_pretrained
 def kilobytes(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 weights, revision, shape = json.loads(sys.argv[1])
@@ -233,7 +234,7 @@ def peak_memory(weights: str, revision: str | None, shape: tuple[int, ...]) -> f
 
 def result_table(rows: list[dict[str, Any]]) -> str:
     """The rows for a person, in Markdown."""
-    return table(
+    return format_table(
         ["model", *COLUMNS.values()], [[row["model"], *(shown(key, row[key]) for key in COLUMNS)] for row in rows]
     )
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from s3a.analysis.cost import count_cost, image_channels
-from s3a.quantization.schemes import quantization_of
+from s3a.analysis.cost import count_channels, count_cost
+from s3a.quantization.schemes import get_quantization
 from s3a.support.compiler import raise_compilation_errors
 from s3a.support.errors import unknown
 
@@ -67,14 +67,14 @@ def export(
         CompilationError: where "aoti" finds no working compiler.
     """
     check_format(format, path)
-    if format != "pt2" and quantization_of(model):
+    if format != "pt2" and get_quantization(model):
         raise ValueError(
             f"the weights are quantized, by {model.quantization.scheme!r}: {format!r} takes float32 weights, "
             "and 'pt2' both; export the weights that they were made from"
         )
     count_cost(model, height, width)  # says what is wrong with the size
     sizes = OPEN_BATCHES if dynamic_batch else (batch_size,)
-    shape = (image_channels(model), height, width)
+    shape = (count_channels(model), height, width)
     model = model.cpu().eval().requires_grad_(False)
     program = trace(model, torch.randn(2 if dynamic_batch else batch_size, *shape), dynamic_batch)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,11 +92,11 @@ def trace(model: nn.Module, images: Tensor, dynamic_batch: bool) -> ExportedProg
     """The model's program for images of that size."""
     dynamic = ({0: Dim("batch", min=1)},) if dynamic_batch else None
     with torch.no_grad():
-        if quantization_of(model) is None:
+        if get_quantization(model) is None:
             return torch.export.export(model, (images,), dynamic_shapes=dynamic)
         from s3a.quantization import convert  # noqa: PLC0415  torchao is slow to import, and most models are not quantized
 
-        return convert.trace(model, images, dynamic_shapes=dynamic)
+        return convert.export_program(model, images, dynamic_shapes=dynamic)
 
 
 def write_pt2(program: ExportedProgram, path: Path) -> None:

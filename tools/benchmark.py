@@ -28,6 +28,7 @@ from s3a.attention.backends import Operands
 from s3a.attention.plan import attend_plan, lay_out_scan, plan_scan
 from s3a.geometry import FIXED, Neighborhood, Scan, sparse_scan
 from s3a.models.backbone import Backbone
+from s3a.published import PUBLISHED
 from s3a.support import command_line as cli
 from s3a.support.errors import unknown
 from s3a.support.timing import read_results, row, take_turns, write_result
@@ -287,17 +288,7 @@ def draw_operator(rows: list[dict[str, Any]], path: Path) -> None:
 
 # Top-1 on ImageNet-1k at 224 px as the papers have it, in percent.
 PUBLISHED_TOP1 = {
-    "ssvit_tiny": 83.0,
-    "ssvit_small": 84.4,
-    "ssvit_base": 85.3,
-    "ssvit_large": 85.7,
-    "svit_small": 83.6,
-    "svit_base": 84.8,
-    "svit_large": 85.3,
-    "vvt_tiny": 79.2,
-    "vvt_small": 82.6,
-    "vvt_medium": 83.8,
-    "vvt_large": 84.1,
+    **{name: published.top1[224] for name, published in PUBLISHED.items()},
     "swin_tiny_patch4_window7_224": 81.3,
     "swin_small_patch4_window7_224": 83.0,
     "swin_base_patch4_window7_224": 83.5,

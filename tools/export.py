@@ -18,8 +18,8 @@ from s3a import CompilationError, compile_model
 from s3a.export import Format, check_format, export, load
 from s3a.support import command_line as cli
 from s3a.support.timing import take_turns
-from s3a.weights.card import table
-from s3a.weights.folder import load_pretrained
+from s3a.weights.card import format_table
+from s3a.weights.pretrained import load_pretrained
 
 RUNS = {
     "pt2": "torch.export.load(FILE).module()(images), with PyTorch alone",
@@ -91,7 +91,7 @@ def speeds(model: nn.Module, options: Options, images: Tensor) -> str:
         (name, f"{each.median:.1f}", f"{1e3 * len(images) / each.median:.1f}", f"{peer / each.median:.2f}")
         for name, each in samples.items()
     ]
-    return table(
+    return format_table(
         ["model", "ms a batch", "images/s", f"against {'compiled' if 'compiled' in samples else 'eager'}"], rows
     )
 

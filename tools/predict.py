@@ -21,7 +21,7 @@ from s3a.analysis.attribution import attribute, check_explicable
 from s3a.analysis.overlay import draw, prepare
 from s3a.data.decode import image_mode, read_image
 from s3a.support import command_line as cli
-from s3a.weights.folder import load_pretrained
+from s3a.weights.pretrained import load_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a forward pass costs: parameters, and multiply-accumulates by two conventions.
+"""What a model costs: its parameters, and the multiply-accumulates of one image by two conventions.
 
 Counted on the meta device: nothing is computed, so a large model costs no more to count than a small one.
 """
@@ -19,16 +19,16 @@ from s3a.nn.s3a import S3A
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one image costs.
+    """Parameters of a model, and multiply-accumulates of one image.
 
     Attributes:
-        parameters: all of them.
+        parameters: how many there are.
         published_gmacs: what the SSViT paper prints as "FLOPs": multiply-accumulates of the convolutions and
-            pointwise layers alone, the attention products left out, in units of 2^30.
-        gmacs: counted whole, in units of 10^9: the layers, and the scores and values of every attention. For
-            S3A these are the (query, key) pairs of its scans, for other attentions the matrix products that run,
-            for super tokens those of the association too. The SViT and VVT papers print this count; theirs is up to
-            1 % higher, since it has the norms as well.
+            pointwise layers alone, without the products of attention, in units of 2^30.
+        gmacs: the whole count, in units of 10^9: the layers, and the scores and values of every attention. For
+            S3A these are the (query, key) pairs of its scans; for other attentions the matrix products that run,
+            with those of the association for super tokens. The SViT and VVT papers print this count, up to 1 % higher,
+            because they count norms as well.
     """
 
     parameters: int
@@ -37,16 +37,16 @@ class Cost:
 
 
 def count_cost(model: nn.Module, height: int, width: int) -> Cost:
-    """Counts one image of height x width pixels. The model is left as it is, wherever it is.
+    """The cost of one image of height x width pixels; the model itself is not changed or moved.
 
     Raises:
         ValueError: for a size that the model does not take.
     """
     if min(height, width) < 1:
         raise ValueError(f"the size is {height} x {width} pixels: height and width must be positive")
-    model = meta_copy(model)
-    counter = Counted(model)
-    images = torch.empty(1, image_channels(model), height, width, device="meta")
+    model = copy_to_meta(model)
+    counter = MacCounter(model)
+    images = torch.empty(1, count_channels(model), height, width, device="meta")
     try:
         with torch.no_grad(), counter:
             model(images)
@@ -60,43 +60,41 @@ def count_cost(model: nn.Module, height: int, width: int) -> Cost:
     )
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose tensors have shapes but no memory."""
-    tensors = chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): without_memory(tensor) for tensor in tensors}).eval()
+def copy_to_meta(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose tensors have shapes but no memory; of quantized ones, plain tensors."""
+    copies: dict[int, Tensor] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        copies[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, copies).eval()
 
 
-def without_memory(tensor: Tensor) -> Tensor:
-    """The parameter or buffer on the meta device; for a quantized one, a plain tensor of what it stands for."""
-    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-
-def image_channels(model: nn.Module) -> int:
+def count_channels(model: nn.Module) -> int:
     """The channels of the model's images: those that its first convolution reads."""
     return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
 
 
-def scan_macs(attention: S3A, tokens: Tensor) -> int:
-    """Scores and values of every (query, key) pair of the scan on the tokens' map."""
+def count_scan_macs(attention: S3A, tokens: Tensor) -> int:
+    """Multiply-accumulates of the scores and values of all (query, key) pairs of the scan on the tokens' map."""
     _, height, width, dim = tokens.shape
-    return 2 * dim * sum(step.count_pairs(height, width) for step in attention.scan(height, width))
+    return 2 * dim * sum(each.count_pairs(height, width) for each in attention.scan(height, width))
 
 
-class Counted(TorchDispatchMode):
-    """Adds up the multiply-accumulates that run under it.
+class MacCounter(TorchDispatchMode):
+    """Counts the multiply-accumulates of everything that is computed inside its `with` block.
 
     Attributes:
-        macs: by kind. "layers" are convolutions and products with parameters, "scans" the pairs of S3A,
+        macs: counts by kind. "layers" are convolutions and products with parameters, "scans" the pairs of S3A,
             "products" all other matrix products. What a backend of S3A gathers and masks besides its pairs
-            is not the model's cost.
+            is not the model's cost, and is not counted.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.macs: Counter[str] = Counter()
         self.inside_scan = False
-        self.weights = {storage_of(parameter) for parameter in model.parameters()}
+        self.weights = {identify_storage(parameter) for parameter in model.parameters()}
         for module in model.modules():
             if isinstance(module, S3A):
                 module.backend = None  # one that takes the meta device
@@ -104,17 +102,20 @@ class Counted(TorchDispatchMode):
                 module.register_forward_hook(self.leave_scan)
 
     def enter_scan(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A hook: leaves out what a backend runs, from here on."""
         self.inside_scan = True
 
     def leave_scan(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """A hook: counts the scan's pairs instead."""
+        assert isinstance(module, S3A)
         self.inside_scan = False
-        self.macs["scans"] += scan_macs(module, output)
+        self.macs["scans"] += count_scan_macs(module, output)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         operator = func.overloadpacket
         if operator in flop_registry:
-            weighted = any(storage_of(tensor) in self.weights for tensor in args if isinstance(tensor, Tensor))
+            weighted = any(identify_storage(tensor) in self.weights for tensor in args if isinstance(tensor, Tensor))
             is_layer = weighted or operator is torch.ops.aten.convolution
             if is_layer or not self.inside_scan:
                 flops = flop_registry[operator](*args, **(kwargs or {}), out_val=output)
@@ -122,6 +123,6 @@ class Counted(TorchDispatchMode):
         return output
 
 
-def storage_of(tensor: Tensor) -> int:
-    """What a tensor shares with its views; the meta device has no addresses."""
+def identify_storage(tensor: Tensor) -> int:
+    """A number that a tensor shares with its views alone; the meta device has no addresses."""
     return tensor.untyped_storage()._cdata

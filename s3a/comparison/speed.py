@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.functional import cross_entropy
 
-from s3a.analysis.cost import image_channels
+from s3a.analysis.cost import count_channels
 from s3a.comparison.candidates import Contender, build
 from s3a.support.timing import Sample, take_turns
 from s3a.training.recipe import Recipe
@@ -142,7 +142,7 @@ def place(
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """The model on the device, with noise for images, and labels."""
     model = build(replace(recipe, image_size=side), label_names).to(device)
-    images = torch.randn(batch_size, image_channels(model), side, side, device=device)
+    images = torch.randn(batch_size, count_channels(model), side, side, device=device)
     return model, images, torch.arange(batch_size, device=device) % len(label_names)
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from s3a.nn.layers import Pointwise, Region
 from s3a.support.errors import unknown
-from s3a.weights.folder import PretrainedMixin
+from s3a.weights.pretrained import PretrainedMixin
 
 MIN_IMAGE_SIZE = 32
 POOLINGS = ("avg", "")
@@ -109,7 +109,7 @@ class Stage(nn.Module):
         return self.norm(x)
 
 
-class Backbone(PretrainedMixin, nn.Module):
+class Backbone(PretrainedMixin):
     """A stem, stages and a classifier, with timm's model contract.
 
     Any input from 32 x 32 pixels up, square or not. A family's constructor makes the stem and the stages of a

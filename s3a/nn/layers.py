@@ -32,7 +32,7 @@ class Pointwise(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = type(self.weight) is nn.Parameter and x.dtype == self.weight.dtype == torch.float32
-        if int8.runs_here(x, self.weight):
+        if int8.can_run(x, self.weight):
             return int8.int8_linear(x, self.weight, self.bias)
         if not (plain and x.device.type == "cpu"):
             return super().forward(x)

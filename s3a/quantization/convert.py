@@ -1,10 +1,9 @@
-"""torchao's quantization of a model's linear layers.
+"""Quantizes the linear layers of a model by torchao; `schemes` has the table of schemes.
 
-The rest of a quantized model is bfloat16, from the images on; its classifier takes and gives float32, so that close
-logits stay apart. `schemes` has the table of schemes.
+Everything else in a quantized model computes in bfloat16, but for the classifier: it takes and gives float32, so that
+logits that are close together stay distinct.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
@@ -21,6 +20,7 @@ from s3a.quantization.schemes import (
     check_float,
     check_scheme,
     check_trainable,
+    mark_quantized,
     quiet_import,
 )
 from s3a.support.errors import unknown
@@ -39,31 +39,29 @@ with quiet_import():
         quantize_,
     )
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
-    from torchao.utils import unwrap_tensor_subclass
+    from torchao.utils import TorchAOBaseTensor, unwrap_tensor_subclass
 
-# The compiler tells every user that it does not cache code for torchao's tensors.
-warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
-
-DTYPE = torch.bfloat16  # of all that is not quantized
+DTYPE = torch.bfloat16  # of everything that is not quantized
 HEAD_DTYPE = torch.float32
 
-# torchao would set options of the compiler for the whole process.
-ALONE = {"set_inductor_config": False}
+# Keeps torchao from setting options of the compiler for the whole process.
+NO_GLOBALS = {"set_inductor_config": False}
 CONFIGS: dict[str, Callable[[Scheme], AOBaseConfig]] = {
-    "int8-weight-only": lambda scheme: Int8WeightOnlyConfig(**ALONE),
-    "int8-dynamic": lambda scheme: Int8DynamicActivationInt8WeightConfig(**ALONE),
-    "int4-weight-only": lambda scheme: Int4WeightOnlyConfig(group_size=scheme.group_size, **ALONE),
+    "int8-weight-only": lambda scheme: Int8WeightOnlyConfig(**NO_GLOBALS),
+    "int8-dynamic": lambda scheme: Int8DynamicActivationInt8WeightConfig(**NO_GLOBALS),
+    "int4-weight-only": lambda scheme: Int4WeightOnlyConfig(group_size=scheme.group_size, **NO_GLOBALS),
     "int8-activations-int4-weights": lambda scheme: Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int4, weight_granularity=PerGroup(scheme.group_size)
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]  # missing in torch's stubs
+        weight_granularity=PerGroup(scheme.group_size),
     ),
-    "float8-weight-only": lambda scheme: Float8WeightOnlyConfig(**ALONE),
-    "float8-dynamic": lambda scheme: Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), **ALONE),
+    "float8-weight-only": lambda scheme: Float8WeightOnlyConfig(**NO_GLOBALS),
+    "float8-dynamic": lambda scheme: Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), **NO_GLOBALS),
 }
 
-# In training activations keep a zero point of their own: torchao's fake quantization has no symmetric tokens.
+# Activations have a zero point in training alone: torchao cannot simulate symmetric rounding of tokens.
 FAKE_WEIGHTS = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
 FAKE_TOKENS = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
-FAKES: dict[str, Callable[[Scheme], QATConfig]] = {
+FAKE_CONFIGS: dict[str, Callable[[Scheme], QATConfig]] = {
     "int8-weight-only": lambda scheme: QATConfig(weight_config=FAKE_WEIGHTS),
     "int8-dynamic": lambda scheme: QATConfig(activation_config=FAKE_TOKENS, weight_config=FAKE_WEIGHTS),
     "int8-activations-int4-weights": lambda scheme: QATConfig(CONFIGS["int8-activations-int4-weights"](scheme)),
@@ -73,13 +71,13 @@ FAKES: dict[str, Callable[[Scheme], QATConfig]] = {
 def choose_layers(
     model: nn.Module, scheme: str, *, layers: Sequence[str] = ("*",), skip: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """The names of the linear layers that a scheme quantizes, and of those that it has to leave.
+    """The names of the linear layers that a scheme quantizes, and of those that it cannot take.
 
     Args:
         layers, skip: shell patterns of names, such as "stages.2.*", "*.fc1" or "head".
 
     Returns:
-        The layers chosen; and those whose inputs are no multiple of the scheme's group.
+        The chosen layers; and those that match too, but have inputs that the scheme's group size does not divide.
 
     Raises:
         ValueError: where a pattern matches no linear layer, or none is left.
@@ -98,16 +96,16 @@ def choose_layers(
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name matches any of the shell patterns."""
+    """Whether any of the shell patterns matches a name."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def quantize(model: nn.Module, scheme: str, layers: Sequence[str] | None = None) -> nn.Module:
-    """A quantized copy of a model of timm's registry, in evaluation mode; the model stays as it is.
+    """A quantized copy of a model of timm's registry, in evaluation mode; the model itself is not changed.
 
     Args:
         scheme: a name of `schemes.SCHEMES`.
-        layers: names of linear layers, as `choose_layers` finds them; None for all that the scheme can take.
+        layers: names of linear layers, as `choose_layers` returns them; None for all that the scheme can take.
 
     Raises:
         ValueError: for a scheme that is unknown or cannot run here, layers that it cannot take, and for a model that
@@ -118,21 +116,21 @@ def quantize(model: nn.Module, scheme: str, layers: Sequence[str] | None = None)
     layers = choose_layers(model, scheme)[0] if layers is None else list(layers)
     check_layers(model, scheme, layers)
     model = deepcopy(model).eval().requires_grad_(False)
-    cast(model)
+    cast_model(model)
     if needs.capability is not None:
         model.cuda()
     quantize_(model, CONFIGS[scheme](needs), filter_fn=lambda module, name: name in layers)
     for name in layers:
-        weight = model.get_submodule(name).weight
-        weight.scale = weight.scale.to(DTYPE).to(weight.scale.dtype)  # as folders keep it
-    model.quantization = Quantization(scheme, tuple(layers))
+        weight: TorchAOBaseTensor = model.get_submodule(name).weight
+        weight.scale = weight.scale.to(DTYPE).to(weight.scale.dtype)  # rounded as in a weights folder
+    mark_quantized(model, Quantization(scheme, tuple(layers)))
     return model
 
 
 def fake_quantize(model: nn.Module, scheme: str) -> None:
-    """Makes a model round in its forward as the scheme does, and pass gradients as if it did not; in place.
+    """Makes a model train as if it were quantized: its forward rounds, its gradients ignore that; in place.
 
-    Parameters and their names stay: `quantize` takes what was trained into a plain model.
+    Parameters keep their names and stay float: to quantize, load the trained ones into a plain model.
 
     Raises:
         ValueError: for a scheme that cannot be trained for, and for a model that is quantized already.
@@ -140,39 +138,41 @@ def fake_quantize(model: nn.Module, scheme: str) -> None:
     needs = check_trainable(scheme)
     check_float(model)
     layers, _ = choose_layers(model, scheme)
-    quantize_(model, FAKES[scheme](needs), filter_fn=lambda module, name: name in layers)
+    quantize_(model, FAKE_CONFIGS[scheme](needs), filter_fn=lambda module, name: name in layers)
 
 
 def check_layers(model: nn.Module, scheme: str, layers: Iterable[str], where: str = "") -> None:
-    """Raises ValueError for layers that the model has not, or that the scheme cannot take."""
+    """Raises ValueError for names that are no layers of the model, or are layers that the scheme cannot take."""
     known, _ = choose_layers(model, scheme)
     for name in layers:
         if name not in known:
             raise unknown(f"{where}layer of scheme {scheme!r}", name, known)
 
 
-def cast(model: nn.Module) -> None:
+def cast_model(model: nn.Module) -> None:
     """Makes a model compute in bfloat16 from its first convolution on, and in float32 in its classifier."""
+    names: dict[str, str] = getattr(model, "pretrained_cfg", {})
     model.to(DTYPE)
-    first, head = (model.get_submodule(model.pretrained_cfg[key]) for key in ("first_conv", "classifier"))
-    head.to(HEAD_DTYPE)
-    first.register_forward_pre_hook(take_body_dtype)
-    head.register_forward_pre_hook(take_head_dtype)
+    model.get_submodule(names["classifier"]).to(HEAD_DTYPE).register_forward_pre_hook(cast_to_head)
+    model.get_submodule(names["first_conv"]).register_forward_pre_hook(cast_to_body)
 
 
-def take_body_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A hook in front of the first convolution, which images reach in float32."""
+def cast_to_body(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A hook of the first convolution, which gets images in float32."""
     return tuple(x.to(DTYPE) for x in inputs)
 
 
-def take_head_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A hook in front of the classifier."""
+def cast_to_head(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A hook of the classifier, which gets features in bfloat16."""
     return tuple(x.to(HEAD_DTYPE) for x in inputs)
 
 
-def trace(model: nn.Module, images: Tensor, **options: Any) -> ExportedProgram:
-    """torch.export's program of a quantized model, which loads without torchao: of plain tensors and PyTorch's own
-    operators."""
+def export_program(model: nn.Module, images: Tensor, **options: Any) -> ExportedProgram:
+    """torch.export's program of a quantized model, for PyTorch alone: of plain tensors and its own operators."""
     program = torch.export.export(unwrap_tensor_subclass(deepcopy(model)), (images,), **options)
-    own = {op: how for op, how in default_decompositions().items() if getattr(op, "namespace", None) == "torchao"}
-    return program.run_decompositions(own)
+    torchao_rules = {
+        operator: rule
+        for operator, rule in default_decompositions().items()
+        if getattr(operator, "namespace", None) == "torchao"
+    }
+    return program.run_decompositions(torchao_rules)

@@ -1,6 +1,7 @@
-"""The quantization schemes by name, and what each needs of a model and of a machine; torchao itself is not imported."""
+"""The quantization schemes by name, and what each needs of a model and of a machine; does not import torchao."""
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,14 +26,14 @@ SchemeName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """What a scheme does, and what it needs.
+    """One way to quantize linear layers, and what it needs.
 
     Attributes:
-        weights: the numbers that a weight is kept in; "int4" lies two to a byte.
-        group_size: inputs that share a scale; the inputs of a layer must be a multiple. None: one scale for all.
-        capability: CUDA compute capability; None also runs on a CPU.
-        packages: beyond PyTorch, with the version.
-        trains: whether it can be trained for.
+        weights: the type of number that weights are stored in; "int4" takes half a byte each.
+        group_size: how many inputs share a scale; must divide a layer's inputs. None: one scale for all of them.
+        capability: the least CUDA compute capability; None for schemes that run on a CPU too.
+        packages: those needed beside PyTorch, each with its least version.
+        trains: whether training can simulate the rounding.
     """
 
     weights: Literal["int8", "int4", "float8"]
@@ -44,11 +45,11 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a model is quantized; `model.quantization`, and the entry of that name in `config.json`.
+    """How a model is quantized: the attribute `model.quantization`, and the entry of that name in `config.json`.
 
     Attributes:
         scheme: a name of SCHEMES.
-        layers: the linear layers that are quantized.
+        layers: names of the linear layers that are quantized.
     """
 
     scheme: str
@@ -68,20 +69,20 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def check_scheme(name: str) -> Scheme:
-    """The scheme of that name; ValueError for an unknown one, and for one that cannot run on this machine."""
+    """The scheme of that name; ValueError if it is unknown or cannot run on this machine."""
     if name not in SCHEMES:
         raise unknown("scheme", name, SCHEMES)
     scheme = SCHEMES[name]
-    lacking = [missing_package(*package) for package in scheme.packages]
-    lacking = [*filter(None, [missing_gpu(scheme.capability), *lacking])]
-    if lacking:
+    needs = [find_missing_gpu(scheme.capability), *(find_missing_package(*package) for package in scheme.packages)]
+    missing = [need for need in needs if need is not None]
+    if missing:
         anywhere = [other for other, each in SCHEMES.items() if each.capability is None]
-        raise ValueError(f"scheme {name!r} {'; it '.join(lacking)}; without a GPU: {', '.join(anywhere)}")
+        raise ValueError(f"scheme {name!r} {'; it '.join(missing)}; without a GPU: {', '.join(anywhere)}")
     return scheme
 
 
 def check_trainable(name: str) -> Scheme:
-    """`check_scheme`, and ValueError for a scheme without fake quantization."""
+    """The scheme of that name; ValueError if it cannot run on this machine, or training cannot simulate it."""
     scheme = check_scheme(name)
     if not scheme.trains:
         able = [other for other, each in SCHEMES.items() if each.trains]
@@ -89,8 +90,8 @@ def check_trainable(name: str) -> Scheme:
     return scheme
 
 
-def missing_gpu(capability: tuple[int, int] | None) -> str | None:
-    """What is asked of a GPU, where the one at hand does not have it."""
+def find_missing_gpu(capability: tuple[int, int] | None) -> str | None:
+    """What a scheme needs of a GPU, in words; None if this machine has it."""
     if capability is None:
         return None
     needed = f"needs a CUDA GPU of compute capability {capability[0]}.{capability[1]} or more"
@@ -100,8 +101,8 @@ def missing_gpu(capability: tuple[int, int] | None) -> str | None:
     return None if found >= capability else f"{needed}, and the one here has {found[0]}.{found[1]}"
 
 
-def missing_package(name: str, least: str) -> str | None:
-    """What is asked of a package, where it is not installed so."""
+def find_missing_package(name: str, least: str) -> str | None:
+    """What a scheme needs of a package, in words; None if it is installed in that version or a newer one."""
     try:
         found = version(name)
     except PackageNotFoundError:
@@ -113,23 +114,33 @@ def missing_package(name: str, least: str) -> str | None:
 
 def check_float(model: nn.Module) -> None:
     """Raises ValueError for a model that is quantized already."""
-    done = quantization_of(model)
-    if done is not None:
-        raise ValueError(f"the weights are quantized already, by {done.scheme!r}: give those they were made from")
+    quantization = get_quantization(model)
+    if quantization is not None:
+        raise ValueError(
+            f"the weights are quantized already, by {quantization.scheme!r}: give those they were made from"
+        )
 
 
-def quantization_of(model: nn.Module) -> Quantization | None:
+def get_quantization(model: nn.Module) -> Quantization | None:
     """How a model is quantized; None if it is not."""
     return getattr(model, "quantization", None)
 
 
+def mark_quantized(model: nn.Module, quantization: Quantization) -> None:
+    """Stores on a model how it is quantized, and silences a warning of the compiler that is meant for torchao alone."""
+    model.quantization = quantization  # type: ignore[assignment]  # torch's stubs know tensors and modules alone
+    # the compiler warns once for each class of torchao's tensors that it cannot cache well
+    warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
+
+
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Around imports of torchao, which registers its enumerations in a way that PyTorch warns every user of."""
+    """Around imports of torchao: keeps its filters of warnings out, and a warning about its enumerations quiet."""
     logger = logging.getLogger("torch.utils._pytree")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            yield
     finally:
         logger.setLevel(level)

@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from s3a.analysis.cost import count_cost, meta_copy
+from s3a.analysis.cost import copy_to_meta, count_cost
 from s3a.data import EvalLoader, ImageData, TrainLoader, load_data
 from s3a.models.backbone import Backbone
 from s3a.nn.compilation import compile_model
@@ -30,8 +30,8 @@ from s3a.training.augmentation import train_transform
 from s3a.training.processes import use_cores
 from s3a.training.recipe import Recipe
 from s3a.training.run_folder import claim_folder
-from s3a.weights.folder import PretrainedMixin, load_pretrained
 from s3a.weights.hub import create_repository
+from s3a.weights.pretrained import PretrainedMixin, load_pretrained
 
 
 def build(recipe: Recipe) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def build(recipe: Recipe) -> dict[str, Any]:
     channels = data_config["input_size"][0]
     data_config |= {"input_size": (channels, recipe.image_size, recipe.image_size), "crop_pct": recipe.crop_pct}
     train_loader, val_loader = build_loaders(recipe, data, data_config, accelerator)
-    shell = meta_copy(model)
+    shell = copy_to_meta(model)
     if recipe.quantize is not None:
         fake_quantize(model, recipe.quantize)
     model = model.to(accelerator.device)

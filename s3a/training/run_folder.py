@@ -11,7 +11,7 @@ from torch import nn
 
 from s3a.training.checkpoints import checkpoints
 from s3a.training.recipe import Recipe, option
-from s3a.weights.card import Score, TrainingFacts, Weights, model_card
+from s3a.weights.card import Score, TrainingFacts, Weights, build_card
 from s3a.weights.folder import save_folder
 
 matplotlib.use("Agg")
@@ -167,7 +167,7 @@ def save_weights(
     counts = {name: value for name, value in data.items() if name != "label_names"}
     score = {"weights": kind, "epoch": scores[kind].epoch, "top1": scores[kind].top1}
     config = {"label_names": data["label_names"], "data": counts, "score": score}
-    card = model_card(model, facts, data_config=data_config)
+    card = build_card(model, facts, data_config=data_config)
     save_folder(model, folder, data_config=data_config, config=config, card=card)
 
 

@@ -24,7 +24,7 @@ from s3a.training.run import Run, data_summary, resume, save, stop
 from s3a.training.run_folder import WEIGHTS, all_scores, headline_weights, save_weights, write_unreadable
 from s3a.training.signals import StopRequests
 from s3a.training.steps import train_step, unreadable_error
-from s3a.weights.folder import push_folder
+from s3a.weights.pretrained import push_folder
 
 
 def train(recipe: Recipe) -> Path:

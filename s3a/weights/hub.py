@@ -1,6 +1,6 @@
-"""Files on the Hugging Face Hub: fetched of one commit, published in one commit, every failure in one line.
+"""Downloads files of a Hub repository from one commit, uploads files in one commit; every failure is one line.
 
-Knows nothing of models: `weights` says which files make a folder.
+Knows nothing of models: `pretrained` says which files a repository must have.
 """
 
 import logging
@@ -35,9 +35,9 @@ from huggingface_hub.errors import (
 logger = logging.getLogger(__name__)
 
 MAIN = "main"
-OVERLOADED = (408, 429, 500, 502, 503, 504)  # statuses after which huggingface_hub tries again
+RETRIED = (408, 429, 500, 502, 503, 504)  # statuses after which huggingface_hub tries again
 
-# What huggingface_hub raises, the particular before the general: what it means, and what helps.
+# What the errors of huggingface_hub mean, and what helps; subclasses come before their base.
 LOG_IN = "log in with `hf auth login`, or pass token="
 MEANINGS: dict[type[Exception], str] = {
     GatedRepoError: f"it is gated: ask for access on its page, then {LOG_IN}",
@@ -60,7 +60,7 @@ STATUSES = {
 
 
 # --------------------------------------------------------------------------------------------------------
-# Fetching
+# Downloading
 # --------------------------------------------------------------------------------------------------------
 
 
@@ -73,70 +73,75 @@ def download(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The cache's folder with files of a repository, all of one commit, whatever is pushed meanwhile.
+    """The folder of the cache that holds files of a repository, all from one commit, even if somebody pushes meanwhile.
 
-    A commit that the cache holds is taken without a request, and a branch or tag that has not moved after a single
-    one. Where the Hub cannot be reached, what the cache holds is taken, and a warning is logged.
+    A commit that is in the cache costs no request, and a branch or tag that has not moved costs one. If the Hub cannot
+    be reached, the files in the cache are used, and a warning is logged.
 
     Args:
         repo: ORG/NAME.
-        files: their names, each with what helps where the repository lacks it.
-        revision: branch, tag or commit; None is the main branch.
-        token: None sends the stored one where there is one, True insists on it, False sends none.
-        cache_dir: None is huggingface_hub's own.
-        local_files_only: send no request.
+        files: their names, each with what helps if the repository lacks it.
+        revision: branch, tag or commit; None for the main branch.
+        token: None sends the stored token if there is one, True requires one, False sends none.
+        cache_dir: None for huggingface_hub's own.
+        local_files_only: use the cache alone, without a request.
 
     Raises:
-        FileNotFoundError: where a file cannot be had; says why, and what helps.
+        FileNotFoundError: if a file cannot be downloaded, with the reason and the remedy.
     """
     if repo.count("/") != 1:  # a name alone would be looked up, and retried, on the network
         raise FileNotFoundError(f"{repo!r} is neither a local folder nor a Hub repository ORG/NAME")
-    asked = f"{repo!r} is no local folder, and as a Hub repository"
+    problem = f"{repo!r} is no local folder, and as a Hub repository"
     revision, cache_dir = revision or MAIN, None if cache_dir is None else Path(cache_dir).expanduser()
     offline = "local_files_only=True forbids to ask the Hub: leave it out" if local_files_only else None
-    with worded(FileNotFoundError, asked, revision, files):
+    with explain_errors(FileNotFoundError, problem, revision, files):
         if offline is None:
-            revision, offline = settle(repo, next(iter(files)), revision, token, cache_dir)
+            revision, offline = choose_revision(repo, next(iter(files)), revision, token, cache_dir)
         for name in files:
-            options = {"token": token, "cache_dir": cache_dir, "local_files_only": offline is not None}
             try:
-                path = Path(hf_hub_download(repo, name, revision=revision, **options))
+                path = hf_hub_download(
+                    repo,
+                    name,
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=offline is not None,
+                )
             except LocalEntryNotFoundError as error:
-                reason = offline or explain(error.__cause__, revision, files)
-                raise FileNotFoundError(f"{asked} its {name} is not in the cache, and {reason}") from error
-            revision = path.parent.name
-    return path.parent
+                reason = offline or explain_error(error.__cause__ or error, revision, files)
+                raise FileNotFoundError(f"{problem} its {name} is not in the cache, and {reason}") from error
+            revision = Path(path).parent.name  # the commit, for the other files
+    return Path(path).parent
 
 
-def settle(
+def choose_revision(
     repo: str, name: str, revision: str, token: str | bool | None, cache_dir: Path | None
 ) -> tuple[str, str | None]:
-    """The revision to fetch, and why the cache alone can give it, if that is so."""
-    cached = cached_commit(repo, name, revision, cache_dir)
+    """The revision to download, and, if it must come from the cache, why.
+
+    Args:
+        name: of a file that every revision has.
+    """
+    cached_file = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
+    cached = Path(cached_file).parent.name if isinstance(cached_file, str) else None  # the commit
     if cached == revision:
         return revision, None
     try:
         newest = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), token=token).commit_hash
     except (TransportError, OfflineModeIsEnabled, HfHubHTTPError) as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code not in OVERLOADED:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code not in RETRIED:
             raise
         if cached is None and not isinstance(error, (ConnectError, OfflineModeIsEnabled)):
             return revision, None  # huggingface_hub tries again for a while
-        reason = explain(error, revision)
+        reason = explain_error(error, revision)
         if cached is not None and not isinstance(error, OfflineModeIsEnabled):
             logger.warning("%s; meanwhile %s is loaded from the cache, as of commit %s", reason, repo, cached)
         return cached or revision, reason
-    return (cached if newest == cached else revision), None
-
-
-def cached_commit(repo: str, name: str, revision: str, cache_dir: Path | None) -> str | None:
-    """The commit of which the cache holds the file for that revision, if any."""
-    path = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
-    return Path(path).parent.name if isinstance(path, str) else None
+    return (cached if cached is not None and newest == cached else revision), None
 
 
 # --------------------------------------------------------------------------------------------------------
-# Publishing
+# Uploading
 # --------------------------------------------------------------------------------------------------------
 
 
@@ -148,36 +153,36 @@ def upload(
     private: bool | None = None,
     message: str = "Upload model",
 ) -> str:
-    """Commits files to the main branch of a repository, all at once; returns the commit's URL.
+    """Commits files to the main branch of a repository in one commit, and returns its URL.
 
     Args:
-        paths: of the files; they keep their names.
+        paths: of the files, which keep their names.
         repo, token, private: see `create_repository`.
         message: of the commit.
 
     Raises:
-        ValueError: where they cannot be published; says why, and what helps.
+        ValueError: if they cannot be published, with the reason and the remedy.
     """
     create_repository(repo, token=token, private=private)
-    with worded(ValueError, f"cannot publish to the Hub repository {repo!r}:"):
+    with explain_errors(ValueError, f"cannot publish to the Hub repository {repo!r}:"):
         operations = [CommitOperationAdd(path.name, path) for path in paths]
         return HfApi(token=token).create_commit(repo, operations, commit_message=message).commit_url
 
 
 def create_repository(repo: str, *, token: str | bool | None = None, private: bool | None = None) -> None:
-    """Makes a repository where there is none; so it also tells, before long work, whether one may publish there.
+    """Creates a repository if it does not exist. Called before long work, it also checks the right to publish.
 
     Args:
         repo: ORG/NAME.
-        token: of somebody who may write there; None is the stored one.
-        private: of a new repository; None is the organisation's default.
+        token: of an account that may write there; None for the stored one.
+        private: whether a new repository is private; None for the organisation's default.
 
     Raises:
-        ValueError: where it cannot be made; says why, and what helps.
+        ValueError: if it cannot be created, with the reason and the remedy.
     """
     if repo.count("/") != 1:
         raise ValueError(f"{repo!r} is no Hub repository: it must be ORG/NAME")
-    with worded(ValueError, f"cannot publish to the Hub repository {repo!r}:"):
+    with explain_errors(ValueError, f"cannot publish to the Hub repository {repo!r}:"):
         HfApi(token=token).create_repo(repo, private=private, exist_ok=True)
 
 
@@ -187,32 +192,35 @@ def create_repository(repo: str, *, token: str | bool | None = None, private: bo
 
 
 @contextmanager
-def worded(
+def explain_errors(
     kind: type[ValueError] | type[FileNotFoundError],
     problem: str,
     revision: str = MAIN,
     remedies: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one line of ours, by the table of meanings."""
+    """Turns the errors of huggingface_hub into errors of the given kind, one line each.
+
+    Args:
+        problem: the beginning of the line.
+        revision, remedies: see `explain_error`.
+    """
     try:
         yield
     except tuple(MEANINGS) as error:
-        raise kind(f"{problem} {explain(error, revision, remedies)}") from error
+        raise kind(f"{problem} {explain_error(error, revision, remedies)}") from error
 
 
-def explain(error: BaseException, revision: str, remedies: Mapping[str, str] | None = None) -> str:
-    """What an error means, and what helps.
+def explain_error(error: BaseException, revision: str, remedies: Mapping[str, str] | None = None) -> str:
+    """What an error of huggingface_hub means, and what helps, by the table of meanings.
 
     Args:
-        error: of one of the kinds in the table.
-        revision: that was asked for.
-        remedies: for each file, what helps where the repository lacks it.
+        revision: the one that was asked for.
+        remedies: for each file, what helps if the repository lacks it.
     """
     kind, meaning = next((kind, meaning) for kind, meaning in MEANINGS.items() if isinstance(error, kind))
-    response = error.response if isinstance(error, HfHubHTTPError) else None
-    status = response.status_code if response is not None else None
-    if kind is HfHubHTTPError:
-        meaning = STATUSES.get(status, meaning)
-    file = str(response.url).rpartition("/")[2] if response is not None else None
-    remedy = (remedies or {}).get(file, "pass another revision")
+    status, file, remedy = None, None, "pass another revision"
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        status, file = error.response.status_code, str(error.response.url).rpartition("/")[2]
+        remedy = (remedies or {}).get(file, remedy)
+        meaning = STATUSES.get(status, meaning) if kind is HfHubHTTPError else meaning
     return meaning.format(revision=revision, file=file, remedy=remedy, status=status, error=error)

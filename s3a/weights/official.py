@@ -1,4 +1,4 @@
-"""Conversion of official checkpoints: every key accounted for in both directions. Pickles are read here alone."""
+"""Converts official checkpoints; every key must be known on both sides. No other module reads pickles."""
 
 import re
 import struct
@@ -11,15 +11,15 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
-from s3a.weights.folder import check_state, shortened
+from s3a.weights.folder import check_state, shorten_list
 
 
 @dataclass(frozen=True)
 class KeyTable:
-    """How an official checkpoint's keys become ours.
+    """Which key of ours an official checkpoint's key becomes.
 
     Attributes:
-        renamed: (pattern of the whole official key, our key as `re.sub` takes it), the first match counts.
+        renamed: (pattern of the whole official key, our key as `re.sub` takes it); the first match counts.
         dropped: patterns of official keys that hold nothing learned.
     """
 
@@ -27,34 +27,34 @@ class KeyTable:
     dropped: tuple[str, ...] = ()
 
     def knows(self, key: str) -> bool:
-        """Whether a row is for the key."""
+        """Whether some row matches the key."""
         return self.drops(key) or any(re.fullmatch(pattern, key) for pattern, _ in self.renamed)
 
     def drops(self, key: str) -> bool:
-        """Whether the key holds nothing learned."""
+        """Whether the key is dropped."""
         return any(re.fullmatch(pattern, key) for pattern in self.dropped)
 
     def changes(self, key: str) -> bool:
-        """Whether the key is an official one that is not ours too."""
+        """Whether the key is dropped or renamed, so that it can only be an official one."""
         return self.knows(key) and (self.drops(key) or self.rename(key) != key)
 
     def rename(self, key: str) -> str:
-        """Our key."""
+        """Our key for an official one that is not dropped."""
         pattern, ours = next(row for row in self.renamed if re.fullmatch(row[0], key))
         return re.sub(pattern, ours, key)
 
 
 def convert_state(state: dict[str, Tensor], model: nn.Module, table: KeyTable) -> dict[str, Tensor]:
-    """An official state dict under our keys and shapes, every key accounted for on both sides.
+    """The state dict of a model from an official one, under our keys and in our shapes.
 
-    Axes of length 1 come and go: pointwise layers are 1x1 convolutions there and nn.Linear here.
+    Shapes may differ in axes of length 1: pointwise layers are 1x1 convolutions there and nn.Linear here.
 
     Raises:
-        ValueError: naming the keys that are unknown, missing or of another shape.
+        ValueError: with the keys that are unknown, missing or of another shape.
     """
-    strange = sorted(key for key in state if not table.knows(key))
-    if strange:
-        raise ValueError(f"the checkpoint has keys that the official model has not: {shortened(strange)}")
+    foreign = sorted(key for key in state if not table.knows(key))
+    if foreign:
+        raise ValueError(f"the checkpoint has keys that the official model has not: {shorten_list(foreign)}")
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     converted = {table.rename(key): tensor for key, tensor in state.items() if not table.drops(key)}
     for key, tensor in converted.items():
@@ -66,7 +66,7 @@ def convert_state(state: dict[str, Tensor], model: nn.Module, table: KeyTable) -
 
 
 def filter_official(state: dict[str, Tensor], model: nn.Module, table: KeyTable) -> dict[str, Tensor]:
-    """For timm: converts official checkpoints, leaves our own as they are; ValueError for quantized ones."""
+    """For timm: official state dicts converted, our own unchanged; ValueError for quantized ones."""
     if any(key.endswith("._weight_qdata") for key in state):
         family = type(model).__name__
         raise ValueError(f"quantized weights are not for timm: load them with {family}.from_pretrained")
@@ -74,15 +74,15 @@ def filter_official(state: dict[str, Tensor], model: nn.Module, table: KeyTable)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict of a `.pth` file, bare or under "model"; nothing but tensors and trainers' options is unpickled.
+    """The state dict of a `.pth` file, bare or under "model"; only tensors and a trainer's options are unpickled.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it is no checkpoint.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no checkpoint.
     """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist: give the path of a downloaded .pth file")
-    # what the unpickler makes of arbitrary bytes
+    # what the unpickler raises for arbitrary bytes
     broken = (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, struct.error)
     try:
         with torch.serialization.safe_globals([Namespace]):  # DeiT's trainers keep their options beside the weights

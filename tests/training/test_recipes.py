@@ -32,7 +32,7 @@ from s3a.training.checkpoints import CheckpointClock
 from s3a.training.evaluation import UnreadableImagesError
 from s3a.training.named_recipes import named_recipe
 from s3a.training.recipe import Recipe
-from s3a.weights.folder import load_pretrained
+from s3a.weights.pretrained import load_pretrained
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from s3a.analysis.cost import count_cost
-from s3a.weights.card import Score, TrainingFacts, model_card, name_repository
+from s3a.weights.card import Score, TrainingFacts, build_card, insert_repository
 
 FACTS = TrainingFacts(
     name="digits",
@@ -36,7 +36,7 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def test_the_hub_reads_the_card(model: torch.nn.Module):
-    data = ModelCard(model_card(model, FACTS)).data
+    data = ModelCard(build_card(model, FACTS)).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "timm", "image-classification")
     assert (data.datasets, data.metrics) == (["digits"], ["accuracy"])
     assert {"timm", "transformers", "s3a"} <= set(data.tags)
@@ -45,11 +45,11 @@ def test_the_hub_reads_the_card(model: torch.nn.Module):
     assert "top-1" in result.metric_name
     assert "EMA" in result.metric_name
     last = TrainingFacts(**{**vars(FACTS), "weights": "last"})
-    assert [result.metric_value for result in ModelCard(model_card(model, last)).data.eval_results] == [358 / 360, 1.0]
+    assert [result.metric_value for result in ModelCard(build_card(model, last)).data.eval_results] == [358 / 360, 1.0]
 
 
 def test_people_read_the_card(model: torch.nn.Module):
-    text = model_card(model, FACTS, data_config={"input_size": (3, 64, 96)})
+    text = build_card(model, FACTS, data_config={"input_size": (3, 64, 96)})
     told = rows(text)
     cost = count_cost(model, 64, 96)
     assert told["image"] == ["64 x 96 pixels, 3 channels"]
@@ -67,7 +67,7 @@ def test_people_read_the_card(model: torch.nn.Module):
 
 
 def test_a_model_of_which_nothing_is_known(model: torch.nn.Module):
-    text = model_card(model)
+    text = build_card(model)
     assert ModelCard(text).data.eval_results is None
     assert "Recipe" not in text
     assert rows(text)["image"] == ["64 x 64 pixels, 3 channels"]
@@ -76,7 +76,7 @@ def test_a_model_of_which_nothing_is_known(model: torch.nn.Module):
 def test_models_of_timm(tmp_path: Path):
     """They have their licence, and no method of this library loads them."""
     with torch.device("meta"):
-        text = model_card(timm.create_model("resnet18"))
+        text = build_card(timm.create_model("resnet18"))
     assert ModelCard(text).data.license == "apache-2.0"
     assert "from_pretrained" not in text
     assert "fan2024vision" not in text
@@ -84,8 +84,8 @@ def test_models_of_timm(tmp_path: Path):
 
 def test_the_commands_of_the_card_run(model: torch.nn.Module, tmp_path: Path):
     """Python that parses, with the repository's name."""
-    (tmp_path / "README.md").write_text(model_card(model), encoding="utf-8")
-    name_repository(tmp_path / "README.md", "lizards/nano")
+    (tmp_path / "README.md").write_text(build_card(model), encoding="utf-8")
+    insert_repository(tmp_path / "README.md", "lizards/nano")
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     compile(code, "card", "exec")

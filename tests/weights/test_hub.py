@@ -18,9 +18,8 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from transformers import pipeline
 
-import s3a
 from s3a import SSViT
-from s3a.weights.folder import push_folder
+from s3a.weights.pretrained import push_folder
 
 LABELS = ["cat", "dog", "Eidechse ü"]
 NANO = "lizards/nano"
@@ -416,29 +415,3 @@ def test_refused_pushes(hub: Hub, token: str | None, repo: str, words: str):
 def test_a_push_without_network(hub: Hub):
     with hub.down(), pytest.raises(ValueError, match="'lizards/new': the Hub cannot be reached"):
         make_model().push_to_hub("lizards/new", token=TOKEN)
-
-
-# --------------------------------------------------------------------------------------------------------
-# Strangers' configs
-# --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model_args": {"pretrained": True}}, "model_args holds pretrained"),
-        ({"model_args": {"checkpoint_path": "evil.pth"}}, "model_args holds checkpoint_path"),
-        ({"model_args": {"depth": 3}}, "ssvit_nano cannot be built with its model_args"),
-        ({"model_args": {"dims": [32]}}, "ssvit_nano cannot be built with its model_args"),
-        ({"model_args": {"size": "seven"}}, "ssvit_nano cannot be built with its model_args"),
-        ({"model_args": [3]}, "model_args is [3]: it must be a JSON object"),
-        ({"pretrained_cfg": "none"}, "pretrained_cfg is 'none': it must be a JSON object"),
-    ],
-)
-def test_configs_that_no_model_has(folder: Path, changes: dict, words: str):
-    """Nothing of a config chooses another file to load."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"config\.json") as raised:
-        s3a.SSViT.from_pretrained(folder)
-    assert words in str(raised.value)

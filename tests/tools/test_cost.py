@@ -1,0 +1,55 @@
+"""tools/cost.py: costs as JSON and as a table, beside what the papers print."""
+
+import json
+from dataclasses import asdict
+
+import timm
+import torch
+from helpers.command_line import Command, check_refused
+
+from s3a.analysis.cost import count_cost
+
+
+def test_cost_command(command: Command) -> None:
+    status, out, err = command("cost", "ssvit_tiny", "ssvit_base", "--height", 256, "--width", 320, "--json")
+    tiny, base = json.loads(out)
+    assert (status, err) == (0, "")
+    with torch.device("meta"):
+        cost = count_cost(timm.create_model("ssvit_tiny"), 256, 320)
+    assert cost.parameters == 15_095_688
+    assert tiny == {"model": "ssvit_tiny", "height": 256, "width": 320, **asdict(cost)}
+    assert base["gmacs"] > base["published_gmacs"] > tiny["gmacs"]
+
+
+def test_cost_command_for_people(command: Command) -> None:
+    status, out, _ = command("cost")
+    rows = [line.split() for line in out.splitlines()]
+    assert status == 0
+    assert ["ssvit_tiny", "15,095,688", "2.42", "2.79", "2.4", "83.0"] in rows
+    assert ["ssvit_large", "100,234,112", "18.21", "20.44", "18.2", "85.7"] in rows
+    assert ["svit_small", "25,495,624", "3.80", "4.34", "4.4", "83.6"] in rows
+    assert ["vvt_tiny", "12,882,440", "2.61", "2.99", "-", "79.2"] in rows
+    assert ["vvt_large", "61,848,520", "9.47", "10.79", "10.8", "84.1"] in rows
+    assert "2^30" in out
+    assert "10^9" in out
+
+
+def test_papers_figures_are_those_of_the_size(command: Command) -> None:
+    rows = [line.split() for side in (384, 256) for line in cost_lines(command, side)]
+    assert [row[-2:] for row in rows] == [["14.1", "85.0"], ["-", "-"], ["-", "-"], ["-", "-"]]
+
+
+def cost_lines(command: Command, side: int) -> list[str]:
+    """The rows of a published model and of another one for square images."""
+    status, out, _ = command("cost", "svit_small", "resnet18", "--height", side, "--width", side)
+    assert status == 0
+    return [line for line in out.splitlines() if line.startswith(("svit_small", "resnet18"))]
+
+
+def test_cost_command_refuses(command: Command) -> None:
+    check_refused(command("cost", "ssvit_tini"), "'ssvit_tini'", "did you mean 'ssvit_tiny'?")
+    check_refused(command("cost", "resnet5"), "did you mean 'resnet50'?")
+    check_refused(command("cost", "ssvit_tiny", "--height", 31), "31 x 224")
+    check_refused(command("cost", "ssvit_tiny", "--width", -1), "224 x -1")
+    check_refused(command("cost", "vit_tiny_patch16_224", "--width", 100), "VisionTransformer", "224 x 100")
+    check_refused(command("cost", "ssvit_tiny", "--hight", 224), "--hight")
