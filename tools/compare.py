@@ -23,7 +23,7 @@ from s3a.comparison.results import Results, open_results
 from s3a.comparison.scores import compare_scores, score, train_run
 from s3a.comparison.speed import measure_growth, measure_speed
 from s3a.data import ImageData, load_data
-from s3a.support import command_line as cli
+from s3a.support.command_line import one_line_errors, parse_options
 from s3a.support.errors import Interrupted
 from s3a.training.named_recipes import named_recipe, without_other_source
 from s3a.training.processes import core_share
@@ -97,14 +97,14 @@ def parse(arguments: Sequence[str]) -> tuple[Comparison, Recipe]:
                 raise ValueError(f"{name} is for a single run: a comparison takes MODEL ... and --seeds")
             part = own if name in ours else rest
         part.append(word)
-    comparison = cli.parse(Comparison, own)
+    comparison = parse_options(Comparison, own)
     default = named_recipe(comparison.recipe)
-    return comparison, without_other_source(cli.parse(Recipe, rest, default=default), default)
+    return comparison, without_other_source(parse_options(Recipe, rest, default=default), default)
 
 
 def main() -> None:
     """Trains, measures, prints and writes; whatever is done already is taken as it is."""
-    with cli.one_line_errors(), StopRequests() as requests:
+    with one_line_errors(), StopRequests() as requests:
         options, recipe = parse(sys.argv[1:])
         candidates = list_candidates(options.models, options.scan, options.size)
         device = check_device(options.device)

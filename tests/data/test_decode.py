@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from s3a.data.decode import image_mode, read_image
+from s3a.data.decode import choose_mode, read_image
 
 ROWS, COLUMNS = 24, 40
 GRAY = np.add.outer(np.arange(ROWS) * 4, np.arange(COLUMNS) * 3).astype(np.uint8)  # 0 to 209, no symmetry
@@ -104,12 +104,12 @@ def test_the_first_of_several_frames(tmp_path: Path):
 
 def test_gray_for_networks_with_one_channel(tmp_path: Path):
     path = written(Image.fromarray(GRAY), tmp_path / "a.png")
-    image = read_image(path, image_mode(1))
+    image = read_image(path, choose_mode(1))
     assert image.mode == "L"
     assert np.array_equal(np.asarray(image), GRAY)
-    assert read_image(io.BytesIO(path.read_bytes()), image_mode(3)).mode == "RGB"
+    assert read_image(io.BytesIO(path.read_bytes()), choose_mode(3)).mode == "RGB"
     with pytest.raises(ValueError, match="in_chans is 4"):
-        image_mode(4)
+        choose_mode(4)
 
 
 def test_images_that_cannot_be_read(tmp_path: Path):

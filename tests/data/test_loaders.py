@@ -8,15 +8,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers.numbered_images import NUM_CLASSES, make_images, noisy, numbered, write_shards
+from helpers.numbered_images import NUM_CLASSES, add_noise, make_images, show_number, write_shards
 from PIL import Image
 from timm.data import create_transform
 
 import s3a.data.batches
 from s3a.data import DatasetImages, EvalLoader, TrainLoader, load_data
-from s3a.data.decode import UnreadableImageError, decoded
+from s3a.data.decode import UnreadableImageError, decode_image
 from s3a.data.images import Shuffle
-from s3a.data.stream import SUBSTITUTES, WINDOW, stream_order
+from s3a.data.stream import SUBSTITUTES, WINDOW, shuffle_in_window
 from s3a.data.webdataset import TarPart
 
 NUM_TRAIN, NUM_VAL = 61, 23
@@ -52,19 +52,19 @@ def count_decoded(monkeypatch):
     """Counts what is decoded in this process."""
     counts = Counter()
 
-    def counting(cell, mode):
+    def counting(encoded, mode):
         counts["decoded"] += 1
-        return decoded(cell, mode)
+        return decode_image(encoded, mode)
 
-    monkeypatch.setattr(s3a.data.batches, "decoded", counting)
+    monkeypatch.setattr(s3a.data.batches, "decode_image", counting)
     return counts
 
 
-def make_loader(images, transform=noisy, **options):
+def make_loader(images, transform=add_noise, **options):
     return TrainLoader(images, transform, **{"channels": 3, "batch_size": 12, "seed": 5} | options)
 
 
-def steps(images, epoch=2, first_step=0, num_processes=1, transform=noisy, **options):
+def steps(images, epoch=2, first_step=0, num_processes=1, transform=add_noise, **options):
     """What all processes together see in each step: image tensors, labels, indices, unreadable names."""
     loaders = [
         make_loader(images, transform, process_index=i, num_processes=num_processes, **options)
@@ -108,7 +108,7 @@ def test_over_the_epochs_no_image_is_left_out(images):
 
 
 def test_batches_hold_the_images_and_labels_they_name(images):
-    for pixels, labels, indices, unreadable in steps(images, transform=numbered):
+    for pixels, labels, indices, unreadable in steps(images, transform=show_number):
         assert pixels.dtype == torch.float32
         assert pixels.flatten().tolist() == indices.tolist()
         assert labels.tolist() == [index % NUM_CLASSES for index in indices.tolist()]
@@ -177,8 +177,8 @@ def test_a_process_decodes_its_share_alone(images, count_decoded):
 
 def test_what_is_skipped_is_not_read(monkeypatch):
     images = make_images(NUM_TRAIN)
-    read, rows = [], DatasetImages.rows
-    monkeypatch.setattr(DatasetImages, "rows", lambda self, indices: read.extend(indices) or rows(self, indices))
+    read, rows = [], DatasetImages.read_rows
+    monkeypatch.setattr(DatasetImages, "read_rows", lambda self, indices: read.extend(indices) or rows(self, indices))
     steps(images, first_step=3)
     assert len(read) == 24
 
@@ -229,7 +229,7 @@ def test_loaders_leave_the_global_generators_alone(images, num_workers):
     expected = draws()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     steps(images, num_workers=num_workers)
-    list(EvalLoader(images, numbered, channels=3, batch_size=8, num_workers=num_workers))
+    list(EvalLoader(images, show_number, channels=3, batch_size=8, num_workers=num_workers))
     assert draws() == expected
 
 
@@ -242,7 +242,7 @@ def test_a_stream_keeps_nothing_behind(shards):
     loader = make_loader(shards.train, repeats=2)
     list(loader.epoch(0))
     walk = loader._loader.dataset.batches.images._walk
-    assert walk.uses.sum() == walk.wanted.sum() == 0
+    assert walk.num_uses.sum() == walk.num_wanted.sum() == 0
     assert not walk.kept
 
 
@@ -258,7 +258,7 @@ def test_a_loader_walks_once_an_epoch(tmp_path, monkeypatch):
 
 
 def test_rows_of_a_stream_overtake_each_other_within_the_window():
-    order = stream_order((50_000,), Shuffle(seed=0, epoch=0, num_rows=50_000))
+    order = shuffle_in_window((50_000,), Shuffle(seed=0, epoch=0, num_rows=50_000))
     assert sorted(order) == list(range(50_000))
     displacement = order - np.arange(50_000)
     assert np.abs(displacement).max() <= WINDOW
@@ -267,22 +267,22 @@ def test_rows_of_a_stream_overtake_each_other_within_the_window():
 
 def test_a_worker_holds_its_share_of_the_window_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(s3a.data.stream, "WINDOW", 30)
-    stream_order.cache_clear()
+    shuffle_in_window.cache_clear()
     images = load_data("webdataset", write_shards(tmp_path, "tar", 400, 3), streaming=True).train
     loader = make_loader(images, process_index=0, num_processes=4)
     most = 0
     for _ in loader.epoch(0):
         most = max(most, len(loader._loader.dataset.batches.images._walk.kept))
-    stream_order.cache_clear()
+    shuffle_in_window.cache_clear()
     assert 0 < most <= (30 / 4 + 12) * (1 + SUBSTITUTES)
 
 
 def test_parts_change_places_and_what_is_left_out_is_spread():
-    orders = [stream_order((500, 500, 500), Shuffle(0, epoch, 1490)) for epoch in range(60)]
+    orders = [shuffle_in_window((500, 500, 500), Shuffle(0, epoch, 1490)) for epoch in range(60)]
     left_out = Counter(row for order in orders for row in {*range(1500)} - {*order.tolist()})
     assert sum(left_out.values()) == 600
     assert max(left_out.values()) <= 5
-    orders = [stream_order((50_000,) * 3, Shuffle(0, epoch, 150_000)) for epoch in range(24)]
+    orders = [shuffle_in_window((50_000,) * 3, Shuffle(0, epoch, 150_000)) for epoch in range(24)]
     assert len({order[0] // 50_000 for order in orders}) == 3
 
 
@@ -310,7 +310,7 @@ def test_evaluation_sees_every_image_once(kind, shards, num_processes, num_worke
     images = make_images(NUM_VAL) if kind == "map" else shards.val
     first = 0 if kind == "map" else NUM_TRAIN
     options = {"channels": 3, "batch_size": 8, "num_processes": num_processes, "num_workers": num_workers}
-    loaders = [EvalLoader(images, numbered, process_index=i, **options) for i in range(num_processes)]
+    loaders = [EvalLoader(images, show_number, process_index=i, **options) for i in range(num_processes)]
     for _ in range(2):
         seen = [list(loader) for loader in loaders]
         assert {len(batches) for batches in seen} == {len(loader) for loader in loaders} == {3}
@@ -328,7 +328,7 @@ def test_evaluation_sees_every_image_once(kind, shards, num_processes, num_worke
 
 def test_few_images_for_many_processes_are_padded():
     loaders = [
-        EvalLoader(make_images(3), numbered, channels=3, batch_size=64, process_index=i, num_processes=5)
+        EvalLoader(make_images(3), show_number, channels=3, batch_size=64, process_index=i, num_processes=5)
         for i in range(5)
     ]
     batches = [batch for loader in loaders for batch in loader]
@@ -342,10 +342,10 @@ def test_few_images_for_many_processes_are_padded():
 
 
 def test_training_puts_the_next_image_in_place_and_names_the_unreadable(broken_images):
-    seen = steps(broken_images, transform=numbered)
+    seen = steps(broken_images, transform=show_number)
     read = indices_of(seen)
     assert not {*read} & {*BROKEN}
-    order = broken_images.order(Shuffle(5, 2, 60)).tolist()
+    order = broken_images.shuffle_rows(Shuffle(5, 2, 60)).tolist()
     assert read == [{3: 4, 17: 19, 18: 19}.get(index, index) for index in order]
     named = {name for *_, unreadable in seen for name in unreadable}
     assert named == {broken_images.name_of(index) for index in BROKEN[:3] if index in order}
@@ -368,7 +368,7 @@ def test_replacement_goes_round():
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_marks_the_unreadable(kind, broken_shards):
     images = make_images(NUM_VAL, broken=(5,), split="val") if kind == "map" else broken_shards.val
-    batches = list(EvalLoader(images, numbered, channels=3, batch_size=8))
+    batches = list(EvalLoader(images, show_number, channels=3, batch_size=8))
     labels = torch.cat([batch.labels for batch in batches])
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(NUM_VAL))
     assert (labels < 0).nonzero().flatten().tolist() == [5]
@@ -421,18 +421,18 @@ def saved(image, kind, **options):
 )
 def test_damaged_files_are_unreadable(content):
     with pytest.raises(UnreadableImageError):
-        decoded({"bytes": content, "path": None}, "RGB")
+        decode_image({"bytes": content, "path": None}, "RGB")
 
 
 def test_a_missing_file_is_unreadable(tmp_path):
     with pytest.raises(UnreadableImageError, match="gone"):
-        decoded({"bytes": None, "path": str(tmp_path / "gone.png")}, "RGB")
+        decode_image({"bytes": None, "path": str(tmp_path / "gone.png")}, "RGB")
 
 
 def test_a_decompression_bomb_is_unreadable(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(UnreadableImageError, match="decompression bomb"):
-        decoded({"bytes": saved(photo(), "PNG"), "path": None}, "RGB")
+        decode_image({"bytes": saved(photo(), "PNG"), "path": None}, "RGB")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -451,7 +451,7 @@ def test_images_of_every_kind_are_read_as_they_look(mode):
         "bits": (saved(photo("1"), "PNG"), photo("1"), 0),
     }
     for name, (content, expected, tolerance) in pictures.items():
-        image = decoded({"bytes": content, "path": None}, mode)
+        image = decode_image({"bytes": content, "path": None}, mode)
         assert image.mode == mode
         difference = np.abs(np.asarray(image, int) - np.asarray(expected.convert(mode), int))
         assert difference.mean() <= tolerance, name
@@ -459,14 +459,14 @@ def test_images_of_every_kind_are_read_as_they_look(mode):
 
 def test_of_sixteen_bits_the_upper_eight_are_taken():
     levels = np.array([[0, 255, 256, 32768, 65279, 65280, 65535]], dtype=np.uint16)
-    image = decoded({"bytes": saved(Image.fromarray(levels), "PNG"), "path": None}, "L")
+    image = decode_image({"bytes": saved(Image.fromarray(levels), "PNG"), "path": None}, "L")
     assert np.asarray(image).tolist() == [[0, 0, 1, 128, 254, 255, 255]]
 
 
 def test_images_stand_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn clockwise shows it upright
-    image = decoded({"bytes": saved(photo(), "JPEG", exif=exif, quality=100, subsampling=0), "path": None}, "RGB")
+    image = decode_image({"bytes": saved(photo(), "JPEG", exif=exif, quality=100, subsampling=0), "path": None}, "RGB")
     upright = np.asarray(photo().rotate(-90, expand=True), int)
     assert np.abs(np.asarray(image, int) - upright).mean() <= 4
 
@@ -516,9 +516,9 @@ def test_what_cannot_be_cut_is_refused(options, message):
 
 def test_evaluation_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="in_chans is 2"):
-        EvalLoader(make_images(3), numbered, channels=2, batch_size=4)
+        EvalLoader(make_images(3), show_number, channels=2, batch_size=4)
     with pytest.raises(ValueError, match="--batch-size is 0"):
-        EvalLoader(make_images(3), numbered, channels=3, batch_size=0)
+        EvalLoader(make_images(3), show_number, channels=3, batch_size=0)
 
 
 @pytest.mark.parametrize("first_step", [-1, 6])

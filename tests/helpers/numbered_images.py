@@ -21,40 +21,40 @@ NUM_CLASSES = 3
 NAMES = ["cat", "dog", "owl"]
 
 
-def encoded(number: int, kind: str = "PNG") -> bytes:
+def encode_number(number: int, kind: str = "PNG") -> bytes:
     """A 2 x 2 image, exactly of that number."""
     file = io.BytesIO()
     Image.new("RGB", (2, 2), (number % 256, number // 256, 7)).save(file, kind, lossless=True)
     return file.getvalue()
 
 
-def number_of(image: Image.Image) -> int:
+def read_number(image: Image.Image) -> int:
     """The number of a decoded image; that of evaluation's black ones is 0."""
     red, green, _ = image.getpixel((1, 1))
     return red + 256 * green
 
 
-def numbered(image: Image.Image) -> Tensor:
+def show_number(image: Image.Image) -> Tensor:
     """A transform without randomness: the number, as an image of one pixel."""
-    return torch.full((1, 1, 1), float(number_of(image)))
+    return torch.full((1, 1, 1), float(read_number(image)))
 
 
-def noisy(image: Image.Image) -> Tensor:
+def add_noise(image: Image.Image) -> Tensor:
     """A transform that draws from all three generators: the number, then the draws, as four channels."""
     draws = (random.random(), np.random.rand(), float(torch.rand(())))
-    return torch.tensor([number_of(image), *draws]).reshape(4, 1, 1)
+    return torch.tensor([read_number(image), *draws]).reshape(4, 1, 1)
 
 
 def make_images(count: int, broken: tuple[int, ...] = (), split: str = "train") -> DatasetImages:
-    """Images 0 to count - 1 at hand, with label number % NUM_CLASSES; those that are `broken` cannot be decoded."""
-    return DatasetImages(as_dataset(range(count), broken), split)
+    """Images 0 to count - 1 with the label number % NUM_CLASSES, in any order; `broken` ones cannot be decoded."""
+    return DatasetImages(make_dataset(range(count), broken), split)
 
 
-def as_dataset(numbers: range, broken: tuple[int, ...] = ()) -> Dataset:
+def make_dataset(numbers: range, broken: tuple[int, ...] = ()) -> Dataset:
     """The images of these numbers."""
-    cells = [{"bytes": b"no image" if i in broken else encoded(i), "path": None} for i in numbers]
+    files = [{"bytes": b"no image" if i in broken else encode_number(i), "path": None} for i in numbers]
     features = Features(image=ImageFeature(), label=ClassLabel(names=NAMES))
-    return Dataset.from_dict({"image": cells, "label": [i % NUM_CLASSES for i in numbers]}, features)
+    return Dataset.from_dict({"image": files, "label": [i % NUM_CLASSES for i in numbers]}, features)
 
 
 def write_parquet(path: Path, numbers: range, broken: tuple[int, ...] = ()) -> None:
@@ -62,7 +62,7 @@ def write_parquet(path: Path, numbers: range, broken: tuple[int, ...] = ()) -> N
     table = pa.table(
         {
             "caption": [f"image {i}" for i in numbers],
-            "picture": [b"no image" if i in broken else encoded(i) for i in numbers],
+            "picture": [b"no image" if i in broken else encode_number(i) for i in numbers],
             "class": pa.array([i % NUM_CLASSES for i in numbers], pa.int32()),
         }
     )
@@ -76,7 +76,7 @@ def write_tar(path: Path, numbers: range, broken: tuple[int, ...] = ()) -> None:
     with tarfile.open(path, "w") as tar:
         for i in numbers:
             ending, kind = (("png", "PNG"), ("webp", "WEBP"), ("BMP", "BMP"))[i % 3]
-            image = b"no image" if i in broken else encoded(i, kind)
+            image = b"no image" if i in broken else encode_number(i, kind)
             for name, content in ((ending, image), ("json", b"{}"), ("cls", f"{i % NUM_CLASSES}\n".encode())):
                 member = tarfile.TarInfo(f"folder.v1/{i:04d}.{name}")
                 member.size = len(content)
