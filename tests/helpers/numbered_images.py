@@ -5,6 +5,7 @@ import random
 import tarfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 
-from s3a.data import DatasetImages
+from s3a.data import DatasetImages, Images, TrainLoader
+from s3a.data.batches import Transform
 
 NUM_CLASSES = 3
 NAMES = ["cat", "dog", "owl"]
@@ -91,3 +93,34 @@ def write_shards(folder: Path, kind: str, num_train: int, num_val: int, broken: 
         write(folder / f"train-{shard:04d}.{kind}", range(start, end), broken)
     write(folder / "val" / f"0.{kind}", range(num_train, num_train + num_val), broken)
     return folder
+
+
+def make_loader(images: Images, transform: Transform = add_noise, **options: Any) -> TrainLoader:
+    """A loader of 12 images a step, unless the options say otherwise."""
+    return TrainLoader(images, transform, **{"channels": 3, "batch_size": 12, "seed": 5} | options)
+
+
+def read_steps(
+    images: Images,
+    epoch: int = 2,
+    first_step: int = 0,
+    num_processes: int = 1,
+    transform: Transform = add_noise,
+    **options: Any,
+) -> list[tuple[Tensor, Tensor, Tensor, list[str]]]:
+    """What all processes together see in each step: image tensors, labels, indices, unreadable names."""
+    loaders = [
+        make_loader(images, transform, process_index=i, num_processes=num_processes, **options)
+        for i in range(num_processes)
+    ]
+    seen = []
+    for parts in zip(*(loader.epoch(epoch, first_step) for loader in loaders), strict=True):
+        batches = [batch for part in parts for batch in part]
+        tensors = [torch.cat(column) for column in list(zip(*batches, strict=True))[:3]]
+        seen.append((*tensors, sorted({name for batch in batches for name in batch.unreadable})))
+    return seen
+
+
+def list_indices(steps: list[tuple[Tensor, Tensor, Tensor, list[str]]]) -> list[int]:
+    """The rows that the steps of `read_steps` have, in their order."""
+    return torch.cat([indices for _, _, indices, _ in steps]).tolist()
