@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from s3a.data import Source, load_data
-from s3a.support import command_line as cli
+from s3a.support.command_line import run_command
 from s3a.training.evaluation import evaluate_weights
 from s3a.training.recipe import Precision
 from s3a.weights.pretrained import load_pretrained
@@ -72,4 +72,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(Options, main)
+    run_command(Options, main)

@@ -26,7 +26,7 @@ from s3a import compile_model
 from s3a.data import ImageData, Source, load_data
 from s3a.quantization.convert import choose_layers, quantize
 from s3a.quantization.schemes import check_float, check_scheme
-from s3a.support import command_line as cli
+from s3a.support.command_line import run_command
 from s3a.support.timing import take_turns, write_result
 from s3a.training.evaluation import evaluate_weights
 from s3a.weights.card import build_card, format_table
@@ -247,4 +247,4 @@ def shown(key: str, value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(Options, main)
+    run_command(Options, main)

@@ -10,7 +10,7 @@ import sys
 # Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from s3a.support import command_line as cli
+from s3a.support.command_line import one_line_errors, parse_options
 from s3a.training.named_recipes import RECIPES, named_recipe, without_other_source
 from s3a.training.recipe import Recipe
 from s3a.training.trainer import train
@@ -24,9 +24,9 @@ HELP = (
 def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--print-recipe"]
     named = bool(arguments) and not arguments[0].startswith("-")
-    with cli.one_line_errors():
+    with one_line_errors():
         default = named_recipe(arguments[0] if named else "digits")
-        recipe = cli.parse(Recipe, arguments[named:], default=default, description=HELP)
+        recipe = parse_options(Recipe, arguments[named:], default=default, description=HELP)
         recipe = without_other_source(recipe, default)
         if "--print-recipe" in sys.argv:
             print(recipe.to_json(), end="")

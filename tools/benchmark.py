@@ -29,9 +29,9 @@ from s3a.attention.plan import attend_plan, lay_out_scan, plan_scan
 from s3a.geometry import FIXED, Neighborhood, Scan, sparse_scan
 from s3a.models.backbone import Backbone
 from s3a.published import PUBLISHED
-from s3a.support import command_line as cli
+from s3a.support.command_line import run_command
 from s3a.support.errors import unknown
-from s3a.support.timing import read_results, row, take_turns, write_result
+from s3a.support.timing import make_row, read_results, take_turns, write_result
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -186,7 +186,7 @@ def measure_operator(options: Operator) -> list[dict[str, Any]]:
         dense = samples.get("dense")
         for name, sample in samples.items():
             ratio = {"times_dense": dense.median / sample.median} if dense else {}
-            rows.append(row(sample, side=side, tokens=side**2, candidate=name, **ratio))
+            rows.append(make_row(sample, side=side, tokens=side**2, candidate=name, **ratio))
         print_table(rows[-len(samples) :])
     return rows
 
@@ -312,7 +312,7 @@ def measure_models(options: Model) -> list[dict[str, Any]]:
     swins = [name for name in options.models if name.startswith("swin")]
     peer = samples[swins[-1] if swins else options.models[-1]].median
     return [
-        row(
+        make_row(
             sample,
             model=name,
             images_per_second=1e3 * options.batch_size / sample.median,
@@ -446,7 +446,7 @@ def measure_plans(options: Plan) -> list[dict[str, Any]]:
                 lay_out_scan(scan, side, side, device, (backend,) * len(scan))
 
         sample = take_turns({backend: build}, options.turns, warm_up=1)[backend]
-        rows.append(row(sample, side=side, tokens=side**2, backend=backend))
+        rows.append(make_row(sample, side=side, tokens=side**2, backend=backend))
     return rows
 
 
@@ -458,4 +458,4 @@ BENCHMARKS: dict[type, tuple[Callable[..., list[dict[str, Any]]], Callable[..., 
 }
 
 if __name__ == "__main__":
-    cli.run(Operator | Model | Compile | Plan | Compare, main)
+    run_command(Operator | Model | Compile | Plan | Compare, main)

@@ -17,13 +17,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import tyro
 
-from s3a.comparison.candidates import Contender, Equal, list_candidates, prepare
-from s3a.comparison.report import as_markdown, as_text, draw, skipped, tables
-from s3a.comparison.results import Results, open_results
-from s3a.comparison.scores import compare_scores, score, train_run
+from s3a.comparison.candidates import Contender, Equal, list_candidates, make_contenders
+from s3a.comparison.report import draw_comparison, format_markdown, format_text, list_skipped, make_tables
+from s3a.comparison.results import Results, Score, open_results
+from s3a.comparison.scores import add_differences, make_score, train_run
 from s3a.comparison.speed import measure_growth, measure_speed
 from s3a.data import ImageData, load_data
-from s3a.support import command_line as cli
+from s3a.support.command_line import one_line_errors, parse_options, read_rank
 from s3a.support.errors import Interrupted
 from s3a.training.named_recipes import named_recipe, without_other_source
 from s3a.training.processes import core_share
@@ -84,7 +84,7 @@ class Comparison:
 DECIDED = ("name", "model", "seed", "weights", "push_to_hub")
 
 
-def parse(arguments: Sequence[str]) -> tuple[Comparison, Recipe]:
+def parse_arguments(arguments: Sequence[str]) -> tuple[Comparison, Recipe]:
     """The comparison's own options, and the recipe with the others."""
     ours = {option(field.name) for field in fields(Comparison)} | {"--help", "-h"}
     own: list[str] = []
@@ -97,26 +97,28 @@ def parse(arguments: Sequence[str]) -> tuple[Comparison, Recipe]:
                 raise ValueError(f"{name} is for a single run: a comparison takes MODEL ... and --seeds")
             part = own if name in ours else rest
         part.append(word)
-    comparison = cli.parse(Comparison, own)
+    comparison = parse_options(Comparison, own)
     default = named_recipe(comparison.recipe)
-    return comparison, without_other_source(cli.parse(Recipe, rest, default=default), default)
+    return comparison, without_other_source(parse_options(Recipe, rest, default=default), default)
 
 
 def main() -> None:
     """Trains, measures, prints and writes; whatever is done already is taken as it is."""
-    with cli.one_line_errors(), StopRequests() as requests:
-        options, recipe = parse(sys.argv[1:])
+    with one_line_errors(), StopRequests() as requests:
+        options, recipe = parse_arguments(sys.argv[1:])
         candidates = list_candidates(options.models, options.scan, options.size)
         device = check_device(options.device)
         torch.set_num_threads(recipe.cpu_threads or core_share())  # as training does: times depend on it
         data = load_data(recipe.data, recipe.data_dir, dataset=recipe.dataset, streaming=recipe.streaming)
-        contenders = prepare(candidates, recipe, data.label_names, equal=options.equal, reference=options.reference)
-        results = open_results(options.output_dir, timing(options, contenders, data), device)
-        results.settings = settings(options, recipe, data)
+        contenders = make_contenders(
+            candidates, recipe, data.label_names, equal=options.equal, reference=options.reference
+        )
+        results = open_results(options.output_dir, describe_timing(options, contenders, data), device)
+        results.settings = describe_settings(options, recipe, data)
         results.scores = train_all(options, contenders, data, requests)
-        if not int(os.environ.get("RANK", "0")):
-            measure(options, contenders, data, results, device, requests)
-            report(options, results)
+        if read_rank() == 0:
+            measure_all(options, contenders, data, results, device, requests)
+            write_report(options, results)
 
 
 def check_device(name: str) -> torch.device:
@@ -127,8 +129,8 @@ def check_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def timing(options: Comparison, contenders: list[Contender], data: ImageData) -> dict[str, Any]:
-    """What times depend on; where it stays the same, those that are measured stay."""
+def describe_timing(options: Comparison, contenders: list[Contender], data: ImageData) -> dict[str, object]:
+    """What times depend on; as long as it stays the same, measured times are kept."""
     recipe = contenders[0].recipe
     return {
         "labels": [contender.label for contender in contenders],
@@ -141,7 +143,7 @@ def timing(options: Comparison, contenders: list[Contender], data: ImageData) ->
     }
 
 
-def settings(options: Comparison, recipe: Recipe, data: ImageData) -> dict[str, Any]:
+def describe_settings(options: Comparison, recipe: Recipe, data: ImageData) -> dict[str, object]:
     """What the comparison is of, for whoever reads the result."""
     own = {key: getattr(options, key) for key in ("models", "scan", "size", "seeds", "equal", "reference")}
     shared = {key: value for key, value in vars(recipe).items() if key not in (*INCIDENTAL, *DECIDED, "scan", "size")}
@@ -149,22 +151,20 @@ def settings(options: Comparison, recipe: Recipe, data: ImageData) -> dict[str, 
     return {**own, "recipe": {"name": options.recipe, **shared}, "data": images}
 
 
-def train_all(
-    options: Comparison, contenders: list[Contender], data: ImageData, requests: StopRequests
-) -> list[dict[str, Any]]:
+def train_all(options: Comparison, contenders: list[Contender], data: ImageData, requests: StopRequests) -> list[Score]:
     """Trains every run, seed after seed, so that what an early stop leaves is whole comparisons of fewer seeds."""
     histories: dict[str, list[list[dict[str, Any]]]] = {contender.label: [] for contender in contenders}
     runs = [(seed, contender) for seed in range(options.seeds) for contender in contenders]
     for index, (seed, contender) in enumerate(runs, start=1):
-        check_stop(requests)
-        say(f"run {index} of {len(runs)}: {contender.label}, seed {seed}")
-        histories[contender.label].append(train_run(contender.run(options.runs, seed), data))
-    rows = [score(each, histories[each.label], data.train.num_images) for each in contenders]
-    compare_scores(rows, options.reference)
-    return rows
+        raise_on_stop(requests)
+        print_progress(f"run {index} of {len(runs)}: {contender.label}, seed {seed}")
+        histories[contender.label].append(train_run(contender.make_recipe(options.runs, seed), data))
+    scores = [make_score(each, histories[each.label], data.train.num_images) for each in contenders]
+    add_differences(scores, options.reference)
+    return scores
 
 
-def measure(
+def measure_all(
     options: Comparison,
     contenders: list[Contender],
     data: ImageData,
@@ -176,37 +176,37 @@ def measure(
     results.write(options.output_dir)
     names, turns = data.label_names, options.turns
     if not results.speed:
-        say("measuring throughput and memory, in turns")
+        print_progress("measuring throughput and memory, in turns")
         batch_size = options.speed_batch_size
         results.speed = measure_speed(contenders, names, device, batch_size=batch_size, turns=turns)
         results.write(options.output_dir)
     for side in sorted(set(options.growth) - set(results.sides)):
-        check_stop(requests)
-        say(f"measuring images of {side} px")
+        raise_on_stop(requests)
+        print_progress(f"measuring images of {side} px")
         results.growth += measure_growth(contenders, names, device, side, results.growth, turns=turns)
         results.write(options.output_dir)
 
 
-def check_stop(requests: StopRequests) -> None:
-    """Ends between two parts where a signal asked for it; a run under way answers for itself."""
+def raise_on_stop(requests: StopRequests) -> None:
+    """Raises Interrupted between two parts if a signal asked to stop; a run in progress handles signals itself."""
     if requests.received:
         raise Interrupted(f"stopped by {requests.received}: the same command goes on with the comparison")
 
 
-def report(options: Comparison, results: Results) -> None:
-    """Prints the tables, and writes them and the picture beside the result."""
-    made, left_out = tables(results), skipped(results)
-    print("\n\n".join([*map(as_text, made), *left_out]))
-    text = "\n\n".join([f"`{results.command}`", *map(as_markdown, made), *left_out]) + "\n"
+def write_report(options: Comparison, results: Results) -> None:
+    """Prints the tables, and writes them and the picture beside the results."""
+    tables, skipped = make_tables(results), list_skipped(results)
+    print("\n\n".join([*map(format_text, tables), *skipped]))
+    text = "\n\n".join([f"`{results.command}`", *map(format_markdown, tables), *skipped]) + "\n"
     write_whole(options.output_dir / "results.md", text)
-    draw(results, options.output_dir / "comparison.png")
+    draw_comparison(results, options.output_dir / "comparison.png")
     names = ("results.json", "results.md", "comparison.png")
     print("\nwrote " + ", ".join(str(options.output_dir / name) for name in names))
 
 
-def say(message: str) -> None:
-    """Tells how far it is, once for all processes."""
-    if not int(os.environ.get("RANK", "0")):
+def print_progress(message: str) -> None:
+    """Prints on stderr how far it is, once for all processes."""
+    if read_rank() == 0:
         print(message, file=sys.stderr, flush=True)
 
 

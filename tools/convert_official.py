@@ -10,7 +10,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from s3a.support import command_line as cli
+from s3a.support.command_line import run_command
 from s3a.support.errors import unknown
 from s3a.weights.folder import save_folder
 from s3a.weights.official import KeyTable, convert_state, read_checkpoint
@@ -98,4 +98,4 @@ def fits(state: dict[str, Tensor], name: str, table: KeyTable) -> bool:
 
 
 if __name__ == "__main__":
-    cli.run(Options, main)
+    run_command(Options, main)

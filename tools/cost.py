@@ -11,7 +11,7 @@ import tyro
 
 from s3a.analysis.cost import Cost, count_cost
 from s3a.published import PUBLISHED
-from s3a.support import command_line as cli
+from s3a.support.command_line import run_command
 from s3a.support.errors import unknown
 
 LEGEND = """\
@@ -75,4 +75,4 @@ def format_table(costs: dict[str, Cost], height: int, width: int) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(Options, main)
+    run_command(Options, main)

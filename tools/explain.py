@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from s3a.analysis.explain import explain
-from s3a.support import command_line as cli
+from s3a.support.command_line import run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,4 +48,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(Options, main)
+    run_command(Options, main)

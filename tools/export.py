@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from s3a import CompilationError, compile_model
 from s3a.export import Format, check_format, export, load
-from s3a.support import command_line as cli
+from s3a.support.command_line import run_command
 from s3a.support.timing import take_turns
 from s3a.weights.card import format_table
 from s3a.weights.pretrained import load_pretrained
@@ -118,4 +118,4 @@ def inference(run: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], T
 
 
 if __name__ == "__main__":
-    cli.run(Options, main)
+    run_command(Options, main)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from s3a.support import command_line as cli
+from s3a.support.command_line import run_command
 from s3a.training.run_folder import METRICS_NAME
 
 LOG_NAME = "log.txt"
@@ -329,4 +329,4 @@ def non_finite(runs: list[Run]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(Options, main)
+    run_command(Options, main)

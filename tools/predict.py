@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from s3a.analysis.attribution import attribute, check_explicable
 from s3a.analysis.overlay import draw, prepare
-from s3a.data.decode import image_mode, read_image
-from s3a.support import command_line as cli
+from s3a.data.decode import choose_mode, read_image
+from s3a.support.command_line import print_error, run_command
 from s3a.weights.pretrained import load_pretrained
 
 
@@ -62,7 +62,7 @@ def main(options: Options) -> None:
     model = load_pretrained(options.weights, options.revision)
     names = label_names(model)
     config = resolve_model_data_config(model)
-    mode, steps = image_mode(config["input_size"][0]), create_transform(**config, is_training=False).transforms
+    mode, steps = choose_mode(config["input_size"][0]), create_transform(**config, is_training=False).transforms
     pictures = picture_paths(options.images, options.overlay) if options.overlay else [None] * len(options.images)
     if options.overlay:
         check_explicable(model)
@@ -73,7 +73,7 @@ def main(options: Options) -> None:
         try:
             image = read_image(path, mode)
         except (ValueError, OSError) as error:
-            cli.report(error)
+            print_error(error)
             unreadable = True
             continue
         logits = look(model, image, steps, names, path.name, picture)
@@ -157,4 +157,4 @@ def told(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(Options, main)
+    run_command(Options, main)

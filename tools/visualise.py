@@ -14,7 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
 from s3a.geometry import FIXED, Neighborhood, Scan, sparse_scan
-from s3a.support import command_line as cli
+from s3a.support.command_line import run_command
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart.
 QUERY, ANCHOR, WINDOW, OWN = "#D55E00", "#0072B2", "#56B4E9", "#E69F00"
@@ -194,4 +194,4 @@ def save(figure: Figure, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(Options, main)
+    run_command(Options, main)

@@ -18,9 +18,10 @@ attention times gradients (arXiv 2103.15679). Blocks with the same scan on the s
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from s3a.attention.plan import lay_out_scan
 from s3a.geometry import Neighborhood, find_passes
 from s3a.nn.s3a import S3A
 
-ITSELF = Neighborhood(1)  # stands for a pass that a scan leaves out
+ITSELF = Neighborhood((1, 1))  # stands for a pass that a scan leaves out
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +71,13 @@ class Attribution:
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """What one S3A computed: projected tokens [1, height, width, 3 * dim], and what its last layer was given."""
+class BlockCall:
+    """What one S3A computed.
+
+    Attributes:
+        qkv: [1, height, width, 3 * dim], what its first layer returned.
+        mixed: [1, height, width, dim], what its last layer was given.
+    """
 
     attention: S3A
     qkv: Tensor
@@ -91,7 +97,7 @@ class Call:
 
 @torch.enable_grad()
 def attribute(model: nn.Module, image: Tensor, label: int | None = None) -> Attribution:
-    """Where a model looked for a class, on the deepest map on which all of its scans have both passes.
+    """The relevance of anchors and tokens for a class, on the deepest map on which all scans have both passes.
 
     Deeper maps know more of the class; but where windows or anchors shrink to a single token, nothing is left to
     choose. For an image so small that no map has both, the finest is taken. The model is left as it is.
@@ -105,7 +111,7 @@ def attribute(model: nn.Module, image: Tensor, label: int | None = None) -> Attr
         ValueError: for a model without sparse scans, classes or gradients, or a class that it does not know.
     """
     check_explicable(model)
-    with recorded(model) as calls:
+    with record_calls(model) as calls:
         logits = model(image.detach().requires_grad_())[0]  # a gradient also where the weights are frozen
     label = int(logits.argmax()) if label is None else label
     if not 0 <= label < len(logits):
@@ -116,13 +122,13 @@ def attribute(model: nn.Module, image: Tensor, label: int | None = None) -> Attr
         height=height,
         width=width,
         stride=find_stride(model, image, height, width),
-        scans=tuple(add_up(chosen, gradients_of(logits[label], chosen))),
+        scans=tuple(sum_by_scan(chosen, find_gradients(logits[label], chosen))),
         logits=logits.detach(),
     )
 
 
 def check_explicable(model: nn.Module) -> None:
-    """Raises ValueError for a model whose classes cannot be traced to anchors."""
+    """Raises ValueError for a model without anchors, or without a logit per class."""
     name = type(model).__name__
     if not any(isinstance(module, S3A) for module in model.modules()):
         raise ValueError(f"{name} has no sparse scans, so no anchors to show: use a model with S3A, such as SSViT")
@@ -131,22 +137,25 @@ def check_explicable(model: nn.Module) -> None:
 
 
 @contextmanager
-def recorded(model: nn.Module) -> Iterator[list[Call]]:
-    """Runs the model in evaluation mode, and keeps what every S3A computes, in the order of the calls."""
-    calls: list[Call] = []
+def record_calls(model: nn.Module) -> Iterator[list[BlockCall]]:
+    """Inside, the model is in evaluation mode, and what every S3A computes is added to a list as it runs."""
+    calls: list[BlockCall] = []
     projected: dict[nn.Module, Tensor] = {}
 
-    def keep(attention: S3A) -> list[RemovableHandle]:
-        def before(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            calls.append(Call(attention, projected.pop(module), *inputs))
-
-        def after(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    def add_hooks(attention: S3A) -> list[RemovableHandle]:
+        def after_first_layer(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             projected[attention.proj] = output
 
-        return [attention.qkv.register_forward_hook(after), attention.proj.register_forward_pre_hook(before)]
+        def before_last_layer(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            calls.append(BlockCall(attention, projected.pop(module), *inputs))
+
+        return [
+            attention.qkv.register_forward_hook(after_first_layer),
+            attention.proj.register_forward_pre_hook(before_last_layer),
+        ]
 
     was_training = model.training
-    hooks = [hook for module in model.modules() if isinstance(module, S3A) for hook in keep(module)]
+    hooks = [hook for module in model.modules() if isinstance(module, S3A) for hook in add_hooks(module)]
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled code would run without the hooks
             model.eval()
@@ -157,48 +166,53 @@ def recorded(model: nn.Module) -> Iterator[list[Call]]:
             hook.remove()
 
 
-def choose_map(calls: list[Call]) -> tuple[int, int]:
+def choose_map(calls: list[BlockCall]) -> tuple[int, int]:
     """The deepest map on which every scan has both passes; the finest where there is none."""
-    whole: dict[tuple[int, int], bool] = {}
+    has_both: dict[tuple[int, int], bool] = {}
     for call in calls:
-        whole[call.map_size] = whole.get(call.map_size, True) and None not in call.passes
-    return next((size for size in reversed(whole) if whole[size]), next(iter(whole)))
+        has_both[call.map_size] = has_both.get(call.map_size, True) and None not in call.passes
+    return next((size for size in reversed(has_both) if has_both[size]), next(iter(has_both)))
 
 
-def gradients_of(logit: Tensor, calls: list[Call]) -> tuple[Tensor, ...]:
+def find_gradients(logit: Tensor, calls: list[BlockCall]) -> list[Tensor]:
     """The logit's gradients, with respect to what the last layer of each S3A was given.
 
     Raises:
         ValueError: where something in the model passes no gradients on.
     """
-    outputs = [call.mixed for call in calls]
-    gradients = torch.autograd.grad(logit, outputs, allow_unused=True) if logit.requires_grad else (None,)
-    if any(gradient is None for gradient in gradients):
+    mixed = [call.mixed for call in calls]
+    found = torch.autograd.grad(logit, mixed, allow_unused=True) if logit.requires_grad else ()
+    gradients = [gradient for gradient in found if gradient is not None]
+    if len(gradients) < len(calls):
         raise ValueError("these weights pass no gradients on, as some quantized ones do: use the float weights")
     return gradients
 
 
 def find_stride(model: nn.Module, image: Tensor, height: int, width: int) -> int:
     """Pixels from token to token, by the model's own description of its maps (timm's feature_info)."""
-    for stride in (entry["reduction"] for entry in model.feature_info):
+    feature_info: Sequence[dict[str, Any]] = getattr(model, "feature_info", ())
+    for stride in (int(entry["reduction"]) for entry in feature_info):
         if (height, width) == tuple(math.ceil(side / stride) for side in image.shape[-2:]):
             return stride
     raise ValueError(f"no entry of {type(model).__name__}.feature_info is of a map of {height} x {width} tokens")
 
 
-def add_up(calls: list[Call], gradients: tuple[Tensor, ...]) -> Iterator[ScanRelevance]:
-    """The relevance of each scan among the calls of one map."""
-    traced: dict[tuple[Neighborhood, Neighborhood], list[tuple[Tensor, Tensor]]] = {}
+def sum_by_scan(calls: list[BlockCall], gradients: list[Tensor]) -> Iterator[ScanRelevance]:
+    """The relevance of each scan among the blocks on one map, summed over the blocks that have it."""
+    by_scan: dict[tuple[Neighborhood, Neighborhood], list[tuple[Tensor, Tensor]]] = {}
     for call, gradient in zip(calls, gradients, strict=True):
-        passes = tuple(step or ITSELF for step in call.passes)
-        traced.setdefault(passes, []).append(trace(call, gradient, passes))
-    for (local, anchor), parts in traced.items():
+        local, anchor = call.passes
+        passes = (local or ITSELF, anchor or ITSELF)
+        by_scan.setdefault(passes, []).append(attribute_block(call, gradient, passes))
+    for (local, anchor), parts in by_scan.items():
         anchors, tokens = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
         yield ScanRelevance(local=local, anchor=anchor, anchors=anchors, tokens=tokens)
 
 
-def trace(call: Call, gradient: Tensor, passes: tuple[Neighborhood, Neighborhood]) -> tuple[Tensor, Tensor]:
-    """The relevance of a block's anchors and tokens, each [height, width].
+def attribute_block(
+    call: BlockCall, gradient: Tensor, passes: tuple[Neighborhood, Neighborhood]
+) -> tuple[Tensor, Tensor]:
+    """The relevance of a block's anchors and of its tokens, each [height, width].
 
     Args:
         gradient: of the logit, with respect to what S3A's last layer was given; attention is one of its two summands,
@@ -212,5 +226,5 @@ def trace(call: Call, gradient: Tensor, passes: tuple[Neighborhood, Neighborhood
     seen = reference.attend(query, key, value, plan.passes[0].layout, scale)  # u, [1, tokens, heads, head_dim]
     attended = reference.attend(query, key, seen, plan.passes[1].layout, scale)  # o
     to_seen, to_value = torch.autograd.grad(attended, (seen, value), gradient.reshape(attended.shape))
-    relevances = ((to_seen * seen).sum((0, 2, 3)), (to_value * value).sum((0, 2, 3)))
-    return tuple(relevance.detach().unflatten(0, (height, width)) for relevance in relevances)
+    anchors, tokens = (to_seen * seen).sum((0, 2, 3)), (to_value * value).sum((0, 2, 3))
+    return anchors.detach().view(height, width), tokens.detach().view(height, width)

@@ -1,9 +1,9 @@
-"""A picture of where a model looked: anchors and reference windows over the image, by their relevance."""
+"""A picture of where a model looked: its most relevant anchors and reference windows over the image."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,10 +17,8 @@ from torch import Tensor
 from torchvision.transforms import Resize
 
 from s3a.analysis.attribution import Attribution
-from s3a.geometry import Neighborhood
+from s3a.support.palette import ANCHOR_ON_IMAGE, INK, PAPER, SOFT_INK, WINDOW_ON_IMAGE
 
-# Okabe and Ito's colours, which every kind of colour vision tells apart.
-ANCHOR, WINDOW, INK, SOFT_INK, PAPER = "#D55E00", "#F0E442", "#1F2328", "#59636E", "#FFFFFF"
 PANEL, MARGIN, GAP, ABOVE, BELOW, DPI = 4.4, 0.25, 0.25, 0.95, 0.75, 150  # inches, and pixels per inch
 MOST_WINDOWS = 5
 SMALLEST_SHARE = 0.005  # of an anchor that is drawn
@@ -51,29 +49,30 @@ class View:
     width: float
 
 
-def prepare(image: Image.Image, steps: Sequence[Any]) -> tuple[Tensor, View]:
+def prepare_image(image: Image.Image, steps: Sequence[Callable[[Any], Any]]) -> tuple[Tensor, View]:
     """Runs the steps of timm's preprocessing; returns the network's picture, and what part of the image it is.
 
     Resizing stretches the whole picture, and cropping keeps its middle: timm prepares images for inference with
-    nothing else.
+    nothing else. Of 100 x 200 pixels, a side of 50 and a crop of 40: resized to 50 x 100, where a pixel is 2 x 2 of the
+    image; the crop of 40 x 40 begins 5 pixels from the top and 30 from the left, which are 10 and 60 of the image.
     """
     view = View(0, 0, 1, 1, image.height, image.width)
     picture: Any = image
     for step in steps:
         before, picture = picture, step(picture)
         if isinstance(picture, Image.Image):
-            change = stretched if isinstance(step, (Resize, ResizeKeepRatio)) else cropped
+            change = stretch_view if isinstance(step, (Resize, ResizeKeepRatio)) else crop_view
             view = change(view, before, picture)
     return picture, view
 
 
-def stretched(view: View, before: Image.Image, after: Image.Image) -> View:
-    """The same part of the image, of other pixels."""
+def stretch_view(view: View, before: Image.Image, after: Image.Image) -> View:
+    """The same part of the image, in pixels of another size."""
     return replace(view, tall=view.tall * before.height / after.height, wide=view.wide * before.width / after.width)
 
 
-def cropped(view: View, before: Image.Image, after: Image.Image) -> View:
-    """The middle part."""
+def crop_view(view: View, before: Image.Image, after: Image.Image) -> View:
+    """The middle of that part, in pixels of the same size."""
     return replace(
         view,
         top=view.top + (before.height - after.height) / 2 * view.tall,
@@ -88,17 +87,26 @@ def cropped(view: View, before: Image.Image, after: Image.Image) -> View:
 # --------------------------------------------------------------------------------------------------------
 
 
+class Window(NamedTuple):
+    """The tokens that an anchor sees in the local pass."""
+
+    first_row: int
+    last_row: int
+    first_column: int
+    last_column: int
+
+
 @dataclass(frozen=True)
 class Mark:
-    """An anchor, its reference window in tokens (first and last row and column), and its share of all that spoke."""
+    """An anchor, its reference window, and its share of the relevance of all anchors that spoke for the class."""
 
     row: int
     column: int
-    window: tuple[int, int, int, int]
+    window: Window
     share: float
 
 
-def marks(attribution: Attribution) -> list[Mark]:
+def find_marks(attribution: Attribution) -> list[Mark]:
     """The anchors that spoke for the class, strongest first; shares add up to 1, those too small to see included."""
     height, width = attribution.height, attribution.width
     positive = [scan.anchors.clamp(min=0) for scan in attribution.scans]
@@ -106,31 +114,26 @@ def marks(attribution: Attribution) -> list[Mark]:
     found = []
     for scan, anchors in zip(attribution.scans, positive, strict=True):
         for row, column in (anchors > SMALLEST_SHARE * total).nonzero().tolist():
-            window = find_window(scan.local, row, column, height, width)
+            rows, columns = scan.local.keys(row, column, height, width)
+            window = Window(int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1]))
             found.append(Mark(row, column, window, float(anchors[row, column]) / total))
     return sorted(found, key=lambda mark: -mark.share)
 
 
-def find_window(local: Neighborhood, row: int, column: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """The reference window of an anchor: first row, last row, first column, last column."""
-    rows, columns = local.keys(row, column, height, width)
-    return int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
-
-
-def framed(strongest: list[Mark]) -> list[Mark]:
+def choose_framed(strongest: list[Mark]) -> list[Mark]:
     """The marks whose windows are drawn: those of the strongest anchors that do not overlap."""
     chosen: list[Mark] = []
     for mark in strongest:
-        alone = not any(overlap(mark.window, other.window) for other in chosen)
+        alone = not any(do_overlap(mark.window, other.window) for other in chosen)
         if alone and len(chosen) < MOST_WINDOWS and mark.share > strongest[0].share / 3:
             chosen.append(mark)
     return chosen
 
 
-def overlap(window: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> bool:
+def do_overlap(window: Window, other: Window) -> bool:
     """Whether two windows share a token."""
-    top, bottom, left, right = window
-    return top <= other[1] and other[0] <= bottom and left <= other[3] and other[2] <= right
+    rows = window.first_row <= other.last_row and other.first_row <= window.last_row
+    return rows and window.first_column <= other.last_column and other.first_column <= window.last_column
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -138,7 +141,7 @@ def overlap(window: tuple[int, int, int, int], other: tuple[int, int, int, int])
 # --------------------------------------------------------------------------------------------------------
 
 
-def draw(image: Image.Image, view: View, attribution: Attribution, title: str, name: str) -> Figure:
+def draw_overlay(image: Image.Image, view: View, attribution: Attribution, title: str, name: str) -> Figure:
     """The whole image, and beside it what the network saw, with its anchors and windows.
 
     Args:
@@ -153,65 +156,92 @@ def draw(image: Image.Image, view: View, attribution: Attribution, title: str, n
         axes.imshow(image.convert("RGB"), extent=(0, image.width, image.height, 0), interpolation="antialiased")
         axes.autoscale(False)
         axes.set_axis_off()
-    whole.add_patch(frame(view.left, view.top, view.width, view.height, PAPER))
+    whole.add_patch(make_frame(Box(view.left, view.top, view.width, view.height), PAPER))
     seen.set(xlim=(view.left, view.left + view.width), ylim=(view.top + view.height, view.top))
-    strongest = marks(attribution)
-    draw_marks(seen, Grid(view, attribution), strongest, framed(strongest))
-    write(figure, title, name, image, attribution, strongest)
+    strongest = find_marks(attribution)
+    windows = choose_framed(strongest)
+    draw_marks(seen, Grid(view, attribution), strongest, windows)
+    write_texts(figure, title, name, image, attribution, windows)
     return figure
 
 
+class Box(NamedTuple):
+    """A rectangle in pixels of the image."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
 class Grid:
-    """The tokens of a map in the pixels of the image."""
+    """Where the tokens of a map lie in the image.
+
+    Token (row, column) is centred on the pixel (row * stride, column * stride) of the network's picture.
+    """
 
     def __init__(self, view: View, attribution: Attribution) -> None:
         self.view = view
         self.tall, self.wide = attribution.stride * view.tall, attribution.stride * view.wide
 
-    def centre(self, row: int, column: int) -> tuple[float, float]:
-        """Of a token, across and down: the middle of the pixel on which it is centred."""
+    def find_centre(self, row: int, column: int) -> tuple[float, float]:
+        """The centre of a token, across and down: the middle of the pixel on which it is centred."""
         across = self.view.left + column * self.wide + self.view.wide / 2
         return across, self.view.top + row * self.tall + self.view.tall / 2
 
-    def box(self, window: tuple[int, int, int, int]) -> tuple[float, float, float, float]:
-        """Of a window, within what the network saw: left, top, width, height."""
-        first, last = self.centre(window[0], window[2]), self.centre(window[1], window[3])
+    def find_box(self, window: Window) -> Box:
+        """The tokens of a window, as far as they are within what the network saw."""
+        first = self.find_centre(window.first_row, window.first_column)
+        last = self.find_centre(window.last_row, window.last_column)
         left, top = max(first[0] - self.wide / 2, self.view.left), max(first[1] - self.tall / 2, self.view.top)
         right = min(last[0] + self.wide / 2, self.view.left + self.view.width)
-        return left, top, right - left, min(last[1] + self.tall / 2, self.view.top + self.view.height) - top
+        bottom = min(last[1] + self.tall / 2, self.view.top + self.view.height)
+        return Box(left, top, right - left, bottom - top)
 
 
 def draw_marks(axes: Axes, grid: Grid, strongest: list[Mark], windows: list[Mark]) -> None:
     """Darkens what lies outside the windows, frames them, and sets a dot on every anchor, its area by its share."""
     view = grid.view
-    boxes = [grid.box(mark.window) for mark in windows]
-    across = view.left + (np.arange(SHADE) + 0.5) / SHADE * view.width
-    down = view.top + (np.arange(SHADE) + 0.5) / SHADE * view.height
+    boxes = [grid.find_box(mark.window) for mark in windows]
+    columns = view.left + (np.arange(SHADE) + 0.5) / SHADE * view.width
+    rows = view.top + (np.arange(SHADE) + 0.5) / SHADE * view.height
     shade = np.zeros((SHADE, SHADE, 4))
     shade[..., 3] = 0.5
     for left, top, width, height in boxes:
-        shade[np.ix_((down >= top) & (down <= top + height), (across >= left) & (across <= left + width))] = 0
+        shade[np.ix_((rows >= top) & (rows <= top + height), (columns >= left) & (columns <= left + width))] = 0
     axes.imshow(shade, extent=(view.left, view.left + view.width, view.top + view.height, view.top), aspect="equal")
     for box in boxes:
-        axes.add_patch(frame(*box, WINDOW))
+        axes.add_patch(make_frame(box, WINDOW_ON_IMAGE))
     if strongest:
         token = 72 * PANEL * max(grid.wide / view.width, grid.tall / view.height)  # points
         largest = min(0.7 * token, 22) ** 2 / strongest[0].share
-        centres = np.array([grid.centre(mark.row, mark.column) for mark in strongest])
+        centres = [grid.find_centre(mark.row, mark.column) for mark in strongest]
+        across, down = zip(*centres, strict=True)
         areas = [largest * mark.share for mark in strongest]
-        axes.scatter(*centres.T, s=areas, color=ANCHOR, edgecolor=PAPER, linewidth=0.8, zorder=3, clip_on=False)
+        axes.scatter(
+            across, down, s=areas, color=ANCHOR_ON_IMAGE, edgecolor=PAPER, linewidth=0.8, zorder=3, clip_on=False
+        )
 
 
-def frame(left: float, top: float, width: float, height: float, color: str) -> Rectangle:
+def make_frame(box: Box, color: str) -> Rectangle:
     """A rectangle that is seen on any ground."""
-    style = {"edgecolor": color, "linewidth": 1.8, "path_effects": OUTLINE, "clip_on": False}
-    return Rectangle((left, top), width, height, fill=False, **style)
+    corner = (box.left, box.top)
+    return Rectangle(
+        corner,
+        box.width,
+        box.height,
+        fill=False,
+        edgecolor=color,
+        linewidth=1.8,
+        path_effects=OUTLINE,
+        clip_on=False,
+    )
 
 
-def write(
-    figure: Figure, title: str, name: str, image: Image.Image, attribution: Attribution, strongest: list[Mark]
+def write_texts(
+    figure: Figure, title: str, name: str, image: Image.Image, attribution: Attribution, windows: list[Mark]
 ) -> None:
-    """The title, what the panels are, and what the marks mean."""
+    """Writes the title, what the panels are, and what the marks mean."""
     width, height = figure.get_size_inches()
     left, middle = MARGIN / width, (MARGIN + PANEL + GAP) / width
     about = f"{shorten(name, 36)}, {image.width} x {image.height} pixels"
@@ -220,21 +250,29 @@ def write(
     for place, text in ((left, about), (middle, seen)):
         figure.text(place, 1 - 0.76 / height, text, size=9.5, color=SOFT_INK, parse_math=False)
 
-    windows = framed(strongest)
-    carried = round(100 * sum(mark.share for mark in windows))
+    share = round(100 * sum(mark.share for mark in windows))
+    anchors = Line2D([], [], linestyle="", marker="o", markersize=11, color=ANCHOR_ON_IMAGE, markeredgecolor=PAPER)
+    frames = Line2D([], [], linestyle="", marker="s", markersize=11, color="none", markeredgecolor=WINDOW_ON_IMAGE)
+    frames.set(markeredgewidth=2, path_effects=OUTLINE)
     meanings = {
-        "anchors that spoke for the class, by their share": {"marker": "o", "color": ANCHOR, "mec": PAPER},
-        f"their strongest reference windows side by side: {len(windows)}, {carried} %": {
-            **{"marker": "s", "color": "none", "mec": WINDOW},
-            **{"mew": 2, "path_effects": OUTLINE},
-        },
+        "anchors that spoke for the class, by their share": anchors,
+        f"their strongest reference windows side by side: {len(windows)}, {share} %": frames,
     }
-    handles = [Line2D([], [], linestyle="", markersize=11, **mark) for mark in meanings.values()]
-    place = {"loc": "lower left", "bbox_to_anchor": (left, 0.22 / height), "ncol": 2, "borderpad": 0}
-    style = {"frameon": False, "fontsize": 9.5, "labelcolor": INK, "handletextpad": 0.4, "columnspacing": 1.8}
-    figure.legend(handles, list(meanings), **place, **style)
+    figure.legend(
+        list(meanings.values()),
+        list(meanings),
+        loc="lower left",
+        bbox_to_anchor=(left, 0.22 / height),
+        ncol=2,
+        borderpad=0,
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=INK,
+        handletextpad=0.4,
+        columnspacing=1.8,
+    )
 
 
 def shorten(text: str, most: int) -> str:
-    """A text that fits on its line."""
+    """The text, cut to a number of characters: at a space where it has any."""
     return textwrap.shorten(text, most, placeholder=" ...") if " " in text else text[:most]

@@ -3,5 +3,6 @@
 - `candidates`: what is compared, and the recipe of every run;
 - `scores`: the runs, and what they reached;
 - `speed`: time and memory, and how they grow with the input;
-- `report`: the result as a file, a table and a picture.
+- `results`: what was found, as a file that a later call goes on with;
+- `report`: the result as tables and a picture.
 """

@@ -35,8 +35,8 @@ class Candidate:
         size = None if self.size is None else f"size {self.size}"
         return " ".join(part for part in (self.model, self.scan, size) if part is not None)
 
-    def plain(self) -> "Candidate":
-        """The same without what is the model's own anyway, as another comparison may have trained it."""
+    def drop_defaults(self) -> "Candidate":
+        """The same candidate without a scan or size that its model has anyway: other comparisons can share its runs."""
         with torch.device("meta"):
             model = timm.create_model(self.model)
         sizes = {module.size for module in model.modules() if isinstance(module, S3A)}
@@ -49,11 +49,11 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A candidate with what it costs and how it is trained.
+    """A candidate with its cost and the recipe that it is trained by.
 
     Attributes:
-        folder: what the folder of its runs is called.
-        recipe: of all its runs, but for seed and place.
+        folder: the name of the folder of its runs.
+        recipe: of all its runs, but for seed and output folder.
         cost: of one image of the recipe's size.
     """
 
@@ -67,12 +67,12 @@ class Contender:
         """What tables call it."""
         return self.candidate.label
 
-    def run(self, runs: Path, seed: int) -> Recipe:
-        """The recipe of one run, which lies under `runs`."""
+    def make_recipe(self, runs: Path, seed: int) -> Recipe:
+        """The recipe of the run with this seed, whose folder lies under `runs`."""
         return replace(self.recipe, seed=seed, output_dir=runs / self.folder / f"seed-{seed}")
 
-    def gmacs(self, num_images: int) -> float:
-        """What a training costs in forward GMACs, counted whole; backward passes cost in proportion."""
+    def count_training_gmacs(self, num_images: int) -> float:
+        """The forward GMACs of a run on `num_images` images, counted whole; backwards cost in proportion."""
         return self.recipe.total_epochs * num_images * self.cost.gmacs
 
 
@@ -98,7 +98,7 @@ def list_candidates(models: Iterable[str], scans: Iterable[str], sizes: Iterable
     return [Candidate(model=model, scan=scan, size=size) for model, scan, size in combined]
 
 
-def prepare(
+def make_contenders(
     candidates: list[Candidate],
     recipe: Recipe,
     label_names: list[str],
@@ -106,7 +106,7 @@ def prepare(
     equal: Equal = "epochs",
     reference: str | None = None,
 ) -> list[Contender]:
-    """Counts every candidate and plans its training.
+    """Counts what every candidate costs, and gives it the recipe of its runs.
 
     Args:
         recipe: of every run; the candidate fills in model, scan and size.
@@ -120,33 +120,35 @@ def prepare(
     labels = [candidate.label for candidate in candidates]
     if reference is not None and reference not in labels:
         raise unknown("reference", reference, labels)
-    recipes = [replace(recipe, model=each.model, scan=each.scan, size=each.size) for each in candidates]
-    costs = [count(own, label_names) for own in recipes]
-    most = costs[labels.index(reference or labels[0])].gmacs
+    costs = []
+    for candidate in candidates:
+        model = build_checked_model(
+            replace(recipe, model=candidate.model, scan=candidate.scan, size=candidate.size), label_names
+        )
+        costs.append(count_cost(model, recipe.image_size, recipe.image_size))
+    reference_gmacs = costs[labels.index(reference or labels[0])].gmacs
     contenders = []
-    for candidate, own, cost in zip(candidates, recipes, costs, strict=True):
-        plain = candidate.plain()
-        own = replace(own, scan=plain.scan, size=plain.size)
-        own = scaled(own, most / cost.gmacs) if equal == "compute" else own
+    for candidate, cost in zip(candidates, costs, strict=True):
+        plain = candidate.drop_defaults()
+        own = replace(recipe, model=plain.model, scan=plain.scan, size=plain.size)
+        own = scale_epochs(own, reference_gmacs / cost.gmacs) if equal == "compute" else own
         folder = plain.label.replace(" ", "-")
         contenders.append(Contender(candidate=candidate, folder=folder, recipe=own, cost=cost))
     return contenders
 
 
-def build(recipe: Recipe, label_names: list[str]) -> nn.Module:
+def build_checked_model(recipe: Recipe, label_names: list[str]) -> nn.Module:
     """The recipe's model; ValueError where it does not take the recipe's images."""
     model = build_model(recipe, label_names)
     check_image_size(model, recipe.image_size)
     return model
 
 
-def count(recipe: Recipe, label_names: list[str]) -> Cost:
-    """What one image of the recipe's size costs its model."""
-    return count_cost(build(recipe, label_names), recipe.image_size, recipe.image_size)
+def scale_epochs(recipe: Recipe, factor: float) -> Recipe:
+    """A training `factor` times as long, to the nearest whole epoch and at least one; its phases keep their shares.
 
-
-def scaled(recipe: Recipe, factor: float) -> Recipe:
-    """A training `factor` times as long, to the nearest whole epoch and at least one; its phases keep their shares."""
+    Half of 20 epochs with 4 of warm-up, and 4 more of cooldown: 10 with 2, and 2 more.
+    """
     total = max(1, round(factor * recipe.total_epochs))
     cooldown = min(round(factor * recipe.cooldown_epochs), total - 1)
     late = recipe.late_drop_path and (recipe.late_drop_path[0], max(1, round(factor * recipe.late_drop_path[1])))

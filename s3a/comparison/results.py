@@ -5,14 +5,72 @@ import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
-from s3a.support.timing import machine
+from s3a.support.timing import describe_machine
 from s3a.training.run_folder import write_whole
 
 RESULTS_NAME = "results.json"
+
+
+class Spread(TypedDict):
+    """A figure of several runs: its mean, its deviation, and each seed's, in their order.
+
+    The deviation is that of a sample, divided by one less than the count; None for one seed.
+    """
+
+    mean: float
+    deviation: float | None
+    seeds: list[float]
+
+
+class Difference(Spread):
+    """A figure's differences from the reference, seed by seed; with the standard error of their mean."""
+
+    error: float | None
+
+
+class Differences(TypedDict, total=False):
+    """How far a candidate's scores lie above the reference's; none for the reference itself."""
+
+    top1_difference: Difference
+    val_loss_difference: Difference
+
+
+class Score(Differences):
+    """A candidate: what it is, what it costs, and what its runs reached after the last epoch, or at their best."""
+
+    label: str
+    model: str
+    scan: str | None
+    size: int | None
+    epochs: int
+    training_gmacs: int
+    parameters: int
+    published_gmacs: float
+    gmacs: float
+    top1: Spread
+    best_top1: Spread
+    val_loss: Spread
+
+
+class GrowthFigures(TypedDict, total=False):
+    """Time and memory of one image, or why they were not measured."""
+
+    mib: float
+    ms: float
+    fastest_ms: float
+    slowest_ms: float
+    skipped: str
+
+
+class Growth(GrowthFigures):
+    """A candidate's time and memory at one side of the image."""
+
+    label: str
+    image_size: int
 
 
 @dataclass
@@ -22,22 +80,19 @@ class Results:
     Attributes:
         command: that wrote it last. settings: what the comparison is of, for the reader.
         machine: where times are measured. timing: what they are of; where that changes they are measured anew.
-        scores: a row for each candidate, once all its runs are done.
-        speed: label -> throughput and memory. growth: a row for each candidate and side.
+        scores: one for each candidate, once all its runs are done.
+        speed: label -> images per second and MiB by name, for each phase, inference and training:
+            PHASE_images_per_second (median), PHASE_images_per_second_fastest, ..._slowest and PHASE_mib.
+        growth: one for each candidate and side.
     """
 
     machine: dict[str, Any]
     timing: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     command: str = ""
-    scores: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
     speed: dict[str, dict[str, float]] = field(default_factory=dict)
-    growth: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each candidate: its scores, and its speed where that is measured."""
-        return [row | self.speed.get(row["label"], {}) for row in self.scores]
+    growth: list[Growth] = field(default_factory=list)
 
     @property
     def sides(self) -> list[int]:
@@ -50,13 +105,13 @@ class Results:
         write_whole(folder / RESULTS_NAME, json.dumps(asdict(self), indent=2, default=str) + "\n")
 
 
-def open_results(folder: Path, timing: dict[str, Any], device: torch.device) -> Results:
+def open_results(folder: Path, timing: dict[str, object], device: torch.device) -> Results:
     """The result in a folder to go on with, or a new one, which takes the place of one with other times.
 
     Raises:
         ValueError: where the folder cannot be written, the file is no result, or its times are another machine's.
     """
-    fresh = Results(machine=as_json(machine(device)), timing=as_json(timing))
+    fresh = Results(machine=convert_to_json(describe_machine(device)), timing=convert_to_json(timing))
     path = folder / RESULTS_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,13 +133,13 @@ def open_results(folder: Path, timing: dict[str, Any], device: torch.device) -> 
     return found
 
 
-def as_json(value: Any) -> Any:
-    """The value as a file gives it back."""
-    return json.loads(json.dumps(value, default=str))
+def convert_to_json(values: dict[str, object]) -> dict[str, Any]:
+    """The values as a file would give them back: lists for tuples, strings for paths."""
+    return dict(json.loads(json.dumps(values, default=str)))
 
 
 def read_results(path: Path) -> Results:
-    """A result file; ValueError where it is none."""
+    """Reads a result file; ValueError where it is none."""
     try:
         return Results(**json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:

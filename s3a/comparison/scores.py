@@ -1,15 +1,14 @@
 """The runs of a comparison, each an ordinary one that resumes where it was stopped, and what they reached."""
 
-import itertools
 import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from s3a.comparison.candidates import Contender
+from s3a.comparison.results import Difference, Score, Spread
 from s3a.data import ImageData
 from s3a.training.recipe import Recipe
 from s3a.training.run_folder import METRICS_NAME, check_folder
@@ -17,33 +16,22 @@ from s3a.training.trainer import train
 from s3a.weights.folder import CONFIG_NAME
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Figures of several seeds.
-
-    Attributes:
-        mean, deviation: the deviation is that of a sample, divided by one less than the count; None for one seed.
-        seeds: each figure, in the order of the seeds.
-    """
-
-    mean: float
-    deviation: float | None
-    seeds: tuple[float, ...]
-
-    @property
-    def error(self) -> float | None:
-        """The standard error of the mean; None for one seed."""
-        return None if self.deviation is None else self.deviation / math.sqrt(len(self.seeds))
-
-
-def spread(figures: Sequence[float]) -> Spread:
+def summarise_seeds(figures: Sequence[float]) -> Spread:
     """The mean and the deviation of what several seeds gave."""
     deviation = statistics.stdev(figures) if len(figures) > 1 else None
-    return Spread(mean=statistics.fmean(figures), deviation=deviation, seeds=tuple(figures))
+    return {"mean": statistics.fmean(figures), "deviation": deviation, "seeds": list(figures)}
+
+
+def subtract_seeds(figures: Spread, reference: Spread) -> Difference:
+    """The differences of each seed's figures, with the standard error of their mean."""
+    difference = summarise_seeds([own - its for own, its in zip(figures["seeds"], reference["seeds"], strict=True)])
+    deviation = difference["deviation"]
+    error = None if deviation is None else deviation / math.sqrt(len(difference["seeds"]))
+    return {**difference, "error": error}
 
 
 def train_run(recipe: Recipe, data: ImageData) -> list[dict[str, Any]]:
-    """Trains a run to its end, from where it was stopped, if it is not there yet; returns its metrics by epoch.
+    """Trains a run to its end, or goes on with it, unless it is finished; returns its metrics, epoch by epoch.
 
     Raises:
         ValueError: where its folder holds another run.
@@ -69,34 +57,38 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def score(contender: Contender, histories: list[list[dict[str, Any]]], num_images: int) -> dict[str, Any]:
+def make_score(contender: Contender, histories: list[list[dict[str, Any]]], num_images: int) -> Score:
     """A candidate's row: what it is, costs and reached after its last epoch.
 
     Args:
         histories: the metrics of its runs, in the order of the seeds.
         num_images: that it was trained on.
     """
+    candidate, cost = contender.candidate, contender.cost
     return {
         "label": contender.label,
-        **asdict(contender.candidate),
+        "model": candidate.model,
+        "scan": candidate.scan,
+        "size": candidate.size,
         "epochs": contender.recipe.total_epochs,
-        "training_gmacs": round(contender.gmacs(num_images)),
-        **asdict(contender.cost),
-        "top1": asdict(spread([history[-1]["val_top1"] for history in histories])),
-        "best_top1": asdict(spread([max(line["val_top1"] for line in history) for history in histories])),
-        "val_loss": asdict(spread([history[-1]["val_loss"] for history in histories])),
+        "training_gmacs": round(contender.count_training_gmacs(num_images)),
+        "parameters": cost.parameters,
+        "published_gmacs": cost.published_gmacs,
+        "gmacs": cost.gmacs,
+        "top1": summarise_seeds([history[-1]["val_top1"] for history in histories]),
+        "best_top1": summarise_seeds([max(line["val_top1"] for line in history) for history in histories]),
+        "val_loss": summarise_seeds([history[-1]["val_loss"] for history in histories]),
     }
 
 
-def compare_scores(rows: list[dict[str, Any]], reference: str | None) -> None:
+def add_differences(scores: list[Score], reference: str | None) -> None:
     """Adds to every other row how far its top-1 and loss lie above the reference's, seed by seed.
 
     Args:
         reference: a label; None is the first.
     """
-    base = next(row for row in rows if row["label"] == (reference or rows[0]["label"]))
-    for row, figure in itertools.product(rows, ("top1", "val_loss")):
-        if row is not base:
-            pairs = zip(row[figure]["seeds"], base[figure]["seeds"], strict=True)
-            difference = spread([own - its for own, its in pairs])
-            row[f"{figure}_difference"] = {**asdict(difference), "error": difference.error}
+    base = next(score for score in scores if score["label"] == (reference or scores[0]["label"]))
+    for score in scores:
+        if score is not base:
+            score["top1_difference"] = subtract_seeds(score["top1"], base["top1"])
+            score["val_loss_difference"] = subtract_seeds(score["val_loss"], base["val_loss"])

@@ -1,4 +1,4 @@
-"""What the candidates need: throughput in turns, memory, and how both grow with the side of the images.
+"""The candidates' throughput in turns, their memory, and how time and memory grow with the side of the images.
 
 Models run as the recipe's precision has it, uncompiled: so every size of image costs its own work alone.
 """
@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import psutil
 import torch
@@ -16,11 +15,14 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.functional import cross_entropy
 
 from s3a.analysis.cost import count_channels
-from s3a.comparison.candidates import Contender, build
+from s3a.comparison.candidates import Contender, build_checked_model
+from s3a.comparison.results import Growth
 from s3a.support.timing import Sample, take_turns
 from s3a.training.recipe import Recipe
 
 Call = Callable[[], object]
+Held = tuple[nn.Module | torch.optim.Optimizer | Tensor, ...]
+"""Modules, optimizers and tensors that there are before a call."""
 MIB = 2**20
 
 
@@ -34,20 +36,20 @@ def measure_speed(
         peak of one call, weights included.
     """
     found: dict[str, dict[str, float]] = {contender.label: {} for contender in contenders}
-    for phase, make_call in (("inference", inference), ("training", training)):
-        calls = {}
+    for phase, prepare in (("inference", prepare_inference), ("training", prepare_training)):
+        calls: dict[str, Call] = {}
         for contender in contenders:
             side = contender.recipe.image_size
-            call, held = make_call(contender.recipe, label_names, batch_size, side, device)
-            found[contender.label][f"{phase}_mib"] = peak_memory(call, held)
+            call, held = prepare(contender.recipe, label_names, batch_size, side, device)
+            found[contender.label][f"{phase}_mib"] = measure_peak_memory(call, held)
             calls[contender.label] = call
         for label, sample in take_turns(calls, turns).items():
-            found[label] |= throughput(phase, sample, batch_size)
+            found[label] |= convert_to_throughput(phase, sample, batch_size)
     return found
 
 
-def throughput(phase: str, sample: Sample, batch_size: int) -> dict[str, float]:
-    """A sample in images per second."""
+def convert_to_throughput(phase: str, sample: Sample, batch_size: int) -> dict[str, float]:
+    """A sample's median, fastest and slowest turn in images per second, by the names that the result has for them."""
     times = {"": sample.median, "_fastest": sample.fastest, "_slowest": sample.slowest}
     return {f"{phase}_images_per_second{kind}": 1e3 * batch_size / time for kind, time in times.items()}
 
@@ -57,29 +59,30 @@ def measure_growth(
     label_names: list[str],
     device: torch.device,
     side: int,
-    before: list[dict[str, Any]],
+    smaller: list[Growth],
     *,
     turns: int,
-) -> list[dict[str, Any]]:
+) -> list[Growth]:
     """A row for each candidate: milliseconds and MiB of one image of side x side pixels, or why there are none.
 
     Args:
-        before: the rows of smaller sides. What they needed says whether this one would still fit.
+        smaller: the rows of smaller sides. What they needed says whether this one would still fit.
     """
-    calls, rows = {}, []
+    calls: dict[str, Call] = {}
+    rows: list[Growth] = []
     for contender in contenders:
-        row: dict[str, Any] = {"label": contender.label, "image_size": side}
+        row: Growth = {"label": contender.label, "image_size": side}
         rows.append(row)
-        needed = extrapolate([each for each in before if each["label"] == contender.label], side)
-        if needed > free_memory(device):
-            row["skipped"] = f"about {needed:,.0f} MiB would be needed, {free_memory(device):,.0f} are free"
+        needed = extrapolate_memory([each for each in smaller if each["label"] == contender.label], side)
+        if needed > (free := find_free_memory(device)):
+            row["skipped"] = f"about {needed:,.0f} MiB would be needed, {free:,.0f} are free"
             continue
         try:
-            call, held = inference(contender.recipe, label_names, 1, side, device)
+            call, held = prepare_inference(contender.recipe, label_names, 1, side, device)
         except ValueError as error:  # the model does not take this size
             row["skipped"] = str(error)
             continue
-        row["mib"] = peak_memory(call, held)
+        row["mib"] = measure_peak_memory(call, held)
         calls[contender.label] = call
     samples = take_turns(calls, turns, warm_up=1)
     for row in rows:
@@ -89,8 +92,11 @@ def measure_growth(
     return rows
 
 
-def extrapolate(rows: list[dict[str, Any]], side: int) -> float:
-    """MiB that a side will need, if memory goes on growing as between the last two; 0 where less is known."""
+def extrapolate_memory(rows: list[Growth], side: int) -> float:
+    """MiB that a side will need, if memory goes on growing as between the last two; 0 where less is known.
+
+    From 10 MiB at 100 px and 40 at 200, which is growth by the square, 160 at 400 px.
+    """
     known = [(row["image_size"], row["mib"]) for row in rows if "mib" in row]
     if len(known) < 2:
         return 0.0
@@ -98,36 +104,36 @@ def extrapolate(rows: list[dict[str, Any]], side: int) -> float:
     return more * (side / large) ** (math.log(more / less) / math.log(large / small))
 
 
-def free_memory(device: torch.device) -> float:
+def find_free_memory(device: torch.device) -> float:
     """MiB that a new process could have."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return free / MIB
 
 
-def inference(
+def prepare_inference(
     recipe: Recipe, label_names: list[str], batch_size: int, side: int, device: torch.device
-) -> tuple[Call, tuple[Any, ...]]:
+) -> tuple[Call, Held]:
     """One forward, and what it holds before it begins."""
-    model, images, _ = place(recipe, label_names, batch_size, side, device)
+    model, images, _ = make_model_and_batch(recipe, label_names, batch_size, side, device)
     model.eval()
 
     def call() -> Tensor:
-        with torch.no_grad(), precision(recipe, device):
+        with torch.no_grad(), make_autocast(recipe, device):
             return model(images)
 
     return call, (model, images)
 
 
-def training(
+def prepare_training(
     recipe: Recipe, label_names: list[str], batch_size: int, side: int, device: torch.device
-) -> tuple[Call, tuple[Any, ...]]:
+) -> tuple[Call, Held]:
     """One forward, backward and AdamW step, and what they hold before they begin."""
-    model, images, labels = place(recipe, label_names, batch_size, side, device)
+    model, images, labels = make_model_and_batch(recipe, label_names, batch_size, side, device)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def call() -> None:
-        with precision(recipe, device):
+        with make_autocast(recipe, device):
             loss = cross_entropy(model(images).float(), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -137,22 +143,22 @@ def training(
     return call, (model, optimizer, images)
 
 
-def place(
+def make_model_and_batch(
     recipe: Recipe, label_names: list[str], batch_size: int, side: int, device: torch.device
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """The model on the device, with noise for images, and labels."""
-    model = build(replace(recipe, image_size=side), label_names).to(device)
+    model = build_checked_model(replace(recipe, image_size=side), label_names).to(device)
     images = torch.randn(batch_size, count_channels(model), side, side, device=device)
     return model, images, torch.arange(batch_size, device=device) % len(label_names)
 
 
-def precision(recipe: Recipe, device: torch.device) -> AbstractContextManager:
-    """The recipe's mixed precision."""
+def make_autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
+    """A context of the recipe's mixed precision."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return nullcontext() if recipe.precision == "no" else torch.autocast(device.type, dtypes[recipe.precision])
 
 
-def peak_memory(call: Call, held: tuple[Any, ...]) -> float:
+def measure_peak_memory(call: Call, held: Held) -> float:
     """MiB of all tensors at the peak of one call.
 
     Counted, not asked of the system: so it is the same on every machine, and leaves out what kernels need inside.

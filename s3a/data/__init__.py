@@ -1,4 +1,4 @@
-"""Images: where they come from, and the loaders that feed the engine.
+"""Images: where they come from, and the loaders that feed training and evaluation.
 
 A source becomes two `Images`, one per split, which are read by row number. What a step of training sees is a function
 of the seed, the epoch and the step alone: not of the processes, the workers or where a run was interrupted.

@@ -5,9 +5,9 @@ asked before.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from s3a.data.decode import UnreadableImageError, decoded
+from s3a.data.decode import UnreadableImageError, decode_image
 from s3a.data.images import DataError, Images, Row, Shuffle
 from s3a.data.slices import EvalSlices, Slices
 
 Transform = Callable[[Image.Image], Tensor]
-MicroBatch = tuple[int, int]
-"""A micro-batch of a process: the epoch, and its number in it."""
+BatchKey = tuple[int, int]
+"""Which micro-batch of a process: the epoch, and its number in it."""
 
 
 class Batch(NamedTuple):
@@ -45,38 +45,39 @@ class TrainBatches(Dataset[Batch]):
     """
 
     def __init__(
-        self, images: Images, transform: Transform, mode: str, slices: Slices, num_steps: int, repeats: int, seed: int
+        self, images: Images, transform: Transform, mode: str, slices: Slices, repeats: int, seed: int
     ) -> None:
-        self.images, self.transform, self.mode = copy(images), transform, mode  # a loader has its own way in a stream
-        self.slices, self.repeats, self.seed = slices, repeats, seed
-        self.num_batches = num_steps * slices.accumulate
-        self.num_rows = -(-num_steps * slices.batch_size // repeats)
+        self.images = copy(images)  # each loader has its own place in a stream
+        self.transform, self.mode, self.slices = transform, mode, slices
+        self.repeats, self.seed = repeats, seed
+        self.num_rows = -(-slices.num_steps * slices.batch_size // repeats)
 
-    def __getitem__(self, which: MicroBatch) -> Batch:
-        epoch, number = which
+    def __getitem__(self, key: BatchKey) -> Batch:
+        epoch, number = key
         shuffle = Shuffle(self.seed, epoch, self.num_rows)
-        order = self.images.order(shuffle)
+        order = self.images.shuffle_rows(shuffle)
 
-        def later() -> np.ndarray:
-            numbers = range(number, self.num_batches, num_workers())[1:]
-            return order[np.concatenate([np.arange(0), *map(self.slices.positions, numbers)]) // self.repeats]
+        def list_upcoming() -> np.ndarray:
+            return order[list_upcoming_positions(self.slices, number) // self.repeats]
 
-        positions = self.slices.positions(number)
+        positions = self.slices.list_positions(number)
         indices = order[positions // self.repeats]
         draws = (epoch * self.repeats + positions % self.repeats) * self.images.num_images + indices
         unreadable: list[str] = []
         images, rows = [], []
-        for draw, candidates in zip(draws, self.images.read(indices, shuffle, later), strict=True):
-            image, row = self._first_readable(candidates, unreadable)
-            images.append(seeded(partial(self.transform, image), self.seed, int(draw)))
+        for draw, candidates in zip(draws, self.images.read(indices, shuffle, list_upcoming), strict=True):
+            image, row = self._decode_first_readable(candidates, unreadable)
+            with seed_generators(self.seed, int(draw)):
+                images.append(self.transform(image))
             rows.append(row)
-        return stacked(images, [row.label for row in rows], [row.index for row in rows], unreadable)
+        return stack_batch(images, [row.label for row in rows], [row.index for row in rows], unreadable)
 
-    def _first_readable(self, candidates: Iterator[Row], unreadable: list[str]) -> tuple[Image.Image, Row]:
+    def _decode_first_readable(self, candidates: Iterator[Row], unreadable: list[str]) -> tuple[Image.Image, Row]:
+        """The first of the rows that can be decoded; the names of those before it are added to `unreadable`."""
         tried = []
         for row in candidates:
             try:
-                return decoded(row.cell, self.mode), row
+                return decode_image(row.encoded, self.mode), row
             except UnreadableImageError:
                 tried.append(self.images.name_of(row.index))
                 unreadable.append(tried[-1])
@@ -92,53 +93,53 @@ class EvalBatches(Dataset[Batch]):
     def __init__(self, images: Images, transform: Transform, mode: str, slices: EvalSlices) -> None:
         self.images, self.transform, self.mode, self.slices = copy(images), transform, mode, slices
 
-    def __getitem__(self, which: MicroBatch) -> Batch:
-        _, number = which
-
-        def later() -> np.ndarray:
-            numbers = range(number, self.slices.num_batches, num_workers())[1:]
-            return np.concatenate([np.arange(0), *map(self.slices.positions, numbers)])
-
+    def __getitem__(self, key: BatchKey) -> Batch:
+        _, number = key
+        black = Image.new(self.mode, (32, 32))  # stands where there is no image
         images, labels, indices, unreadable = [], [], [], []
-        for candidates in self.images.read(self.slices.positions(number), None, later):
+        rows = self.slices.list_positions(number)
+        for candidates in self.images.read(rows, None, lambda: list_upcoming_positions(self.slices, number)):
             row = next(candidates)
             try:
-                image, label = decoded(row.cell, self.mode), row.label
+                image, label = decode_image(row.encoded, self.mode), row.label
             except UnreadableImageError:
                 unreadable.append(self.images.name_of(row.index))
-                image, label = self._blank(), -1
+                image, label = black, -1
             images.append(self.transform(image))
             labels.append(label)
             indices.append(row.index)
-        padding = self.slices.size(number) - len(images)
-        images += [self.transform(self._blank())] * padding
-        return stacked(images, labels + [-1] * padding, indices + [-1] * padding, unreadable)
-
-    def _blank(self) -> Image.Image:
-        """Stands where there is no image; black."""
-        return Image.new(self.mode, (32, 32))
+        padding = self.slices.count_rows(number) - len(images)
+        images += [self.transform(black)] * padding
+        return stack_batch(images, labels + [-1] * padding, indices + [-1] * padding, unreadable)
 
 
-def stacked(images: Sequence[Tensor], labels: list[int], indices: list[int], unreadable: list[str]) -> Batch:
+def stack_batch(images: list[Tensor], labels: list[int], indices: list[int], unreadable: list[str]) -> Batch:
     """One Batch of lists of equal length."""
-    return Batch(torch.stack(list(images)), torch.tensor(labels), torch.tensor(indices), [*dict.fromkeys(unreadable)])
+    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices), [*dict.fromkeys(unreadable)])
 
 
-def num_workers() -> int:
-    """How many workers take turns with the caller: it makes every so-many-th micro-batch."""
+def list_upcoming_positions(slices: Slices | EvalSlices, number: int) -> np.ndarray:
+    """The positions that this worker will be asked for after micro-batch `number`: [n] int64.
+
+    Workers take turns. Of 3 workers the second makes the micro-batches 1, 4, 7, ...; asked for 1, it has 4, 7, ... to
+    come.
+    """
     info = get_worker_info()
-    return info.num_workers if info else 1
+    step = info.num_workers if info else 1
+    later = range(number + step, slices.num_batches, step)
+    return np.concatenate([np.arange(0), *map(slices.list_positions, later)])
 
 
-def seeded(call: Callable[[], Tensor], *seeds: int) -> Tensor:
-    """Calls with all three global generators seeded, and puts them back: timm's transforms draw from each."""
+@contextmanager
+def seed_generators(*seeds: int) -> Iterator[None]:
+    """Seeds all three global generators inside, since timm's transforms draw from each, and puts them back after."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every accelerator too, at each image
     try:
-        return call()
+        yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

@@ -1,6 +1,6 @@
 """Which columns of a dataset are the image and the label, and whether the labels can be trained on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import datasets
@@ -14,25 +14,22 @@ ENCODED = (Value("binary"), Value("large_binary"), {"bytes": Value("binary"), "p
 """How images are stored by those who do not know of datasets.Image."""
 
 
-def image_column(features: Features, where: str) -> str:
+def find_image_column(features: Features, where: str) -> str:
     """The name of the only image column, or of the only one of encoded images; ValueError if there is none."""
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    return the_one(images or [name for name, feature in features.items() if feature in ENCODED], "image", where)
+    return choose_column(images or [name for name, feature in features.items() if feature in ENCODED], "image", where)
 
 
-def label_column(features: Features, where: str) -> str:
+def find_label_column(features: Features, where: str) -> str:
     """The name of the only ClassLabel column, or else of the only one of integers; ValueError if there is none."""
     labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    return the_one(labels or [name for name, feature in features.items() if is_integer(feature)], "label", where)
+    scalars = {name: feature.dtype for name, feature in features.items() if isinstance(feature, Value)}
+    integers = [name for name, dtype in scalars.items() if dtype.startswith(("int", "uint"))]
+    return choose_column(labels or integers, "label", where)
 
 
-def is_integer(feature: object) -> bool:
-    """Whether a column holds whole numbers."""
-    return isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))
-
-
-def the_one(names: list[str], wanted: str, where: str) -> str:
-    """The single name, or the one among several that is called as `wanted`."""
+def choose_column(names: list[str], wanted: str, where: str) -> str:
+    """The only name, or among several the one that is `wanted`; ValueError without either."""
     if len(names) == 1:
         return names[0]
     if wanted in names:
@@ -41,12 +38,12 @@ def the_one(names: list[str], wanted: str, where: str) -> str:
     raise ValueError(f"{where} has {found}: it must have one, or one that is called {wanted!r}")
 
 
-def image_and_label(rows: Rows, image: str, label: str) -> Rows:
-    """The two columns alone, by the names that all sources share."""
+def select_image_and_label(rows: Rows, image: str, label: str) -> Rows:
+    """The two columns alone, renamed to `image` and `label` as all sources call them."""
     return rows.select_columns([image, label]).rename_columns({image: "image", label: "label"})
 
 
-def class_names(label_features: dict[str, object], labels: Iterable[np.ndarray], where: str) -> list[str]:
+def find_class_names(label_features: Mapping[str, object], labels: Iterable[np.ndarray], where: str) -> list[str]:
     """The names of the classes: the label column's own, or the numbers up to the largest label.
 
     Args:
@@ -70,13 +67,13 @@ def class_names(label_features: dict[str, object], labels: Iterable[np.ndarray],
     return list(names)
 
 
-def label_values(column: pa.ChunkedArray) -> np.ndarray:
+def convert_labels(column: pa.ChunkedArray) -> np.ndarray:
     """A label column as int64, with -1 where there is none."""
     return column.cast(pa.int64()).fill_null(-1).to_numpy()
 
 
 def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
-    """Raises ValueError where there is no image, or one whose label is no class."""
+    """Raises ValueError for a split without images, or with an image whose label is not a class."""
     if not len(labels):
         raise ValueError(f"{where} has no images: it must have some")
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))

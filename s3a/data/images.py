@@ -1,40 +1,40 @@
-"""What a split of images is: rows read by number, in an order that depends on the seed and the epoch alone."""
+"""A split of images: rows read by number, in an order that depends on the seed and the epoch alone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import datasets
 import numpy as np
 from datasets import Dataset
 
-from s3a.data.decode import Cell
+from s3a.data.decode import EncodedImage
 
 
 class DataError(ValueError):
-    """Something about the images that their owner must mend, met while reading them."""
+    """A fault of the images that was met while reading them, and that their owner must mend."""
 
 
-class Row(NamedTuple):
-    """An image before it is decoded: its row in the split, its bytes or path, its label."""
+@dataclass(frozen=True)
+class Row:
+    """An image before it is decoded: its row in the split, its file, its label."""
 
     index: int
-    cell: Cell | None
+    encoded: EncodedImage | None
     label: int
 
 
 @dataclass(frozen=True)
 class Shuffle:
-    """What an epoch's order depends on; it has `num_rows` of the split's rows, each once."""
+    """What an epoch's order depends on. The epoch has `num_rows` of the split's rows, each once."""
 
     seed: int
     epoch: int
     num_rows: int
 
-    def generator(self, *purpose: int) -> np.random.Generator:
-        """The randomness of the order, apart for every purpose."""
+    def make_generator(self, *purpose: int) -> np.random.Generator:
+        """A random generator of this epoch, independent for every purpose."""
         return np.random.default_rng((self.seed, self.epoch, *purpose))
 
 
@@ -46,45 +46,46 @@ class Images(ABC):
 
     @abstractmethod
     def name_of(self, index: int) -> str:
-        """What a person finds row `index` by: its path, or its number."""
+        """What a person finds a row by: its path, or its number."""
 
     @abstractmethod
-    def order(self, shuffle: Shuffle) -> np.ndarray:
+    def shuffle_rows(self, shuffle: Shuffle) -> np.ndarray:
         """The rows of an epoch, in its order: [shuffle.num_rows] int64."""
 
     @abstractmethod
     def read(
-        self, indices: Sequence[int], shuffle: Shuffle | None, later: Callable[[], np.ndarray]
+        self, indices: np.ndarray, shuffle: Shuffle | None, list_upcoming: Callable[[], np.ndarray]
     ) -> list[Iterator[Row]]:
-        """For each of the rows `indices`: the row itself, and then those that stand in where it cannot be decoded.
+        """For each of the rows: the row itself, and then its substitutes, for the case that it cannot be decoded.
 
         Args:
-            indices: rows of the split.
+            indices: rows of the split, [n] int64.
             shuffle: the epoch whose order they come from; None for the split's own order, without substitutes.
-            later: the rows that the caller will ask for afterwards in this order; a stream keeps them as it passes.
+            list_upcoming: gives the rows that the caller will ask for afterwards in this order, [m] int64; a stream
+                keeps them when it comes by.
         """
 
 
 class MapImages(Images):
-    """Images at hand: any row can be read at any time."""
+    """Images of which any can be read at any time."""
 
     @abstractmethod
-    def rows(self, indices: Sequence[int]) -> list[Row]:
+    def read_rows(self, indices: list[int]) -> list[Row]:
         """The rows of these numbers."""
 
-    def order(self, shuffle: Shuffle) -> np.ndarray:
-        return permutation(self.num_images, shuffle)
+    def shuffle_rows(self, shuffle: Shuffle) -> np.ndarray:
+        return shuffle_whole_split(self.num_images, shuffle)
 
     def read(
-        self, indices: Sequence[int], shuffle: Shuffle | None, later: Callable[[], np.ndarray]
+        self, indices: np.ndarray, shuffle: Shuffle | None, list_upcoming: Callable[[], np.ndarray]
     ) -> list[Iterator[Row]]:
-        return [self._from(row) for row in self.rows([int(index) for index in indices])]
+        return [self._with_substitutes(row) for row in self.read_rows(indices.tolist())]
 
-    def _from(self, row: Row) -> Iterator[Row]:
-        """The row, then all others behind it, and round to the start."""
+    def _with_substitutes(self, row: Row) -> Iterator[Row]:
+        """The row, then all behind it, and on from the start of the split."""
         yield row
         for offset in range(1, self.num_images):
-            yield from self.rows([(row.index + offset) % self.num_images])
+            yield from self.read_rows([(row.index + offset) % self.num_images])
 
 
 class DatasetImages(MapImages):
@@ -100,20 +101,20 @@ class DatasetImages(MapImages):
         self.split, self.num_images = split, len(dataset)
 
     def name_of(self, index: int) -> str:
-        cell = self.dataset[index]["image"]
-        if cell and cell["path"] and cell["bytes"] is None:
-            return cell["path"]
+        encoded = self.dataset[index]["image"]
+        if encoded and encoded["path"] and encoded["bytes"] is None:
+            return str(encoded["path"])
         return f"row {index} of {self.split}"
 
-    def rows(self, indices: Sequence[int]) -> list[Row]:
-        columns = self.dataset[list(indices)] if len(indices) else {"image": [], "label": []}
+    def read_rows(self, indices: list[int]) -> list[Row]:
+        columns = self.dataset[indices] if indices else {"image": [], "label": []}
         return [Row(*row) for row in zip(indices, columns["image"], columns["label"], strict=True)]
 
 
 @lru_cache(maxsize=2)
-def permutation(num_images: int, shuffle: Shuffle) -> np.ndarray:
-    """The first `shuffle.num_rows` rows of a shuffled split; kept, since every batch of the epoch asks."""
-    return shuffle.generator().permutation(num_images)[: shuffle.num_rows]
+def shuffle_whole_split(num_images: int, shuffle: Shuffle) -> np.ndarray:
+    """The first `shuffle.num_rows` rows of a shuffled split; cached, since every batch of the epoch asks."""
+    return shuffle.make_generator().permutation(num_images)[: shuffle.num_rows]
 
 
 @dataclass(frozen=True)

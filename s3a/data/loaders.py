@@ -1,6 +1,6 @@
-"""Loaders: what a process sees in which step.
+"""Loaders: which images a process sees in which step.
 
-A torch DataLoader whose items are whole micro-batches, named by epoch and number.
+Each is a torch DataLoader whose items are whole micro-batches, asked for by epoch and number.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,14 +9,19 @@ from itertools import islice
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from s3a.data.batches import Batch, EvalBatches, MicroBatch, TrainBatches, Transform
-from s3a.data.decode import image_mode
+from s3a.data.batches import Batch, BatchKey, EvalBatches, TrainBatches, Transform
+from s3a.data.decode import choose_mode
 from s3a.data.images import DataError, Images
 from s3a.data.slices import EvalSlices, Slices
 
 
-class Schedule(Sampler[MicroBatch]):
-    """The micro-batches of the next pass, in order. Workers live on between passes and learn the epoch from it."""
+class Schedule(Sampler[BatchKey]):
+    """The keys of the micro-batches that are iterated next. Workers live through epochs, and learn each from its keys.
+
+    Attributes:
+        epoch: the epoch to iterate.
+        first: the micro-batch that it begins with.
+    """
 
     def __init__(self, num_batches: int) -> None:
         self.num_batches, self.epoch, self.first = num_batches, 0, 0
@@ -24,35 +29,37 @@ class Schedule(Sampler[MicroBatch]):
     def __len__(self) -> int:
         return self.num_batches - self.first
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Iterator[BatchKey]:
         return iter([(self.epoch, number) for number in range(self.first, self.num_batches)])
 
 
-class Reported(Dataset[Batch | DataError]):
-    """Batches, or what kept one from being made: a DataLoader would bury the message in a worker's traceback."""
+class BatchesOrErrors(Dataset[Batch | DataError]):
+    """Batches, or the error that kept one from being made: a DataLoader would bury its message in a traceback."""
 
     def __init__(self, batches: Dataset[Batch]) -> None:
         self.batches = batches
 
-    def __getitem__(self, which: MicroBatch) -> Batch | DataError:
+    def __getitem__(self, key: BatchKey) -> Batch | DataError:
         try:
-            return self.batches[which]
+            return self.batches[key]
         except (DataError, OSError) as error:
             return DataError(str(error))  # not the error itself: others' cannot always be sent between processes
 
 
-def unpacked(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
-    """The batches; raises the DataError that stands for one."""
+def raise_errors(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
+    """The batches; raises the DataError that stands in place of one."""
     for batch in batches:
         if isinstance(batch, DataError):
             raise DataError(*batch.args)  # a new one: its frames must not hold it, or workers would outlive it
         yield batch
 
 
-def batch_loader(batches: Dataset[Batch], schedule: Schedule, num_workers: int, pin_memory: bool) -> DataLoader:
-    """A DataLoader whose items are whole batches. Its own generator: a pass must not advance that of the model."""
+def make_loader(
+    batches: Dataset[Batch], schedule: Schedule, num_workers: int, pin_memory: bool
+) -> DataLoader[Batch | DataError]:
+    """A DataLoader whose items are whole batches. It has a generator of its own: the model's must not advance."""
     return DataLoader(
-        Reported(batches),
+        BatchesOrErrors(batches),
         batch_size=None,
         sampler=schedule,
         num_workers=num_workers,
@@ -66,8 +73,8 @@ class TrainLoader:
     """Shuffled, augmented images for the optimizer steps of a process.
 
     A step has the same images and augmentation on any number of processes and workers and for any `accumulate`: process
-    p gets the p-th slice. An image that cannot be read is replaced by the one behind it in the split, and named.
-    Only one pass at a time: a new one ends those begun before.
+    p gets the p-th slice (see s3a.data.slices). An image that cannot be read is replaced by the one behind it in the
+    split, and named. Only one epoch is iterated at a time: a new one ends those begun before.
 
     Args:
         images: the training split.
@@ -105,22 +112,25 @@ class TrainLoader:
     ) -> None:
         if repeats < 1:
             raise ValueError(f"--repeats is {repeats}: it must be above 0; 1 has every image once an epoch")
-        slices = Slices(batch_size, accumulate, process_index, num_processes)
+        slices = Slices(images.num_images, batch_size, accumulate, process_index, num_processes)
         if images.num_images < batch_size:
             raise ValueError(
                 f"--batch-size is {batch_size} but there are {images.num_images} training images: use a smaller one"
             )
-        self.accumulate, self.steps_per_epoch = accumulate, images.num_images // batch_size
-        batches = TrainBatches(images, transform, image_mode(channels), slices, self.steps_per_epoch, repeats, seed)
-        self._schedule = Schedule(batches.num_batches)
-        self._loader = batch_loader(batches, self._schedule, num_workers, pin_memory)
+        self.accumulate, self.steps_per_epoch = accumulate, slices.num_steps
+        batches = TrainBatches(images, transform, choose_mode(channels), slices, repeats, seed)
+        self._schedule = Schedule(slices.num_batches)
+        self._loader = make_loader(batches, self._schedule, num_workers, pin_memory)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        """This process' micro-batches of each optimizer step, from `first_step` on; nothing before it is decoded."""
+        """Iterates the steps of an epoch from `first_step` on, each a list of this process' micro-batches.
+
+        Nothing before that step is decoded.
+        """
         if not 0 <= first_step <= self.steps_per_epoch:
             raise ValueError(f"first_step is {first_step}: an epoch has {self.steps_per_epoch} steps")
         self._schedule.epoch, self._schedule.first = epoch, first_step * self.accumulate
-        batches = unpacked(self._loader)
+        batches = raise_errors(self._loader)
         for _ in range(first_step, self.steps_per_epoch):
             yield list(islice(batches, self.accumulate))
 
@@ -158,11 +168,11 @@ class EvalLoader:
             raise ValueError(f"--batch-size is {batch_size}: it must be above 0")
         slices = EvalSlices(images.num_images, batch_size, process_index, num_processes)
         self._schedule = Schedule(slices.num_batches)
-        batches = EvalBatches(images, transform, image_mode(channels), slices)
-        self._loader = batch_loader(batches, self._schedule, num_workers, pin_memory)
+        batches = EvalBatches(images, transform, choose_mode(channels), slices)
+        self._loader = make_loader(batches, self._schedule, num_workers, pin_memory)
 
     def __len__(self) -> int:
         return len(self._schedule)
 
     def __iter__(self) -> Iterator[Batch]:
-        return unpacked(self._loader)
+        return raise_errors(self._loader)

@@ -1,8 +1,8 @@
-"""Sources that lie on this machine as single images: digits, Fashion-MNIST, and folders of pictures."""
+"""Sources of single images on this machine: digits, Fashion-MNIST, and folders of pictures."""
 
 import gzip
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import datasets
@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import FashionMNIST, ImageFolder
 
+from s3a.data.decode import EncodedImage
 from s3a.data.images import DatasetImages, ImageData
 
 SPLITS = ("train", "val")
@@ -20,14 +21,19 @@ FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 IDX_NAMES = {"train": "train", "val": "t10k"}
 
 
-def map_images(cells: list, labels: list[int], names: list[str], split: str) -> DatasetImages:
-    """Images at hand, of PIL images, undecoded cells or paths."""
-    features = Features(image=datasets.Image(), label=ClassLabel(names=names))
-    return DatasetImages(Dataset.from_dict({"image": cells, "label": labels}, features), split)
+def make_images(
+    images: Sequence[Image.Image] | Sequence[EncodedImage] | Sequence[str],
+    labels: Sequence[int],
+    class_names: list[str],
+    split: str,
+) -> DatasetImages:
+    """A split of decoded images, of encoded ones, or of paths."""
+    features = Features(image=datasets.Image(), label=ClassLabel(names=class_names))
+    return DatasetImages(Dataset.from_dict({"image": images, "label": labels}, features), split)
 
 
-def fingerprint(parts: Iterable[object]) -> str:
-    """The hash of what tells one set of images from another."""
+def hash_content(parts: Iterable[object]) -> str:
+    """The fingerprint of what tells one set of images from another."""
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
@@ -37,32 +43,30 @@ def fingerprint(parts: Iterable[object]) -> str:
 
 
 def load_digits() -> ImageData:
-    """scikit-learn's digits: 8 x 8 pixels, 1,437 to train on and 360 held out, the same ones always."""
+    """scikit-learn's digits: 8 x 8 pixels, 1,437 to train on, and always the same 360 held out."""
     digits = sklearn.datasets.load_digits()
     images = [Image.fromarray((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images]
     parts = train_test_split(np.arange(len(images)), test_size=360, random_state=0)
     names = [str(name) for name in digits.target_names]
     train, val = (
-        map_images([images[i] for i in part], digits.target[part].tolist(), names, split)
+        make_images([images[i] for i in part], digits.target[part].tolist(), names, split)
         for split, part in zip(SPLITS, parts, strict=True)
     )
     content = (digits.images.tobytes(), digits.target.tobytes(), *(part.tobytes() for part in parts))
-    return ImageData(train, val, names, fingerprint(hashlib.sha256(part).hexdigest() for part in content))
+    return ImageData(train, val, names, hash_content(hashlib.sha256(part).hexdigest() for part in content))
 
 
 def load_fashion_mnist(data_dir: Path | None) -> ImageData:
     """Fashion-MNIST: 28 x 28 pixels, 60,000 to train on and 10,000 held out, from Debian's package or the idx files."""
     folder = data_dir or FASHION_MNIST_FOLDER
-    files = [
-        find_idx(folder, f"{name}-{kind}") for name in IDX_NAMES.values() for kind in ("images-idx3", "labels-idx1")
-    ]
-    contents = [read_file(path) for path in files]
-    names = FashionMNIST.classes
-    train, val = (
-        map_images(*idx_rows(*contents[2 * i : 2 * i + 2], files[2 * i : 2 * i + 2]), names, split)
-        for i, split in enumerate(SPLITS)
-    )
-    return ImageData(train, val, names, fingerprint(hashlib.sha256(content).hexdigest() for content in contents))
+    splits, hashes = [], []
+    for split, name in IDX_NAMES.items():
+        files = [find_idx(folder, f"{name}-{kind}") for kind in ("images-idx3", "labels-idx1")]
+        images, labels = (read_unzipped(path) for path in files)
+        splits.append(make_images(*parse_idx(images, labels, files), FashionMNIST.classes, split))
+        hashes += [hashlib.sha256(content).hexdigest() for content in (images, labels)]
+    train, val = splits
+    return ImageData(train, val, FashionMNIST.classes, hash_content(hashes))
 
 
 def find_idx(folder: Path, stem: str) -> Path:
@@ -76,22 +80,22 @@ def find_idx(folder: Path, stem: str) -> Path:
     )
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a file, unpacked; ValueError where it is damaged."""
+def read_unzipped(path: Path) -> bytes:
+    """The bytes of a file that may be compressed; ValueError where it is damaged."""
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is damaged ({error}): get it again") from error
 
 
-def idx_rows(images: bytes, labels: bytes, files: list[Path]) -> tuple[list[dict], list[int]]:
-    """Undecoded cells and labels of a pair of idx files: big-endian sizes, then a byte for each pixel or label."""
+def parse_idx(images: bytes, labels: bytes, files: list[Path]) -> tuple[list[EncodedImage], list[int]]:
+    """The images and labels of a pair of idx files: big-endian sizes, then a byte for each pixel or label."""
     count, height, width = np.frombuffer(images[4:16].ljust(12, b"\0"), ">u4").tolist()
     if len(images) != 16 + count * height * width or len(labels) != 8 + count:
         raise ValueError(f"{files[0]} and {files[1]} do not belong together or are damaged: get them again")
     header, size = f"P5 {width} {height} 255\n".encode(), height * width  # as PGM, which needs no compression
-    cells = [{"bytes": header + images[16 + i * size : 16 + (i + 1) * size], "path": None} for i in range(count)]
-    return cells, list(labels[8:])
+    starts = (16 + i * size for i in range(count))
+    return [{"bytes": header + images[start : start + size], "path": None} for start in starts], list(labels[8:])
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -116,12 +120,12 @@ def load_image_folder(data_dir: Path) -> ImageData:
     check_classes(data_dir, folders)
     names = folders["train"].classes
     train, val = (
-        map_images([path for path, _ in folder.samples], folder.targets, names, split)
+        make_images([path for path, _ in folder.samples], folder.targets, names, split)
         for split, folder in folders.items()
     )
     samples = sorted(sample for folder in folders.values() for sample in folder.samples)
     lines = ((Path(path).relative_to(data_dir), Path(path).stat().st_size, label) for path, label in samples)
-    return ImageData(train, val, names, fingerprint(lines))
+    return ImageData(train, val, names, hash_content(lines))
 
 
 def check_classes(data_dir: Path, folders: dict[str, ImageFolder]) -> None:

@@ -1,13 +1,13 @@
-"""A folder of shards: which files they are, and what is known of all of them."""
+"""A folder of shards: which files they are, and what can be said of any kind of them."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from s3a.data.local import fingerprint
+from s3a.data.local import hash_content
 from s3a.data.parts import SPLIT_NAMES
+from s3a.support.command_line import read_rank
 
 
 def find_shards(data_dir: Path, ending: str) -> dict[str, list[Path]]:
@@ -19,36 +19,36 @@ def find_shards(data_dir: Path, ending: str) -> dict[str, list[Path]]:
     shape = f"it must hold train*.{ending} and val*.{ending}, or folders train and val of them"
     if not data_dir.is_dir():
         raise FileNotFoundError(f"data folder {str(data_dir)!r} does not exist: {shape}")
-    shards = {split: first_shards(data_dir, names, ending) for split, names in SPLIT_NAMES.items()}
+    shards = {split: find_split_shards(data_dir, names, ending) for split, names in SPLIT_NAMES.items()}
     for split, found in shards.items():
         if not found:
             raise FileNotFoundError(f"data folder {str(data_dir)!r} has no {ending} shards of {split!r}: {shape}")
     return shards
 
 
-def first_shards(data_dir: Path, names: Sequence[str], ending: str) -> list[Path]:
-    """The shards under the first of these names that has some."""
-    everything = sorted(path for path in data_dir.iterdir() if path.name.endswith(f".{ending}") and path.is_file())
+def find_split_shards(data_dir: Path, names: Sequence[str], ending: str) -> list[Path]:
+    """The shards of a split, under the first of its possible names that has some."""
+    in_folder = sorted(path for path in data_dir.iterdir() if path.name.endswith(f".{ending}") and path.is_file())
     for name in names:
-        if found := [path for path in everything if path.name.startswith(name)]:
+        if found := [path for path in in_folder if path.name.startswith(name)]:
             return found
         if found := sorted(path for path in (data_dir / name).glob(f"*.{ending}") if path.is_file()):
             return found
     return []
 
 
-def shards_fingerprint(data_dir: Path, shards: dict[str, list[Path]], names: list[str]) -> str:
-    """Changes with the names and sizes of the shards, and with the classes."""
+def hash_shards(data_dir: Path, shards: dict[str, list[Path]], class_names: list[str]) -> str:
+    """A fingerprint that changes with the names and sizes of the shards, and with the classes."""
     files = [path for paths in shards.values() for path in paths]
-    return fingerprint([*((path.relative_to(data_dir), path.stat().st_size) for path in files), *names])
+    return hash_content([*((path.relative_to(data_dir), path.stat().st_size) for path in files), *class_names])
 
 
-def names_in_file(data_dir: Path) -> list[str] | None:
+def read_class_names(data_dir: Path) -> list[str] | None:
     """The classes of classes.txt, one a line in label order; None where there is no such file."""
     path = data_dir / "classes.txt"
     return [line.strip() for line in path.read_text().splitlines() if line.strip()] if path.is_file() else None
 
 
-def tqdm_shards(paths: list[Path], split: str) -> tqdm:
-    """The shards, with a bar in the first process where looking through them takes long."""
-    return tqdm(paths, f"counting {split}", delay=2, leave=False, disable=os.environ.get("RANK", "0") != "0")
+def show_progress(paths: list[Path], split: str) -> tqdm:
+    """Iterates the shards, with a bar in the first process where looking through them takes long."""
+    return tqdm(paths, f"counting {split}", delay=2, leave=False, disable=read_rank() != 0)

@@ -1,4 +1,4 @@
-"""The sources of images by name, and what each needs to be told."""
+"""The sources of images by name, and the options that each of them takes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,23 +17,23 @@ Source = Literal["digits", "fashion-mnist", "hub", "imagefolder", "parquet", "we
 
 @dataclass(frozen=True)
 class SourceRule:
-    """A source: what it is loaded with, and which options it takes."""
+    """The function that loads a source, and the options that it takes."""
 
     load: Callable[..., ImageData]
     data_dir: str | None = None
     """what --data-dir must hold; None where the source takes none"""
     needs_data_dir: bool = True
-    instead: str = ""
-    """where a folder is refused: what was meant"""
+    remedy: str = ""
+    """what an error says where --data-dir is given but not taken"""
     takes_dataset: bool = False
     streams: bool = False
 
 
 SOURCES: dict[str, SourceRule] = {
-    "digits": SourceRule(load_digits, instead="the digits come with scikit-learn: use --data imagefolder"),
+    "digits": SourceRule(load_digits, remedy="the digits come with scikit-learn: use --data imagefolder"),
     "fashion-mnist": SourceRule(load_fashion_mnist, data_dir="the four idx files", needs_data_dir=False),
     "hub": SourceRule(
-        load_hub, instead="a folder is --data imagefolder, parquet or webdataset", takes_dataset=True, streams=True
+        load_hub, remedy="a folder is --data imagefolder, parquet or webdataset", takes_dataset=True, streams=True
     ),
     "imagefolder": SourceRule(load_image_folder, data_dir="train/CLASS/* and val/CLASS/*"),
     "parquet": SourceRule(load_parquet, data_dir="train*.parquet and val*.parquet", streams=True),
@@ -58,10 +58,10 @@ class DataOptions:
 def load_data(
     data: str, data_dir: Path | None = None, *, dataset: str | None = None, streaming: bool = False
 ) -> ImageData:
-    """The images of a source.
+    """Loads both splits of a source.
 
     Args:
-        data: its name.
+        data: the source's name.
         data_dir: the folder it is in, for sources that are folders.
         dataset: for `hub`: ORG/NAME or ORG/NAME:CONFIG.
         streaming: for `hub`, `parquet` and `webdataset`: read the images as they are needed, with no copy of them.
@@ -76,7 +76,7 @@ def load_data(
     if data_dir is None and rule.data_dir and rule.needs_data_dir:
         raise ValueError(f"--data {data} needs --data-dir DIR, a folder with {rule.data_dir}")
     if data_dir is not None and not rule.data_dir:
-        raise ValueError(f"--data-dir is {str(data_dir)!r} but {rule.instead}")
+        raise ValueError(f"--data-dir is {str(data_dir)!r} but {rule.remedy}")
     if dataset is not None and not rule.takes_dataset:
         raise ValueError(f"--dataset is {dataset!r} but --data is {data}: use --data hub")
     if dataset is None and rule.takes_dataset:
@@ -84,7 +84,11 @@ def load_data(
     if streaming and not rule.streams:
         streaming_sources = ", ".join(name for name, other in SOURCES.items() if other.streams)
         raise ValueError(f"--streaming is for --data {streaming_sources}: leave it out for {data}")
-    options = {"data_dir": data_dir} if rule.data_dir else {}
-    options |= {"dataset": dataset} if rule.takes_dataset else {}
-    options |= {"streaming": streaming} if rule.streams else {}
+    options: dict[str, object] = {}
+    if rule.data_dir:
+        options["data_dir"] = data_dir
+    if rule.takes_dataset:
+        options["dataset"] = dataset
+    if rule.streams:
+        options["streaming"] = streaming
     return rule.load(**options)

@@ -17,65 +17,65 @@ from s3a.support.errors import RESUME_STATUS, Interrupted
 
 OptionsT = TypeVar("OptionsT")
 PARSING = re.compile(r"^Error parsing (?:[^-\s]\S*: )?")
+OPTION = re.compile(r"--(?!help\b)\w|[A-Z]{2}")  # a line break may put "--help" of tyro's own words first in a line
 BOX = str.maketrans("", "", "╭╮╰╯│─")
 
 
-def run(options_type: type[OptionsT], main: Callable[[OptionsT], object]) -> None:
+def run_command(options_type: type[OptionsT], main: Callable[[OptionsT], object]) -> None:
     """Parses the command line into `options_type` (a dataclass with docstrings as help) and calls `main` with it."""
     with one_line_errors():
-        main(parse(options_type))
+        main(parse_options(options_type))
 
 
-def parse(
+def parse_options(
     options_type: type[OptionsT],
     arguments: Sequence[str] | None = None,
     default: OptionsT | None = None,
     description: str | None = None,
 ) -> OptionsT:
-    """tyro's parsing, with its framed error folded into the message of a ValueError.
+    """Parses arguments with tyro; a wrong one is a ValueError of one line instead of tyro's framed text.
 
     Args:
         arguments: None takes those of the process.
         default: where options that are not given come from; None for the type's own defaults.
         description: what the help says first; None for the type's docstring.
     """
-    defaults = {} if default is None else {"default": default}
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):
             return tyro.cli(
                 options_type,
                 args=arguments,
+                default=tyro.MISSING_NONPROP if default is None else default,
                 description=description,
                 config=(tyro.conf.FlagCreatePairsOff,),
-                **defaults,
             )
     except SystemExit as stop:
         if stop.code != 2:
             raise
-        raise ValueError(unframed(printed.getvalue())) from None
+        raise ValueError(summarise_tyro_error(printed.getvalue())) from None
 
 
-def unframed(message: str) -> str:
-    """tyro's framed error as one line: what is wrong, and the options it thinks were meant."""
+def summarise_tyro_error(message: str) -> str:
+    """One line out of tyro's framed error: what is wrong, and the options it thinks were meant."""
     wrong, meant = [], []
-    for head, *rest in sections(message):
-        options = [line.split()[0] for line in rest if re.match(r"--\w|[A-Z]{2}", line)]  # among lines of help
+    for head, *rest in split_sections(message):
+        options = [line.split()[0] for line in rest if OPTION.match(line)]  # among lines of help
         if head.startswith("Missing from"):
             wrong.append(f"{', '.join(options)} must be given")
         elif head.startswith("Perhaps you meant"):
             meant = list(dict.fromkeys(options))
         elif not head.startswith(("Argument helptext", "For full helptext")):
             wrong.append(" ".join([head, *rest]))
-    said = PARSING.sub("", "; ".join(wrong))
+    summary = PARSING.sub("", "; ".join(wrong))
     if meant:
-        given = re.findall(r"--[\w-]+", said)
+        given = re.findall(r"--[\w-]+", summary)
         nearest = get_close_matches(given[0], meant, n=len(meant), cutoff=0) if given else meant
-        said += f"; did you mean {' or '.join(nearest)}?"
-    return f"{said} (--help lists the options)"
+        summary += f"; did you mean {' or '.join(nearest)}?"
+    return f"{summary} (--help lists the options)"
 
 
-def sections(message: str) -> Iterator[list[str]]:
+def split_sections(message: str) -> Iterator[list[str]]:
     """The parts of tyro's framed error between its rules, which are hyphens where the output is not UTF-8."""
     lines = [line.translate(BOX).strip() for line in message.splitlines()[1:]]
     for is_rule, part in itertools.groupby(lines, key=lambda line: not line.strip("-")):
@@ -85,20 +85,20 @@ def sections(message: str) -> Iterator[list[str]]:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the process with `error: ...` and status 2 at the errors that this library words for users.
+    """Ends the process with `error: ...` and status 2 at the errors that this library writes for users.
 
-    All else keeps its traceback; S3A_TRACEBACK=1 shows it for these too. A run that was asked to stop ends with 75,
-    which says: run the same command again.
+    All else keeps its traceback; S3A_TRACEBACK=1 shows it for these too. A run that was asked to stop ends with
+    status 75, which means that the same command goes on with it.
     """
     try:
         yield
     except (ValueError, OSError, CompilationError) as error:
         if os.environ.get("S3A_TRACEBACK"):
             raise
-        report(error)
+        print_error(error)
         sys.exit(2)
     except Interrupted as notice:
-        if not int(os.environ.get("RANK", "0")):
+        if read_rank() == 0:
             print(notice, file=sys.stderr)
         sys.exit(RESUME_STATUS)
     except KeyboardInterrupt:
@@ -106,7 +106,12 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)
 
 
-def report(error: Exception) -> None:
+def print_error(error: Exception) -> None:
     """Prints an error as one line on stderr."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = read_rank()
     print(f"error{f' in process {rank}' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def read_rank() -> int:
+    """The number of this process (RANK) among those that a launcher started together; 0 for a single one."""
+    return int(os.environ.get("RANK", "0"))

@@ -6,7 +6,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,9 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "torchvision", "timm")
+
+Row = dict[str, Any]
+"""A line of a benchmark's result: labels and figures by name, which differ from benchmark to benchmark."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class Sample:
     turns: int
 
 
-def take_turns(candidates: dict[str, Callable[[], Any]], turns: int, warm_up: int = 2) -> dict[str, Sample]:
+def take_turns(candidates: Mapping[str, Callable[[], object]], turns: int, warm_up: int = 2) -> dict[str, Sample]:
     """Times every candidate `turns` times in the order A B A B ..., after `warm_up` untimed rounds.
 
     A candidate's turn is one call; on CUDA until its kernels are done.
@@ -43,16 +46,16 @@ def take_turns(candidates: dict[str, Callable[[], Any]], turns: int, warm_up: in
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(turns):
         for name, call in candidates.items():
-            times[name].append(milliseconds(call))
+            times[name].append(time_call(call))
     return {
         name: Sample(median=statistics.median(each), fastest=min(each), slowest=max(each), turns=turns)
         for name, each in times.items()
     }
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
-    """How long one call takes."""
-    settle = torch.cuda.synchronize if torch.cuda.is_available() else int
+def time_call(call: Callable[[], object]) -> float:
+    """Milliseconds that one call takes."""
+    settle: Callable[[], object] = torch.cuda.synchronize if torch.cuda.is_available() else int
     settle()
     started = time.perf_counter()
     call()
@@ -60,20 +63,19 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def describe_machine(device: torch.device) -> dict[str, object]:
     """What the figures depend on: processor, cores, threads, accelerator, versions."""
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "processor": processor(),
+        "processor": find_processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerator": accelerator,
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
     }
 
 
-def processor() -> str:
+def find_processor_name() -> str:
     """The processor's name as the system gives it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -81,12 +83,19 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def write_result(path: Path, benchmark: str, device: torch.device, settings: Any, rows: list[dict[str, Any]]) -> None:
+def make_row(sample: Sample, **labels: object) -> Row:
+    """A line of a benchmark's result: the labels, and the times with their unit in the name."""
+    return {**labels, **{f"{key}_ms" if key != "turns" else key: value for key, value in asdict(sample).items()}}
+
+
+def write_result(
+    path: Path, benchmark: str, device: torch.device, settings: Mapping[str, object], rows: Sequence[Row]
+) -> None:
     """Writes a benchmark's JSON: the command, the machine, the settings and the rows."""
     result = {
         "benchmark": benchmark,
         "command": " ".join(["python", *sys.argv]),
-        "machine": machine(device),
+        "machine": describe_machine(device),
         "settings": settings,
         "rows": rows,
     }
@@ -94,12 +103,12 @@ def write_result(path: Path, benchmark: str, device: torch.device, settings: Any
     path.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def read_results(paths: list[Path]) -> list[dict[str, Any]]:
-    """Benchmark files to compare.
+def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Reads benchmark files that can be compared.
 
     Raises:
         FileNotFoundError: for a file that is missing.
-        ValueError: for a file that is no result, and where the machines or the versions differ.
+        ValueError: for a file that is not a benchmark's, and where the machines or the versions differ.
     """
     results = [read_result(path) for path in paths]
     for path, result in zip(paths[1:], results[1:], strict=True):
@@ -113,7 +122,7 @@ def read_results(paths: list[Path]) -> list[dict[str, Any]]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """One benchmark file."""
+    """Reads one benchmark file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give files that tools/benchmark.py wrote")
     try:
@@ -123,8 +132,3 @@ def read_result(path: Path) -> dict[str, Any]:
     if not isinstance(result, dict) or not {"command", "machine", "rows"} <= result.keys():
         raise ValueError(f"{path} is no result of a benchmark: give files that tools/benchmark.py wrote")
     return result
-
-
-def row(sample: Sample, **labels: Any) -> dict[str, Any]:
-    """A sample as a row of a result."""
-    return {**labels, **{f"{key}_ms" if key != "turns" else key: value for key, value in asdict(sample).items()}}

@@ -14,8 +14,9 @@ from PIL import Image
 from timm.data import create_transform
 
 from s3a.analysis.attribution import Attribution, ScanRelevance
-from s3a.analysis.overlay import ANCHOR, PAPER, WINDOW, View, draw, framed, marks, prepare
+from s3a.analysis.overlay import View, choose_framed, draw_overlay, find_marks, prepare_image
 from s3a.geometry import Neighborhood
+from s3a.support.palette import ANCHOR_ON_IMAGE, PAPER, WINDOW_ON_IMAGE
 
 CONFIG = {"input_size": (3, 64, 96), "crop_pct": 0.8, "interpolation": "bicubic", "mean": (0.0,) * 3, "std": (1.0,) * 3}
 
@@ -39,7 +40,7 @@ def test_what_the_network_sees(size: tuple[int, int], input_size: tuple[int, int
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     top, left = round(0.45 * height), round(0.5 * width - 0.2 * min(size))
     pixels[top : top + side, left : left + side] = 255
-    seen, view = prepare(Image.fromarray(pixels), steps(input_size=input_size, crop_mode=crop_mode))
+    seen, view = prepare_image(Image.fromarray(pixels), steps(input_size=input_size, crop_mode=crop_mode))
     assert seen.shape == input_size
     assert view.height == pytest.approx(view.tall * input_size[1])
     assert view.width == pytest.approx(view.wide * input_size[2])
@@ -50,7 +51,7 @@ def test_what_the_network_sees(size: tuple[int, int], input_size: tuple[int, int
 
 
 def test_the_whole_image_is_seen(tmp_path: Path):
-    _, view = prepare(Image.new("RGB", (50, 50)), steps(input_size=(3, 32, 32), crop_pct=1.0))
+    _, view = prepare_image(Image.new("RGB", (50, 50)), steps(input_size=(3, 32, 32), crop_pct=1.0))
     assert view == View(top=0, left=0, tall=50 / 32, wide=50 / 32, height=50, width=50)
 
 
@@ -73,22 +74,22 @@ def attributed(
 
 
 def test_marks_are_what_spoke_for_the_class():
-    found = marks(attributed({(2, 3): 3.0, (7, 11): 1.0, (5, 5): 0.001}, {(0, 0): 4.0}))
+    found = find_marks(attributed({(2, 3): 3.0, (7, 11): 1.0, (5, 5): 0.001}, {(0, 0): 4.0}))
     assert [(mark.row, mark.column) for mark in found] == [(0, 0), (2, 3), (7, 11)]
     assert [mark.share for mark in found] == pytest.approx([4 / 8, 3 / 8, 1 / 8], rel=1e-3)
     assert [mark.window for mark in found] == [(0, 4, 0, 4), (1, 3, 2, 4), (5, 7, 9, 11)]
 
 
 def test_framed_windows_do_not_overlap_and_are_strong():
-    found = marks(attributed({(2, 3): 3.0, (3, 5): 2.9, (3, 6): 2.8, (7, 11): 1.2, (7, 1): 0.9}))
-    assert [(mark.row, mark.column) for mark in framed(found)] == [(2, 3), (3, 6), (7, 11)]
-    assert marks(attributed({})) == framed([]) == []
+    found = find_marks(attributed({(2, 3): 3.0, (3, 5): 2.9, (3, 6): 2.8, (7, 11): 1.2, (7, 1): 0.9}))
+    assert [(mark.row, mark.column) for mark in choose_framed(found)] == [(2, 3), (3, 6), (7, 11)]
+    assert find_marks(attributed({})) == choose_framed([]) == []
 
 
 def test_no_more_windows_than_one_can_tell_apart():
     corners = {(row, column): 1.0 for row in (1, 4, 7) for column in (1, 4, 7, 10)}
-    assert len(marks(attributed(corners))) == 12
-    assert len(framed(marks(attributed(corners)))) == 5
+    assert len(find_marks(attributed(corners))) == 12
+    assert len(choose_framed(find_marks(attributed(corners)))) == 5
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -99,8 +100,8 @@ def test_no_more_windows_than_one_can_tell_apart():
 def drawn(size: tuple[int, int] = (900, 600), title: str = "cat: 12.3 %", name: str = "a.jpg") -> tuple[Figure, View]:
     """One strong anchor at (2, 3), a weaker one at (6, 9)."""
     image = Image.new("RGB", size, (90, 120, 90))
-    _, view = prepare(image, steps())
-    return draw(image, view, attributed({(2, 3): 4.0, (6, 9): 1.0}), title, name), view
+    _, view = prepare_image(image, steps())
+    return draw_overlay(image, view, attributed({(2, 3): 4.0, (6, 9): 1.0}), title, name), view
 
 
 def test_marks_lie_on_their_tokens():
@@ -120,8 +121,8 @@ def test_marks_lie_on_their_tokens():
 
 def test_windows_stay_within_what_the_network_saw():
     image = Image.new("RGB", (96, 64))
-    _, view = prepare(image, steps(crop_pct=1.0))
-    figure = draw(image, view, attributed({(0, 0): 1.0}), "cat", "a.jpg")
+    _, view = prepare_image(image, steps(crop_pct=1.0))
+    figure = draw_overlay(image, view, attributed({(0, 0): 1.0}), "cat", "a.jpg")
     (window,) = figure.axes[1].patches
     assert window.get_xy() == (0, 0)
     assert (window.get_width(), window.get_height()) == (20.5, 20.5)  # of three tokens, half of the first is outside
@@ -140,9 +141,9 @@ def test_the_picture_shows_image_and_marks(tmp_path: Path):
 
     ground = np.array([90, 120, 90]) / 255
     strong = view.left + 24.5 * view.wide, view.top + 16.5 * view.tall
-    assert np.allclose(pixel(seen, *strong), to_rgb(ANCHOR), atol=0.02)
+    assert np.allclose(pixel(seen, *strong), to_rgb(ANCHOR_ON_IMAGE), atol=0.02)
     assert np.allclose(pixel(seen, strong[0] + 7 * view.wide, strong[1] + 7 * view.tall), ground, atol=0.02)
-    assert np.allclose(pixel(seen, strong[0] + 12 * view.wide, strong[1]), to_rgb(WINDOW), atol=0.1)
+    assert np.allclose(pixel(seen, strong[0] + 12 * view.wide, strong[1]), to_rgb(WINDOW_ON_IMAGE), atol=0.1)
     assert np.allclose(pixel(seen, view.left + 50 * view.wide, strong[1]), ground / 2, atol=0.02)
     assert np.allclose(pixel(whole, *strong), ground, atol=0.02)
     assert np.allclose(pixel(whole, view.left, view.top + view.height / 2), to_rgb(PAPER), atol=0.1)
@@ -175,6 +176,6 @@ def test_names_are_no_formulas(tmp_path: Path):
 
 def test_nothing_spoke_for_the_class(tmp_path: Path):
     image = Image.new("RGB", (80, 80))
-    _, view = prepare(image, steps())
-    draw(image, view, attributed({}), "cat", "a.jpg").savefig(tmp_path / "a.png")
+    _, view = prepare_image(image, steps())
+    draw_overlay(image, view, attributed({}), "cat", "a.jpg").savefig(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 0

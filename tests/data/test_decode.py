@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from s3a.data.decode import image_mode, read_image
+from s3a.data.decode import UnreadableImageError, choose_mode, decode_image, read_image
 
 ROWS, COLUMNS = 24, 40
 GRAY = np.add.outer(np.arange(ROWS) * 4, np.arange(COLUMNS) * 3).astype(np.uint8)  # 0 to 209, no symmetry
@@ -104,12 +104,12 @@ def test_the_first_of_several_frames(tmp_path: Path):
 
 def test_gray_for_networks_with_one_channel(tmp_path: Path):
     path = written(Image.fromarray(GRAY), tmp_path / "a.png")
-    image = read_image(path, image_mode(1))
+    image = read_image(path, choose_mode(1))
     assert image.mode == "L"
     assert np.array_equal(np.asarray(image), GRAY)
-    assert read_image(io.BytesIO(path.read_bytes()), image_mode(3)).mode == "RGB"
+    assert read_image(io.BytesIO(path.read_bytes()), choose_mode(3)).mode == "RGB"
     with pytest.raises(ValueError, match="in_chans is 4"):
-        image_mode(4)
+        choose_mode(4)
 
 
 def test_images_that_cannot_be_read(tmp_path: Path):
@@ -140,3 +140,85 @@ def test_numbers_of_no_known_range(tmp_path: Path, pixels: np.ndarray, words: st
     path = written(Image.fromarray(pixels), tmp_path / "a.tiff")
     with pytest.raises(ValueError, match=words):
         read_image(path)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Rows of datasets
+# --------------------------------------------------------------------------------------------------------
+
+
+def photo(mode="RGB"):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((40, 32)).convert(mode)
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no image",
+        saved(photo(), "JPEG")[:-200],
+        saved(photo(), "JPEG")[:30],
+        saved(photo(), "PNG")[:-60],
+        saved(photo(), "JPEG")[:2] + bytes(500),
+        saved(photo(), "PNG")[:60] + bytes(20) + saved(photo(), "PNG")[80:],
+        None,
+    ],
+    ids=["empty", "text", "cut jpeg", "header", "cut png", "zeros", "damaged png", "nothing"],
+)
+def test_damaged_files_are_unreadable(content):
+    with pytest.raises(UnreadableImageError):
+        decode_image({"bytes": content, "path": None}, "RGB")
+
+
+def test_a_missing_file_is_unreadable(tmp_path):
+    with pytest.raises(UnreadableImageError, match="gone"):
+        decode_image({"bytes": None, "path": str(tmp_path / "gone.png")}, "RGB")
+
+
+def test_a_decompression_bomb_is_unreadable(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(UnreadableImageError, match="decompression bomb"):
+        decode_image({"bytes": saved(photo(), "PNG"), "path": None}, "RGB")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.filterwarnings("error")
+def test_images_of_every_kind_are_read_as_they_look(mode):
+    gray = np.asarray(photo("L"))
+    deep = Image.fromarray(gray.astype(np.uint16) * 257)
+    palette = photo().quantize(16)
+    pictures = {
+        "gray": (saved(photo("L"), "PNG"), photo("L"), 0),
+        "16 bits": (saved(deep, "PNG"), photo("L"), 0),
+        "16 bits, tiff": (saved(deep, "TIFF"), photo("L"), 0),
+        "cmyk": (saved(photo("CMYK"), "JPEG", quality=100, subsampling=0), photo(), 4),
+        "palette": (saved(palette, "PNG", transparency=bytes(range(16))), palette, 0),
+        "alpha": (saved(photo("RGBA"), "PNG"), photo(), 0),
+        "bits": (saved(photo("1"), "PNG"), photo("1"), 0),
+    }
+    for name, (content, expected, tolerance) in pictures.items():
+        image = decode_image({"bytes": content, "path": None}, mode)
+        assert image.mode == mode
+        difference = np.abs(np.asarray(image, int) - np.asarray(expected.convert(mode), int))
+        assert difference.mean() <= tolerance, name
+
+
+def test_of_sixteen_bits_the_upper_eight_are_taken():
+    levels = np.array([[0, 255, 256, 32768, 65279, 65280, 65535]], dtype=np.uint16)
+    image = decode_image({"bytes": saved(Image.fromarray(levels), "PNG"), "path": None}, "L")
+    assert np.asarray(image).tolist() == [[0, 0, 1, 128, 254, 255, 255]]
+
+
+def test_images_stand_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise shows it upright
+    image = decode_image({"bytes": saved(photo(), "JPEG", exif=exif, quality=100, subsampling=0), "path": None}, "RGB")
+    upright = np.asarray(photo().rotate(-90, expand=True), int)
+    assert np.abs(np.asarray(image, int) - upright).mean() <= 4

@@ -1,23 +1,27 @@
 """Loaders: each image where and how the seed, the epoch and the step say, on any number of processes and workers."""
 
-import io
-import pickle
 import random
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from helpers.numbered_images import NUM_CLASSES, make_images, noisy, numbered, write_shards
+from helpers.numbered_images import (
+    NUM_CLASSES,
+    list_indices,
+    make_images,
+    make_loader,
+    read_steps,
+    show_number,
+    write_shards,
+)
 from PIL import Image
 from timm.data import create_transform
 
 import s3a.data.batches
-from s3a.data import DatasetImages, EvalLoader, TrainLoader, load_data
-from s3a.data.decode import UnreadableImageError, decoded
+from s3a.data import DatasetImages, EvalLoader, load_data
+from s3a.data.decode import decode_image
 from s3a.data.images import Shuffle
-from s3a.data.stream import SUBSTITUTES, WINDOW, stream_order
-from s3a.data.webdataset import TarPart
 
 NUM_TRAIN, NUM_VAL = 61, 23
 BROKEN = (3, 17, 18, NUM_TRAIN + 5)
@@ -52,30 +56,12 @@ def count_decoded(monkeypatch):
     """Counts what is decoded in this process."""
     counts = Counter()
 
-    def counting(cell, mode):
+    def counting(encoded, mode):
         counts["decoded"] += 1
-        return decoded(cell, mode)
+        return decode_image(encoded, mode)
 
-    monkeypatch.setattr(s3a.data.batches, "decoded", counting)
+    monkeypatch.setattr(s3a.data.batches, "decode_image", counting)
     return counts
-
-
-def make_loader(images, transform=noisy, **options):
-    return TrainLoader(images, transform, **{"channels": 3, "batch_size": 12, "seed": 5} | options)
-
-
-def steps(images, epoch=2, first_step=0, num_processes=1, transform=noisy, **options):
-    """What all processes together see in each step: image tensors, labels, indices, unreadable names."""
-    loaders = [
-        make_loader(images, transform, process_index=i, num_processes=num_processes, **options)
-        for i in range(num_processes)
-    ]
-    seen = []
-    for parts in zip(*(loader.epoch(epoch, first_step) for loader in loaders), strict=True):
-        batches = [batch for part in parts for batch in part]
-        tensors = [torch.cat(column) for column in list(zip(*batches, strict=True))[:3]]
-        seen.append((*tensors, sorted({name for batch in batches for name in batch.unreadable})))
-    return seen
 
 
 def assert_equal(seen, expected):
@@ -85,30 +71,26 @@ def assert_equal(seen, expected):
         assert one[3] == other[3]
 
 
-def indices_of(seen):
-    return torch.cat([indices for _, _, indices, _ in seen]).tolist()
-
-
 # --------------------------------------------------------------------------------------------------------
 # The order of an epoch
 # --------------------------------------------------------------------------------------------------------
 
 
 def test_an_epoch_has_whole_batches_of_different_images(images):
-    seen = steps(images)
+    seen = read_steps(images)
     assert len(seen) == make_loader(images).steps_per_epoch == NUM_TRAIN // 12
-    assert len(set(indices_of(seen))) == 60
-    assert set(indices_of(seen)) <= set(range(NUM_TRAIN))
+    assert len(set(list_indices(seen))) == 60
+    assert set(list_indices(seen)) <= set(range(NUM_TRAIN))
 
 
 def test_over_the_epochs_no_image_is_left_out(images):
-    counts = Counter(index for epoch in range(12) for index in indices_of(steps(images, epoch)))
+    counts = Counter(index for epoch in range(12) for index in list_indices(read_steps(images, epoch)))
     assert set(counts) == set(range(NUM_TRAIN))
     assert min(counts.values()) >= 9  # one of 61 is missing in an epoch, and not always the same
 
 
 def test_batches_hold_the_images_and_labels_they_name(images):
-    for pixels, labels, indices, unreadable in steps(images, transform=numbered):
+    for pixels, labels, indices, unreadable in read_steps(images, transform=show_number):
         assert pixels.dtype == torch.float32
         assert pixels.flatten().tolist() == indices.tolist()
         assert labels.tolist() == [index % NUM_CLASSES for index in indices.tolist()]
@@ -116,16 +98,16 @@ def test_batches_hold_the_images_and_labels_they_name(images):
 
 
 def test_the_order_follows_seed_and_epoch_alone(images):
-    first = indices_of(steps(images))
-    assert indices_of(steps(images)) == first
-    assert indices_of(steps(images, epoch=3)) != first
-    assert indices_of(steps(images, seed=6)) != first
+    first = list_indices(read_steps(images))
+    assert list_indices(read_steps(images)) == first
+    assert list_indices(read_steps(images, epoch=3)) != first
+    assert list_indices(read_steps(images, seed=6)) != first
     assert sorted(first) != first
 
 
 def test_images_at_hand_are_in_the_order_of_a_permutation():
     expected = np.random.default_rng((5, 2)).permutation(NUM_TRAIN)[:60]
-    assert indices_of(steps(make_images(NUM_TRAIN))) == expected.tolist()
+    assert list_indices(read_steps(make_images(NUM_TRAIN))) == expected.tolist()
 
 
 @pytest.mark.parametrize(
@@ -134,22 +116,22 @@ def test_images_at_hand_are_in_the_order_of_a_permutation():
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_a_step_is_the_same_however_it_is_cut(images, num_processes, accumulate, num_workers, repeats):
     cut = {"num_processes": num_processes, "accumulate": accumulate, "num_workers": num_workers}
-    assert_equal(steps(images, repeats=repeats, **cut), steps(images, repeats=repeats))
+    assert_equal(read_steps(images, repeats=repeats, **cut), read_steps(images, repeats=repeats))
 
 
 def test_a_process_gets_its_slice_in_micro_batches(images):
     loader = make_loader(images, accumulate=3, process_index=1, num_processes=2)
     step = next(loader.epoch(2))
     assert [len(batch.labels) for batch in step] == [2, 2, 2]
-    assert torch.cat([batch.indices for batch in step]).tolist() == indices_of(steps(images))[6:12]
+    assert torch.cat([batch.indices for batch in step]).tolist() == list_indices(read_steps(images))[6:12]
 
 
 @pytest.mark.parametrize("first_step", [1, 4, 5])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_epoch_goes_on_where_it_was_left(images, first_step, num_workers):
     options = {"accumulate": 2, "repeats": 2, "num_workers": num_workers}
-    rest = steps(images, first_step=first_step, **options)
-    whole = steps(images, **options)
+    rest = read_steps(images, first_step=first_step, **options)
+    whole = read_steps(images, **options)
     assert len(whole) - len(rest) == first_step
     if rest:
         assert_equal(rest, whole[first_step:])
@@ -161,12 +143,12 @@ def test_workers_live_through_epochs_left_early(images, num_workers):
     for _ in zip(range(2), loader.epoch(1), strict=False):
         pass
     seen = [(*batch[:3], batch.unreadable) for [batch] in loader.epoch(2, 1)]
-    assert_equal(seen, steps(images)[1:])
-    assert_equal([(*batch[:3], batch.unreadable) for [batch] in loader.epoch(2, 0)], steps(images))
+    assert_equal(seen, read_steps(images)[1:])
+    assert_equal([(*batch[:3], batch.unreadable) for [batch] in loader.epoch(2, 0)], read_steps(images))
 
 
 def test_what_is_skipped_is_not_decoded(images, count_decoded):
-    steps(images, first_step=3)
+    read_steps(images, first_step=3)
     assert count_decoded["decoded"] == 24
 
 
@@ -177,9 +159,9 @@ def test_a_process_decodes_its_share_alone(images, count_decoded):
 
 def test_what_is_skipped_is_not_read(monkeypatch):
     images = make_images(NUM_TRAIN)
-    read, rows = [], DatasetImages.rows
-    monkeypatch.setattr(DatasetImages, "rows", lambda self, indices: read.extend(indices) or rows(self, indices))
-    steps(images, first_step=3)
+    read, rows = [], DatasetImages.read_rows
+    monkeypatch.setattr(DatasetImages, "read_rows", lambda self, indices: read.extend(indices) or rows(self, indices))
+    read_steps(images, first_step=3)
     assert len(read) == 24
 
 
@@ -190,14 +172,14 @@ def test_what_is_skipped_is_not_read(monkeypatch):
 
 def test_augmentation_is_drawn_anew_for_each_image_epoch_and_seed(images):
     def draws(**options):
-        return {tuple(image.flatten().tolist()) for pixels, *_ in steps(images, **options) for image in pixels}
+        return {tuple(image.flatten().tolist()) for pixels, *_ in read_steps(images, **options) for image in pixels}
 
     seen = [draws(), draws(epoch=3), draws(seed=6)]
     assert len({draw[1:] for part in seen for draw in part}) == 180
 
 
 def test_augmentation_follows_the_documented_draw():
-    pixels, _, indices, _ = steps(make_images(NUM_TRAIN), repeats=3)[1]
+    pixels, _, indices, _ = read_steps(make_images(NUM_TRAIN), repeats=3)[1]
     for position, (image, index) in enumerate(zip(pixels, indices.tolist(), strict=True), start=12):
         draw = (2 * 3 + position % 3) * NUM_TRAIN + index
         seed = int(np.random.SeedSequence((5, draw)).generate_state(1)[0])
@@ -206,8 +188,8 @@ def test_augmentation_follows_the_documented_draw():
 
 
 def test_repeats_are_side_by_side_and_augmented_apart(images):
-    seen = steps(images, repeats=3)
-    indices = indices_of(seen)
+    seen = read_steps(images, repeats=3)
+    indices = list_indices(seen)
     assert len(indices) == 60
     assert [indices[i] for i in range(0, 60, 3)] == [indices[i] for i in range(1, 60, 3)] == indices[2::3]
     assert len(set(indices)) == 20
@@ -216,7 +198,7 @@ def test_repeats_are_side_by_side_and_augmented_apart(images):
 
 
 def test_repeats_choose_from_the_whole_split(images):
-    seen = {index for epoch in range(12) for index in indices_of(steps(images, epoch, repeats=3))}
+    seen = {index for epoch in range(12) for index in list_indices(read_steps(images, epoch, repeats=3))}
     assert len(seen) > 0.9 * NUM_TRAIN
 
 
@@ -228,75 +210,9 @@ def test_loaders_leave_the_global_generators_alone(images, num_workers):
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = draws()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    steps(images, num_workers=num_workers)
-    list(EvalLoader(images, numbered, channels=3, batch_size=8, num_workers=num_workers))
+    read_steps(images, num_workers=num_workers)
+    list(EvalLoader(images, show_number, channels=3, batch_size=8, num_workers=num_workers))
     assert draws() == expected
-
-
-# --------------------------------------------------------------------------------------------------------
-# Streams
-# --------------------------------------------------------------------------------------------------------
-
-
-def test_a_stream_keeps_nothing_behind(shards):
-    loader = make_loader(shards.train, repeats=2)
-    list(loader.epoch(0))
-    walk = loader._loader.dataset.batches.images._walk
-    assert walk.uses.sum() == walk.wanted.sum() == 0
-    assert not walk.kept
-
-
-def test_a_loader_walks_once_an_epoch(tmp_path, monkeypatch):
-    images = load_data("webdataset", write_shards(tmp_path, "tar", NUM_TRAIN, 3), streaming=True).train
-    walked, read = Counter(), TarPart.read
-    monkeypatch.setattr(TarPart, "read", lambda part, needed: walked.update([part.name]) or read(part, needed))
-    loaders = [make_loader(images, process_index=i, num_processes=2) for i in range(2)]
-    next(loaders[0].epoch(1))
-    walked.clear()
-    assert len(list(zip(*(loader.epoch(2) for loader in loaders), strict=True))) == 5
-    assert set(walked.values()) == {2}
-
-
-def test_rows_of_a_stream_overtake_each_other_within_the_window():
-    order = stream_order((50_000,), Shuffle(seed=0, epoch=0, num_rows=50_000))
-    assert sorted(order) == list(range(50_000))
-    displacement = order - np.arange(50_000)
-    assert np.abs(displacement).max() <= WINDOW
-    assert np.abs(displacement).mean() > WINDOW / 8
-
-
-def test_a_worker_holds_its_share_of_the_window_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(s3a.data.stream, "WINDOW", 30)
-    stream_order.cache_clear()
-    images = load_data("webdataset", write_shards(tmp_path, "tar", 400, 3), streaming=True).train
-    loader = make_loader(images, process_index=0, num_processes=4)
-    most = 0
-    for _ in loader.epoch(0):
-        most = max(most, len(loader._loader.dataset.batches.images._walk.kept))
-    stream_order.cache_clear()
-    assert 0 < most <= (30 / 4 + 12) * (1 + SUBSTITUTES)
-
-
-def test_parts_change_places_and_what_is_left_out_is_spread():
-    orders = [stream_order((500, 500, 500), Shuffle(0, epoch, 1490)) for epoch in range(60)]
-    left_out = Counter(row for order in orders for row in {*range(1500)} - {*order.tolist()})
-    assert sum(left_out.values()) == 600
-    assert max(left_out.values()) <= 5
-    orders = [stream_order((50_000,) * 3, Shuffle(0, epoch, 150_000)) for epoch in range(24)]
-    assert len({order[0] // 50_000 for order in orders}) == 3
-
-
-def test_a_stream_in_use_can_be_handed_to_a_process(shards):
-    batches = make_loader(shards.train)._loader.dataset
-    first = batches[0, 0]
-    assert torch.equal(pickle.loads(pickle.dumps(batches))[0, 0].images, first.images)
-
-
-def test_a_stream_that_ends_early_says_so(tmp_path):
-    images = load_data("parquet", write_shards(tmp_path, "parquet", 40, 3), streaming=True).train
-    (tmp_path / "train-0001.parquet").write_bytes((tmp_path / "train-0000.parquet").read_bytes())
-    with pytest.raises(ValueError, match="train ended before its 40 images had been read"):
-        steps(images)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -310,7 +226,7 @@ def test_evaluation_sees_every_image_once(kind, shards, num_processes, num_worke
     images = make_images(NUM_VAL) if kind == "map" else shards.val
     first = 0 if kind == "map" else NUM_TRAIN
     options = {"channels": 3, "batch_size": 8, "num_processes": num_processes, "num_workers": num_workers}
-    loaders = [EvalLoader(images, numbered, process_index=i, **options) for i in range(num_processes)]
+    loaders = [EvalLoader(images, show_number, process_index=i, **options) for i in range(num_processes)]
     for _ in range(2):
         seen = [list(loader) for loader in loaders]
         assert {len(batches) for batches in seen} == {len(loader) for loader in loaders} == {3}
@@ -328,7 +244,7 @@ def test_evaluation_sees_every_image_once(kind, shards, num_processes, num_worke
 
 def test_few_images_for_many_processes_are_padded():
     loaders = [
-        EvalLoader(make_images(3), numbered, channels=3, batch_size=64, process_index=i, num_processes=5)
+        EvalLoader(make_images(3), show_number, channels=3, batch_size=64, process_index=i, num_processes=5)
         for i in range(5)
     ]
     batches = [batch for loader in loaders for batch in loader]
@@ -342,10 +258,10 @@ def test_few_images_for_many_processes_are_padded():
 
 
 def test_training_puts_the_next_image_in_place_and_names_the_unreadable(broken_images):
-    seen = steps(broken_images, transform=numbered)
-    read = indices_of(seen)
+    seen = read_steps(broken_images, transform=show_number)
+    read = list_indices(seen)
     assert not {*read} & {*BROKEN}
-    order = broken_images.order(Shuffle(5, 2, 60)).tolist()
+    order = broken_images.shuffle_rows(Shuffle(5, 2, 60)).tolist()
     assert read == [{3: 4, 17: 19, 18: 19}.get(index, index) for index in order]
     named = {name for *_, unreadable in seen for name in unreadable}
     assert named == {broken_images.name_of(index) for index in BROKEN[:3] if index in order}
@@ -356,19 +272,20 @@ def test_training_puts_the_next_image_in_place_and_names_the_unreadable(broken_i
 
 def test_replacement_is_the_same_however_a_step_is_cut(broken_images):
     assert_equal(
-        steps(broken_images, num_processes=2, accumulate=3, num_workers=2, repeats=2), steps(broken_images, repeats=2)
+        read_steps(broken_images, num_processes=2, accumulate=3, num_workers=2, repeats=2),
+        read_steps(broken_images, repeats=2),
     )
 
 
 def test_replacement_goes_round():
-    seen = steps(make_images(4, broken=(2, 3)), batch_size=4)
-    assert sorted(indices_of(seen)) == [0, 0, 0, 1]
+    seen = read_steps(make_images(4, broken=(2, 3)), batch_size=4)
+    assert sorted(list_indices(seen)) == [0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_marks_the_unreadable(kind, broken_shards):
     images = make_images(NUM_VAL, broken=(5,), split="val") if kind == "map" else broken_shards.val
-    batches = list(EvalLoader(images, numbered, channels=3, batch_size=8))
+    batches = list(EvalLoader(images, show_number, channels=3, batch_size=8))
     labels = torch.cat([batch.labels for batch in batches])
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(NUM_VAL))
     assert (labels < 0).nonzero().flatten().tolist() == [5]
@@ -383,7 +300,7 @@ def test_nothing_but_unreadable_images_is_an_error(kind, tmp_path, num_workers):
     if kind == "stream":
         images = load_data("parquet", write_shards(tmp_path, "parquet", 40, 3, everything), streaming=True).train
     with pytest.raises(ValueError, match=r"^\d+ neighbouring images cannot be read, the first is row \d+ of train"):
-        steps(images, num_workers=num_workers)
+        read_steps(images, num_workers=num_workers)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -391,84 +308,7 @@ def test_a_shard_that_is_taken_away_is_said_in_one_line(tmp_path, num_workers):
     data = load_data("webdataset", write_shards(tmp_path, "tar", 40, 3))
     (tmp_path / "train-0002.tar").unlink()
     with pytest.raises(ValueError, match=r"^.*No such file.*train-0002\.tar.$"):  # a dot stands for no line break
-        steps(data.train, num_workers=num_workers)
-
-
-def photo(mode="RGB"):
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((40, 32)).convert(mode)
-
-
-def saved(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"no image",
-        saved(photo(), "JPEG")[:-200],
-        saved(photo(), "JPEG")[:30],
-        saved(photo(), "PNG")[:-60],
-        saved(photo(), "JPEG")[:2] + bytes(500),
-        saved(photo(), "PNG")[:60] + bytes(20) + saved(photo(), "PNG")[80:],
-        None,
-    ],
-    ids=["empty", "text", "cut jpeg", "header", "cut png", "zeros", "damaged png", "nothing"],
-)
-def test_damaged_files_are_unreadable(content):
-    with pytest.raises(UnreadableImageError):
-        decoded({"bytes": content, "path": None}, "RGB")
-
-
-def test_a_missing_file_is_unreadable(tmp_path):
-    with pytest.raises(UnreadableImageError, match="gone"):
-        decoded({"bytes": None, "path": str(tmp_path / "gone.png")}, "RGB")
-
-
-def test_a_decompression_bomb_is_unreadable(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(UnreadableImageError, match="decompression bomb"):
-        decoded({"bytes": saved(photo(), "PNG"), "path": None}, "RGB")
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.filterwarnings("error")
-def test_images_of_every_kind_are_read_as_they_look(mode):
-    gray = np.asarray(photo("L"))
-    deep = Image.fromarray(gray.astype(np.uint16) * 257)
-    palette = photo().quantize(16)
-    pictures = {
-        "gray": (saved(photo("L"), "PNG"), photo("L"), 0),
-        "16 bits": (saved(deep, "PNG"), photo("L"), 0),
-        "16 bits, tiff": (saved(deep, "TIFF"), photo("L"), 0),
-        "cmyk": (saved(photo("CMYK"), "JPEG", quality=100, subsampling=0), photo(), 4),
-        "palette": (saved(palette, "PNG", transparency=bytes(range(16))), palette, 0),
-        "alpha": (saved(photo("RGBA"), "PNG"), photo(), 0),
-        "bits": (saved(photo("1"), "PNG"), photo("1"), 0),
-    }
-    for name, (content, expected, tolerance) in pictures.items():
-        image = decoded({"bytes": content, "path": None}, mode)
-        assert image.mode == mode
-        difference = np.abs(np.asarray(image, int) - np.asarray(expected.convert(mode), int))
-        assert difference.mean() <= tolerance, name
-
-
-def test_of_sixteen_bits_the_upper_eight_are_taken():
-    levels = np.array([[0, 255, 256, 32768, 65279, 65280, 65535]], dtype=np.uint16)
-    image = decoded({"bytes": saved(Image.fromarray(levels), "PNG"), "path": None}, "L")
-    assert np.asarray(image).tolist() == [[0, 0, 1, 128, 254, 255, 255]]
-
-
-def test_images_stand_upright():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn clockwise shows it upright
-    image = decoded({"bytes": saved(photo(), "JPEG", exif=exif, quality=100, subsampling=0), "path": None}, "RGB")
-    upright = np.asarray(photo().rotate(-90, expand=True), int)
-    assert np.abs(np.asarray(image, int) - upright).mean() <= 4
+        read_steps(data.train, num_workers=num_workers)
 
 
 def test_a_single_pixel_goes_through_timms_transforms(tmp_path):
@@ -516,9 +356,9 @@ def test_what_cannot_be_cut_is_refused(options, message):
 
 def test_evaluation_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="in_chans is 2"):
-        EvalLoader(make_images(3), numbered, channels=2, batch_size=4)
+        EvalLoader(make_images(3), show_number, channels=2, batch_size=4)
     with pytest.raises(ValueError, match="--batch-size is 0"):
-        EvalLoader(make_images(3), numbered, channels=3, batch_size=0)
+        EvalLoader(make_images(3), show_number, channels=3, batch_size=0)
 
 
 @pytest.mark.parametrize("first_step", [-1, 6])

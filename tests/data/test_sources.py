@@ -18,7 +18,16 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets.exceptions import DatasetNotFoundError
 from helpers.image_folder import make_image_folder
-from helpers.numbered_images import NAMES, NUM_CLASSES, as_dataset, encoded, make_images, noisy, numbered, write_shards
+from helpers.numbered_images import (
+    NAMES,
+    NUM_CLASSES,
+    add_noise,
+    encode_number,
+    make_dataset,
+    make_images,
+    show_number,
+    write_shards,
+)
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform
 
@@ -29,6 +38,7 @@ from s3a.data.sources import SOURCES
 from s3a.data.webdataset import split_key
 
 NUM_TRAIN, NUM_VAL = 31, 11
+IMAGE = encode_number(0)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +52,7 @@ def image_folder(tmp_path):
     return make_image_folder(tmp_path / "images")
 
 
-def evaluated(images, transform=numbered):
+def evaluated(images, transform=show_number):
     """Everything a split shows, in order: image tensors, labels, unreadable names."""
     batches = list(EvalLoader(images, transform, channels=3, batch_size=8))
     names = [name for batch in batches for name in batch.unreadable]
@@ -225,7 +235,7 @@ def test_shards_train_alike_with_any_workers(tmp_path, source, kind, streaming):
     data = load_data(source, write_shards(tmp_path, kind, NUM_TRAIN, NUM_VAL), streaming=streaming)
     options = {"channels": 3, "batch_size": 10, "seed": 1}
     seen = [
-        torch.cat([batch.images for [batch] in TrainLoader(data.train, noisy, num_workers=n, **options).epoch(0)])
+        torch.cat([batch.images for [batch] in TrainLoader(data.train, add_noise, num_workers=n, **options).epoch(0)])
         for n in (0, 2)
     ]
     assert torch.equal(*seen)
@@ -238,7 +248,7 @@ def test_augmentation_is_the_same_streamed_or_not(tmp_path, source, kind):
     seen = []
     for streaming in (False, True):
         loader = TrainLoader(
-            load_data(source, tmp_path, streaming=streaming).train, noisy, channels=3, batch_size=31, seed=1
+            load_data(source, tmp_path, streaming=streaming).train, add_noise, channels=3, batch_size=31, seed=1
         )
         [[batch]] = loader.epoch(3)
         seen.append(batch.images[batch.indices.argsort()])
@@ -303,7 +313,7 @@ def test_parquet_streams_in_chunks_of_any_size(tmp_path, monkeypatch, rows_at_on
     images = load_data("parquet", write_shards(tmp_path, "parquet", NUM_TRAIN, NUM_VAL), streaming=True).train
     for process in range(3):
         loader = TrainLoader(
-            images, numbered, channels=3, batch_size=30, seed=0, process_index=process, num_processes=3
+            images, show_number, channels=3, batch_size=30, seed=0, process_index=process, num_processes=3
         )
         [[batch]] = loader.epoch(0)
         assert batch.images.flatten().tolist() == batch.indices.tolist()
@@ -311,7 +321,7 @@ def test_parquet_streams_in_chunks_of_any_size(tmp_path, monkeypatch, rows_at_on
 
 def test_parquet_by_datasets_keeps_the_names_of_classes(tmp_path):
     for split, numbers in (("train", range(NUM_TRAIN)), ("test", range(NUM_TRAIN, NUM_TRAIN + NUM_VAL))):
-        as_dataset(numbers).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+        make_dataset(numbers).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
     for streaming in (False, True):
         data = load_data("parquet", tmp_path, streaming=streaming)
         assert data.label_names == NAMES
@@ -327,12 +337,15 @@ def parquet_with(tmp_path, **columns):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image": [encoded(1)]}, "has no label column"),
+        ({"image": [IMAGE]}, "has no label column"),
         ({"label": [1]}, "has no image column"),
-        ({"image": [encoded(1)], "fine": [1], "coarse": [0]}, r"has 2 label columns \(fine, coarse\)"),
-        ({"left": [encoded(1)], "right": [encoded(1)], "label": [1]}, r"has 2 image columns \(left, right\)"),
-        ({"image": [encoded(1)], "label": pa.array([None], pa.int64())}, "has no images|no label of the"),
-        ({"image": [encoded(1)] * 2, "label": [0, -1]}, "first is row 1 with -1"),
+        ({"image": [IMAGE], "fine": [1], "coarse": [0]}, r"has 2 label columns \(fine, coarse\)"),
+        (
+            {"left": [IMAGE], "right": [IMAGE], "label": [1]},
+            r"has 2 image columns \(left, right\)",
+        ),
+        ({"image": [IMAGE], "label": pa.array([None], pa.int64())}, "has no images|no label of the"),
+        ({"image": [IMAGE] * 2, "label": [0, -1]}, "first is row 1 with -1"),
         ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, "has no images"),
     ],
 )
@@ -342,14 +355,14 @@ def test_columns_that_do_not_fit_are_refused(tmp_path, columns, message):
 
 
 def test_of_several_columns_the_one_called_label_is_taken(tmp_path):
-    folder = parquet_with(tmp_path, image=[encoded(1)] * 2, width=[2, 2], label=[0, 1])
+    folder = parquet_with(tmp_path, image=[IMAGE] * 2, width=[2, 2], label=[0, 1])
     assert load_data("parquet", folder, streaming=True).label_names == ["0", "1"]
 
 
 def test_classes_numbered_otherwise_in_the_other_split_are_refused(tmp_path):
     for split, names in (("train", ["cat", "dog"]), ("val", ["dog", "cat"])):
         features = Features(image=datasets.Image(), label=ClassLabel(names=names))
-        cells = [{"bytes": encoded(1), "path": None}]
+        cells = [{"bytes": IMAGE, "path": None}]
         Dataset.from_dict({"image": cells, "label": [0]}, features).to_parquet(tmp_path / f"{split}.parquet")
     with pytest.raises(ValueError, match="both splits must number the same classes alike"):
         load_data("parquet", tmp_path, streaming=True)
@@ -366,12 +379,15 @@ def write_members(path, members):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("0.png", encoded(0)), ("1.png", encoded(1)), ("1.cls", b"0")], r"train.tar: 0 has the files png"),
+        (
+            [("0.png", IMAGE), ("1.png", IMAGE), ("1.cls", b"0")],
+            r"train.tar: 0 has the files png",
+        ),
         ([("0.cls", b"0")], r"train.tar: 0 has the files cls: it must have one image"),
-        ([("0.png", encoded(0)), ("0.jpg", encoded(0)), ("0.cls", b"0")], "must have one image"),
-        ([("0.png", encoded(0)), ("0.cls", b"0")] * 2, "has the files png, cls, png, cls"),
-        ([("0.png", encoded(0)), ("0.cls", b"dog")], "has the label b'dog'"),
-        ([("0.png", encoded(0)), ("0.cls", b"-1")], "has the label b'-1'"),
+        ([("0.png", IMAGE), ("0.jpg", IMAGE), ("0.cls", b"0")], "must have one image"),
+        ([("0.png", IMAGE), ("0.cls", b"0")] * 2, "has the files png, cls, png, cls"),
+        ([("0.png", IMAGE), ("0.cls", b"dog")], "has the label b'dog'"),
+        ([("0.png", IMAGE), ("0.cls", b"-1")], "has the label b'-1'"),
     ],
 )
 def test_samples_that_are_not_whole_are_named(tmp_path, members, message):
@@ -403,7 +419,7 @@ def make_repository(folder, split="validation", described=True, **features):
     """A folder as a dataset repository is: parquet files, and a card that says what they hold."""
     counts = {"train": NUM_TRAIN, split: NUM_VAL}
     for name, numbers in (("train", range(NUM_TRAIN)), (split, range(NUM_TRAIN, NUM_TRAIN + NUM_VAL))):
-        rows = as_dataset(numbers).rename_columns({"image": "picture", "label": "species"})
+        rows = make_dataset(numbers).rename_columns({"image": "picture", "label": "species"})
         for column, feature in features.items():
             rows = rows.cast_column(column, feature)
         (folder / "data").mkdir(parents=True, exist_ok=True)
@@ -427,17 +443,17 @@ def test_a_repository_is_loaded_by_the_types_of_its_columns(tmp_path, streaming,
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_streamed_repository_gives_every_worker_its_share(tmp_path, num_workers):
     data = load_data("hub", dataset=str(make_repository(tmp_path / "birds")), streaming=True)
-    loader = TrainLoader(data.train, numbered, channels=3, batch_size=5, seed=0, num_workers=num_workers)
+    loader = TrainLoader(data.train, show_number, channels=3, batch_size=5, seed=0, num_workers=num_workers)
     for epoch in range(2):
         numbers = [int(number) for [batch] in loader.epoch(epoch) for number in batch.images.flatten()]
         assert len({*numbers}) == 30
-    batches = EvalLoader(data.val, numbered, channels=3, batch_size=2, num_workers=num_workers)
+    batches = EvalLoader(data.val, show_number, channels=3, batch_size=2, num_workers=num_workers)
     assert [int(n) for batch in batches for n in batch.images.flatten()] == [*range(NUM_TRAIN, NUM_TRAIN + NUM_VAL)]
 
 
 def test_a_streamed_repository_keeps_nothing_behind(tmp_path):
     data = load_data("hub", dataset=str(make_repository(tmp_path / "birds")), streaming=True)
-    loader = TrainLoader(data.train, numbered, channels=3, batch_size=10, seed=0, process_index=1, num_processes=2)
+    loader = TrainLoader(data.train, show_number, channels=3, batch_size=10, seed=0, process_index=1, num_processes=2)
     list(loader.epoch(0))
     assert not loader._loader.dataset.batches.images._walk.kept
 

@@ -5,6 +5,7 @@ import random
 import tarfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,46 +16,47 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 
-from s3a.data import DatasetImages
+from s3a.data import DatasetImages, Images, TrainLoader
+from s3a.data.batches import Transform
 
 NUM_CLASSES = 3
 NAMES = ["cat", "dog", "owl"]
 
 
-def encoded(number: int, kind: str = "PNG") -> bytes:
+def encode_number(number: int, kind: str = "PNG") -> bytes:
     """A 2 x 2 image, exactly of that number."""
     file = io.BytesIO()
     Image.new("RGB", (2, 2), (number % 256, number // 256, 7)).save(file, kind, lossless=True)
     return file.getvalue()
 
 
-def number_of(image: Image.Image) -> int:
+def read_number(image: Image.Image) -> int:
     """The number of a decoded image; that of evaluation's black ones is 0."""
     red, green, _ = image.getpixel((1, 1))
     return red + 256 * green
 
 
-def numbered(image: Image.Image) -> Tensor:
+def show_number(image: Image.Image) -> Tensor:
     """A transform without randomness: the number, as an image of one pixel."""
-    return torch.full((1, 1, 1), float(number_of(image)))
+    return torch.full((1, 1, 1), float(read_number(image)))
 
 
-def noisy(image: Image.Image) -> Tensor:
+def add_noise(image: Image.Image) -> Tensor:
     """A transform that draws from all three generators: the number, then the draws, as four channels."""
     draws = (random.random(), np.random.rand(), float(torch.rand(())))
-    return torch.tensor([number_of(image), *draws]).reshape(4, 1, 1)
+    return torch.tensor([read_number(image), *draws]).reshape(4, 1, 1)
 
 
 def make_images(count: int, broken: tuple[int, ...] = (), split: str = "train") -> DatasetImages:
-    """Images 0 to count - 1 at hand, with label number % NUM_CLASSES; those that are `broken` cannot be decoded."""
-    return DatasetImages(as_dataset(range(count), broken), split)
+    """Images 0 to count - 1 with the label number % NUM_CLASSES, in any order; `broken` ones cannot be decoded."""
+    return DatasetImages(make_dataset(range(count), broken), split)
 
 
-def as_dataset(numbers: range, broken: tuple[int, ...] = ()) -> Dataset:
+def make_dataset(numbers: range, broken: tuple[int, ...] = ()) -> Dataset:
     """The images of these numbers."""
-    cells = [{"bytes": b"no image" if i in broken else encoded(i), "path": None} for i in numbers]
+    files = [{"bytes": b"no image" if i in broken else encode_number(i), "path": None} for i in numbers]
     features = Features(image=ImageFeature(), label=ClassLabel(names=NAMES))
-    return Dataset.from_dict({"image": cells, "label": [i % NUM_CLASSES for i in numbers]}, features)
+    return Dataset.from_dict({"image": files, "label": [i % NUM_CLASSES for i in numbers]}, features)
 
 
 def write_parquet(path: Path, numbers: range, broken: tuple[int, ...] = ()) -> None:
@@ -62,7 +64,7 @@ def write_parquet(path: Path, numbers: range, broken: tuple[int, ...] = ()) -> N
     table = pa.table(
         {
             "caption": [f"image {i}" for i in numbers],
-            "picture": [b"no image" if i in broken else encoded(i) for i in numbers],
+            "picture": [b"no image" if i in broken else encode_number(i) for i in numbers],
             "class": pa.array([i % NUM_CLASSES for i in numbers], pa.int32()),
         }
     )
@@ -76,7 +78,7 @@ def write_tar(path: Path, numbers: range, broken: tuple[int, ...] = ()) -> None:
     with tarfile.open(path, "w") as tar:
         for i in numbers:
             ending, kind = (("png", "PNG"), ("webp", "WEBP"), ("BMP", "BMP"))[i % 3]
-            image = b"no image" if i in broken else encoded(i, kind)
+            image = b"no image" if i in broken else encode_number(i, kind)
             for name, content in ((ending, image), ("json", b"{}"), ("cls", f"{i % NUM_CLASSES}\n".encode())):
                 member = tarfile.TarInfo(f"folder.v1/{i:04d}.{name}")
                 member.size = len(content)
@@ -91,3 +93,34 @@ def write_shards(folder: Path, kind: str, num_train: int, num_val: int, broken: 
         write(folder / f"train-{shard:04d}.{kind}", range(start, end), broken)
     write(folder / "val" / f"0.{kind}", range(num_train, num_train + num_val), broken)
     return folder
+
+
+def make_loader(images: Images, transform: Transform = add_noise, **options: Any) -> TrainLoader:
+    """A loader of 12 images a step, unless the options say otherwise."""
+    return TrainLoader(images, transform, **{"channels": 3, "batch_size": 12, "seed": 5} | options)
+
+
+def read_steps(
+    images: Images,
+    epoch: int = 2,
+    first_step: int = 0,
+    num_processes: int = 1,
+    transform: Transform = add_noise,
+    **options: Any,
+) -> list[tuple[Tensor, Tensor, Tensor, list[str]]]:
+    """What all processes together see in each step: image tensors, labels, indices, unreadable names."""
+    loaders = [
+        make_loader(images, transform, process_index=i, num_processes=num_processes, **options)
+        for i in range(num_processes)
+    ]
+    seen = []
+    for parts in zip(*(loader.epoch(epoch, first_step) for loader in loaders), strict=True):
+        batches = [batch for part in parts for batch in part]
+        tensors = [torch.cat(column) for column in list(zip(*batches, strict=True))[:3]]
+        seen.append((*tensors, sorted({name for batch in batches for name in batch.unreadable})))
+    return seen
+
+
+def list_indices(steps: list[tuple[Tensor, Tensor, Tensor, list[str]]]) -> list[int]:
+    """The rows that the steps of `read_steps` have, in their order."""
+    return torch.cat([indices for _, _, indices, _ in steps]).tolist()

@@ -9,7 +9,7 @@ from typing import Annotated
 import pytest
 import tyro
 
-from s3a.support import command_line as cli
+from s3a.support.command_line import parse_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +62,13 @@ class Count:
 def test_wrong_calls_are_one_line(monkeypatch, encoding, options_type, arguments, expected):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     with pytest.raises(ValueError) as refusal:
-        cli.parse(options_type, arguments)
+        parse_options(options_type, arguments)
     assert str(refusal.value) == f"{expected} (--help lists the options)"
 
 
 def test_right_calls_are_parsed():
-    assert cli.parse(Draw, ["--output", "x", "--sides", "1", "2"]) == Draw(output=Path("x"), sides=(1, 2))
-    assert cli.parse(Draw | Count, ["count", "a", "b", "--output", "x"]) == Count(
+    assert parse_options(Draw, ["--output", "x", "--sides", "1", "2"]) == Draw(output=Path("x"), sides=(1, 2))
+    assert parse_options(Draw | Count, ["count", "a", "b", "--output", "x"]) == Count(
         files=(Path("a"), Path("b")), output=Path("x")
     )
-    assert cli.parse(Draw, [], default=Draw(output=Path("y"))) == Draw(output=Path("y"))
+    assert parse_options(Draw, [], default=Draw(output=Path("y"))) == Draw(output=Path("y"))

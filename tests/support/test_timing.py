@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from s3a.support.timing import read_results, row, take_turns, write_result
+from s3a.support.timing import make_row, read_results, take_turns, write_result
 
 
 def test_candidates_take_turns_after_a_warm_up():
@@ -21,7 +21,7 @@ def test_times_are_milliseconds():
     sample = take_turns({"nap": lambda: time.sleep(0.02)}, turns=3)["nap"]
     assert 20 <= sample.fastest <= sample.median <= sample.slowest
     assert sample.fastest < 200
-    assert row(sample, side=7) == {
+    assert make_row(sample, side=7) == {
         "side": 7,
         "median_ms": sample.median,
         "fastest_ms": sample.fastest,

@@ -31,11 +31,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first timed call takes 1 ms, the second 2, and so on; the calls are made."""
     ticks = itertools.count(1)
 
-    def milliseconds(call: Callable[[], object]) -> float:
+    def time_call(call: Callable[[], object]) -> float:
         call()
         return float(next(ticks))
 
-    monkeypatch.setattr("s3a.support.timing.milliseconds", milliseconds)
+    monkeypatch.setattr("s3a.support.timing.time_call", time_call)
 
 
 @pytest.fixture

@@ -19,11 +19,18 @@ from torch import nn
 
 from s3a.analysis.cost import count_cost
 from s3a.comparison import scores, speed
-from s3a.comparison.candidates import Candidate, list_candidates, prepare
-from s3a.comparison.report import as_markdown, as_text, draw, mean_and, skipped, tables
+from s3a.comparison.candidates import Candidate, list_candidates, make_contenders
+from s3a.comparison.report import (
+    draw_comparison,
+    format_difference,
+    format_markdown,
+    format_text,
+    list_skipped,
+    make_tables,
+)
 from s3a.comparison.results import Results
-from s3a.comparison.scores import compare_scores, spread
-from s3a.comparison.speed import extrapolate, measure_growth, peak_memory
+from s3a.comparison.scores import add_differences, subtract_seeds, summarise_seeds
+from s3a.comparison.speed import extrapolate_memory, measure_growth, measure_peak_memory
 from s3a.data import load_data
 from s3a.training.named_recipes import named_recipe
 
@@ -92,23 +99,27 @@ def test_wrong_candidates_are_refused(models, scans, sizes, words):
 def test_a_scan_of_a_model_without_scans_is_refused(model, scan):
     """The published one too, which is the plain model of those that have scans."""
     with pytest.raises(ValueError, match=f"--model {model} has no sparse scans: leave --scan out"):
-        prepare([Candidate(model=model, scan=scan)], small_recipe(), NAMES)
+        make_contenders([Candidate(model=model, scan=scan)], small_recipe(), NAMES)
 
 
 def test_what_is_the_models_own_is_the_plain_model():
     """Its runs serve all comparisons; others lie in folders of their own."""
     models = ({}, {"scan": "alternate"}, {"size": 3}, {"scan": "alternate", "size": 3})
-    plain, *same = prepare([Candidate(model="ssvit_nano", **changes) for changes in models], small_recipe(), NAMES)
-    assert plain.run(Path("runs"), 3).output_dir == Path("runs/ssvit_nano/seed-3")
-    assert plain.run(Path("runs"), 3).seed == 3
-    assert all(each.run(Path("runs"), 3) == plain.run(Path("runs"), 3) for each in same)
-    (other,) = prepare([Candidate(model="ssvit_nano", scan="dense", size=5)], small_recipe(), NAMES)
-    assert other.run(Path("runs"), 0).output_dir == Path("runs/ssvit_nano-dense-size-5/seed-0")
+    plain, *same = make_contenders(
+        [Candidate(model="ssvit_nano", **changes) for changes in models], small_recipe(), NAMES
+    )
+    assert plain.make_recipe(Path("runs"), 3).output_dir == Path("runs/ssvit_nano/seed-3")
+    assert plain.make_recipe(Path("runs"), 3).seed == 3
+    assert all(each.make_recipe(Path("runs"), 3) == plain.make_recipe(Path("runs"), 3) for each in same)
+    (other,) = make_contenders([Candidate(model="ssvit_nano", scan="dense", size=5)], small_recipe(), NAMES)
+    assert other.make_recipe(Path("runs"), 0).output_dir == Path("runs/ssvit_nano-dense-size-5/seed-0")
     assert (other.recipe.scan, other.recipe.size) == ("dense", 5)
 
 
 def test_costs_are_those_of_the_recipes_images():
-    (contender,) = prepare([Candidate(model="ssvit_nano", scan="dense", size=2)], small_recipe(image_size=48), NAMES)
+    (contender,) = make_contenders(
+        [Candidate(model="ssvit_nano", scan="dense", size=2)], small_recipe(image_size=48), NAMES
+    )
     assert contender.cost == count_cost(timm.create_model("ssvit_nano", scan="dense", num_classes=2), 48, 48)
 
 
@@ -117,14 +128,19 @@ def test_equal_compute(reference):
     """All get the reference's GMACs as nearly as whole epochs allow, and its shares of warm-up and cooldown."""
     names = ["ssvit_nano", "svit_nano", "resnet18", "deit_tiny_patch16_224"]
     recipe = small_recipe(epochs=30, cooldown_epochs=10, warmup_epochs=6, image_size=64)
-    contenders = prepare([Candidate(model=name) for name in names], recipe, NAMES, equal="compute", reference=reference)
+    contenders = make_contenders(
+        [Candidate(model=name) for name in names], recipe, NAMES, equal="compute", reference=reference
+    )
     by_name = dict(zip(names, contenders, strict=True))
     base = by_name[reference or "ssvit_nano"]
     assert (base.recipe.epochs, base.recipe.cooldown_epochs, base.recipe.warmup_epochs) == (30, 10, 6)
     for contender in contenders:
-        epoch = contender.gmacs(100) / contender.recipe.total_epochs
+        epoch = contender.count_training_gmacs(100) / contender.recipe.total_epochs
         assert epoch == pytest.approx(100 * contender.cost.gmacs)
-        assert abs(contender.gmacs(100) - base.gmacs(100)) <= epoch / 2 or contender.recipe.total_epochs == 1
+        assert (
+            abs(contender.count_training_gmacs(100) - base.count_training_gmacs(100)) <= epoch / 2
+            or contender.recipe.total_epochs == 1
+        )
         assert contender.recipe.warmup_epochs == pytest.approx(contender.recipe.epochs / 5)
         assert abs(contender.recipe.cooldown_epochs - contender.recipe.total_epochs / 4) <= 0.5
     assert len({contender.recipe.total_epochs for contender in contenders}) >= 3
@@ -132,7 +148,7 @@ def test_equal_compute(reference):
 
 def test_an_unknown_reference_is_refused():
     with pytest.raises(ValueError, match=r"reference 'svit_nano' is unknown.*did you mean 'ssvit_nano'"):
-        prepare([Candidate(model="ssvit_nano")], small_recipe(), NAMES, reference="svit_nano")
+        make_contenders([Candidate(model="ssvit_nano")], small_recipe(), NAMES, reference="svit_nano")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -142,11 +158,14 @@ def test_an_unknown_reference_is_refused():
 
 def test_spreads():
     figures = [0.91, 0.94, 0.97, 0.95]
-    found = spread(figures)
-    assert found.mean == pytest.approx(np.mean(figures))
-    assert found.deviation == pytest.approx(np.std(figures, ddof=1))
-    assert found.error == pytest.approx(np.std(figures, ddof=1) / 2)
-    assert (spread([0.5]).mean, spread([0.5]).deviation, spread([0.5]).error) == (0.5, None, None)
+    found = summarise_seeds(figures)
+    assert found["mean"] == pytest.approx(np.mean(figures))
+    assert found["deviation"] == pytest.approx(np.std(figures, ddof=1))
+    above_zero = subtract_seeds(found, summarise_seeds([0.0] * 4))
+    assert above_zero["error"] == pytest.approx(np.std(figures, ddof=1) / 2)
+    single = {"mean": 0.5, "deviation": None, "seeds": [0.5]}
+    assert summarise_seeds([0.5]) == single
+    assert subtract_seeds(single, summarise_seeds([0.0])) == {**single, "error": None}
 
 
 @pytest.mark.parametrize("reference", [None, "b"])
@@ -154,10 +173,10 @@ def test_differences_are_paired_by_seed(reference):
     """Two models that move together with the seed differ by more than their deviations let on."""
     top1 = {"a": [0.90, 0.95, 0.97], "b": [0.92, 0.97, 0.99]}
     rows = [
-        {"label": label, "top1": dataclasses.asdict(spread(seeds)), "val_loss": dataclasses.asdict(spread(seeds[::-1]))}
+        {"label": label, "top1": summarise_seeds(seeds), "val_loss": summarise_seeds(seeds[::-1])}
         for label, seeds in top1.items()
     ]
-    compare_scores(rows, reference)
+    add_differences(rows, reference)
     other, base = (rows[1], rows[0]) if reference is None else (rows[0], rows[1])
     assert "top1_difference" not in base
     for figure in ("top1_difference", "val_loss_difference"):
@@ -181,17 +200,17 @@ class Hungry(nn.Module):
 def test_peak_memory():
     model = Hungry()
     with torch.no_grad():
-        assert peak_memory(model, (model,)) == pytest.approx(1 + 2 + 8 + 2, abs=0.01)
+        assert measure_peak_memory(model, (model,)) == pytest.approx(1 + 2 + 8 + 2, abs=0.01)
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 
 def test_memory_is_extrapolated_and_what_would_not_fit_is_said(monkeypatch):
     rows = [{"label": "a", "image_size": side, "mib": side**4 / 1e6} for side in (100, 200)]
-    assert extrapolate(rows, 400) == pytest.approx(400**4 / 1e6)
-    assert extrapolate(rows[:1], 400) == 0
+    assert extrapolate_memory(rows, 400) == pytest.approx(400**4 / 1e6)
+    assert extrapolate_memory(rows[:1], 400) == 0
 
-    (contender,) = prepare([Candidate(model="ssvit_nano")], small_recipe(), NAMES)
-    monkeypatch.setattr(speed, "free_memory", lambda device: 5.0)
+    (contender,) = make_contenders([Candidate(model="ssvit_nano")], small_recipe(), NAMES)
+    monkeypatch.setattr(speed, "find_free_memory", lambda device: 5.0)
     grown: list[dict] = []
     for side in (64, 128, 256, 512):
         grown += measure_growth([contender], NAMES, CPU, side, grown, turns=1)
@@ -202,7 +221,7 @@ def test_memory_is_extrapolated_and_what_would_not_fit_is_said(monkeypatch):
 
 def test_a_size_that_a_model_does_not_take_is_said():
     """A model of one fixed size is built for each."""
-    contenders = prepare(
+    contenders = make_contenders(
         [Candidate(model=name) for name in ("deit_tiny_patch16_224", "vvt_nano")], small_recipe(), NAMES
     )
     taken, refused = measure_growth(contenders, NAMES, CPU, 16, [], turns=1)
@@ -220,11 +239,11 @@ def made_up(num_seeds: int, growth: bool) -> Results:
     rows = [
         {
             **{"label": label, "epochs": 3, **cost},
-            **{name: dataclasses.asdict(spread([top1] * num_seeds)) for name in ("top1", "val_loss")},
+            **{name: summarise_seeds([top1] * num_seeds) for name in ("top1", "val_loss")},
         }
         for label, top1 in (("a $_", 0.9), ("b", 0.8))
     ]
-    compare_scores(rows, None)
+    add_differences(rows, None)
     phases = {f"{phase}_{kind}": 100.0 for phase in ("inference", "training") for kind in ("mib", "images_per_second")}
     grown = [
         {"label": label, "image_size": side, "ms": 1.0 * side, "mib": 2.0 * side}
@@ -239,25 +258,25 @@ def made_up(num_seeds: int, growth: bool) -> Results:
 
 def test_tables():
     results = made_up(2, growth=True)
-    score_table, speed_table, growth_table = tables(results)
+    score_table, speed_table, growth_table = make_tables(results)
     assert score_table[1][-5:] == ["90.00 ± 0.00", "-", "0.9000 ± 0.0000", "-", "90.00 90.00"]
     assert score_table[2][-4:-1] == ["-10.00 ± 0.00", "0.8000 ± 0.0000", "-0.1000 ± 0.0000"]
     nothing = {"mean": -1e-17, "error": 0.0}
-    assert mean_and("error", nothing, 1, 2) == "+0.00 ± 0.00"
+    assert format_difference(nothing, 1, 2) == "+0.00 ± 0.00"
     assert speed_table[1] == ["a $_", "100", "100", "100", "100"]
     assert growth_table == [
         ["one image", "32 px", "64 px"],
         ["a $_", "32.0 ms, 64 MiB", "64.0 ms, 128 MiB"],
         ["b", "32.0 ms, 64 MiB", "skipped"],
     ]
-    assert skipped(results) == ["b at 64 px skipped: about 9 MiB would be needed, 5 are free"]
-    assert as_text([["x", "y"], ["long", "1"]]) == "x     y\nlong  1"
-    assert as_markdown([["x", "y"], ["long", "1"]]) == "| x | y |\n| --- | ---: |\n| `long` | 1 |"
+    assert list_skipped(results) == ["b at 64 px skipped: about 9 MiB would be needed, 5 are free"]
+    assert format_text([["x", "y"], ["long", "1"]]) == "x     y\nlong  1"
+    assert format_markdown([["x", "y"], ["long", "1"]]) == "| x | y |\n| --- | ---: |\n| `long` | 1 |"
 
 
 @pytest.mark.parametrize(("num_seeds", "growth"), [(1, False), (5, True)])
 def test_pictures(num_seeds, growth, tmp_path):
-    draw(made_up(num_seeds, growth), tmp_path / "new" / "picture.png")
+    draw_comparison(made_up(num_seeds, growth), tmp_path / "new" / "picture.png")
     with Image.open(tmp_path / "new" / "picture.png") as picture:
         assert picture.width > 1000
 
