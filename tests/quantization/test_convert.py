@@ -31,11 +31,11 @@ from s3a.quantization import int8, schemes, storage
 from s3a.quantization.convert import choose_layers
 from s3a.quantization.schemes import SCHEMES, Quantization, check_scheme, check_trainable
 from s3a.quantization.storage import pack, unpack
-from s3a.training import trainer as engine
 from s3a.training.checkpoints import read_newest
 from s3a.training.evaluation import evaluate_weights
-from s3a.training.named_recipes import named_recipe
+from s3a.training.named_recipes import get_recipe
 from s3a.training.recipe import Recipe
+from s3a.training.trainer import train
 from s3a.weights.card import model_card
 
 ON_CPUS = ["int8-weight-only", "int8-dynamic", "int8-activations-int4-weights", "float8-weight-only"]
@@ -471,7 +471,7 @@ def test_fake_quantization_rounds_and_passes_gradients():
 def recipe(tmp_path: Path) -> Recipe:
     AcceleratorState._reset_state(reset_partial_state=True)
     return dataclasses.replace(
-        named_recipe("digits"),
+        get_recipe("digits"),
         data="imagefolder",
         data_dir=make_image_folder(tmp_path / "images"),
         image_size=32,
@@ -487,7 +487,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_a_run_leaves_quantized_weights(recipe: Recipe):
     """All of its folders; what it trains is float. Gone back an epoch, it ends with the same bytes."""
-    run = engine.train(recipe)
+    run = train(recipe)
     for name in ("model", "best", "ema", "ema-best"):
         assert SSViT.from_pretrained(run / name).quantization.scheme == "int8-dynamic"
     state = read_newest(run / "checkpoints", print)["model"]
@@ -501,15 +501,15 @@ def test_a_run_leaves_quantized_weights(recipe: Recipe):
     shutil.rmtree(next((run / "checkpoints").glob("*epoch-00002")))
     shutil.rmtree(run / "model")
     AcceleratorState._reset_state(reset_partial_state=True)
-    engine.train(recipe)
+    train(recipe)
     assert (run / "model" / "model.safetensors").read_bytes() == written
 
 
 def test_runs_that_cannot_be_trained_for_a_scheme(recipe: Recipe, folder: Path):
     with pytest.raises(ValueError, match="'float8-weight-only' cannot be trained for"):
-        engine.train(dataclasses.replace(recipe, quantize="float8-weight-only"))
+        train(dataclasses.replace(recipe, quantize="float8-weight-only"))
     with pytest.raises(ValueError, match="quantized already, by 'int8-dynamic'"):
-        engine.train(dataclasses.replace(recipe, quantize=None, weights=str(folder)))
+        train(dataclasses.replace(recipe, quantize=None, weights=str(folder)))
     assert not recipe.folder.exists()
 
 
@@ -517,9 +517,9 @@ def test_runs_that_cannot_be_trained_for_a_scheme(recipe: Recipe, folder: Path):
 def test_digits_lose_next_to_nothing(tmp_path: Path):
     """At most one image of 360 in int8, and four in int4."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    run = engine.train(dataclasses.replace(named_recipe("digits"), output_dir=tmp_path / "run"))
+    run = train(dataclasses.replace(get_recipe("digits"), output_dir=tmp_path / "run"))
     model, data = SSViT.from_pretrained(run / "model"), load_data("digits", None)
-    right = round(360 * evaluate_weights(model, data, batch_size=64)["top1"])
+    right = round(360 * evaluate_weights(model, data, batch_size=64).scores["top1"])
     for scheme, most in (("int8-weight-only", 1), ("int8-dynamic", 1), ("int8-activations-int4-weights", 4)):
-        found = evaluate_weights(quantize.quantize(model, scheme), data, batch_size=64)["top1"]
+        found = evaluate_weights(quantize.quantize(model, scheme), data, batch_size=64).scores["top1"]
         assert right - round(360 * found) <= most, scheme
