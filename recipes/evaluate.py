@@ -7,32 +7,23 @@ images that could not be read, where that was allowed.
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 # Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from s3a.data import Source, load_data
+from s3a.data import DataOptions, load_data
 from s3a.support.command_line import run_command
 from s3a.training.evaluation import evaluate_weights
 from s3a.training.recipe import Precision
-from s3a.weights.pretrained import load_pretrained
+from s3a.weights.folder import load_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(DataOptions):
     """Evaluates weights on the validation images of a data source."""
 
     weights: str
     """A weights folder, or ORG/NAME on the Hub."""
-    data: Source
-    """Where the images come from."""
-    data_dir: Path | None = None
-    """The folder of an imagefolder (train/CLASS/*, val/CLASS/*), or of parquet or webdataset shards."""
-    dataset: str | None = None
-    """For hub: ORG/NAME or ORG/NAME:CONFIG."""
-    streaming: bool = False
-    """Read shards as a stream instead of copying them to the cache of the datasets library."""
     revision: str | None = None
     """Branch, tag or commit of the Hub repository."""
     batch_size: int = 64
@@ -58,7 +49,7 @@ class Options:
 
 def main(options: Options) -> None:
     model = load_pretrained(options.weights, options.revision)
-    metrics = evaluate_weights(
+    evaluation = evaluate_weights(
         model,
         load_data(options.data, options.data_dir, dataset=options.dataset, streaming=options.streaming),
         batch_size=options.batch_size,
@@ -68,7 +59,7 @@ def main(options: Options) -> None:
         other_label_names=options.other_label_names,
     )
     if int(os.environ.get("RANK", "0")) == 0:  # the others have the same
-        print(json.dumps(metrics))
+        print(json.dumps(evaluation.to_json()))
 
 
 if __name__ == "__main__":

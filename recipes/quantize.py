@@ -168,9 +168,9 @@ def evaluation(model: nn.Module, data: ImageData | None, options: Options) -> tu
         return None, None
     predicted: list[Tensor] = []
     hook = model.register_forward_hook(lambda module, images, logits: predicted.append(logits.argmax(1).cpu()))
-    metrics = evaluate_weights(model, data, batch_size=options.batch_size, num_workers=options.num_workers)
+    found = evaluate_weights(model, data, batch_size=options.batch_size, num_workers=options.num_workers)
     hook.remove()
-    return metrics["top1"], torch.cat(predicted)
+    return found.scores["top1"], torch.cat(predicted)
 
 
 def measure_latency(models: dict[str, nn.Module], options: Options) -> dict[tuple[str, str], float]:

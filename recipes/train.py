@@ -11,7 +11,7 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from s3a.support.command_line import one_line_errors, parse_options
-from s3a.training.named_recipes import RECIPES, named_recipe, without_other_source
+from s3a.training.named_recipes import RECIPES, forget_other_source, get_recipe
 from s3a.training.recipe import Recipe
 from s3a.training.trainer import train
 
@@ -25,9 +25,9 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--print-recipe"]
     named = bool(arguments) and not arguments[0].startswith("-")
     with one_line_errors():
-        default = named_recipe(arguments[0] if named else "digits")
+        default = get_recipe(arguments[0] if named else "digits")
         recipe = parse_options(Recipe, arguments[named:], default=default, description=HELP)
-        recipe = without_other_source(recipe, default)
+        recipe = forget_other_source(recipe, default)
         if "--print-recipe" in sys.argv:
             print(recipe.to_json(), end="")
         else:

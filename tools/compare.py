@@ -25,11 +25,10 @@ from s3a.comparison.speed import measure_growth, measure_speed
 from s3a.data import ImageData, load_data
 from s3a.support.command_line import one_line_errors, parse_options, read_rank
 from s3a.support.errors import Interrupted
-from s3a.training.named_recipes import named_recipe, without_other_source
-from s3a.training.processes import core_share
-from s3a.training.recipe import Recipe, option
+from s3a.training.named_recipes import forget_other_source, get_recipe
+from s3a.training.processes import StopRequests, count_own_cores
+from s3a.training.recipe import Recipe, spell_option
 from s3a.training.run_folder import INCIDENTAL, write_whole
-from s3a.training.signals import StopRequests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,7 @@ class Comparison:
     def __post_init__(self) -> None:
         for field in ("seeds", "speed_batch_size", "turns"):
             if getattr(self, field) < 1:
-                raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be at least 1")
+                raise ValueError(f"{spell_option(field)} is {getattr(self, field)}: it must be at least 1")
         if any(side < 1 for side in self.growth):
             raise ValueError(f"--growth is {' '.join(map(str, self.growth))}: sides must be above 0")
 
@@ -86,20 +85,20 @@ DECIDED = ("name", "model", "seed", "weights", "push_to_hub")
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[Comparison, Recipe]:
     """The comparison's own options, and the recipe with the others."""
-    ours = {option(field.name) for field in fields(Comparison)} | {"--help", "-h"}
+    ours = {spell_option(field.name) for field in fields(Comparison)} | {"--help", "-h"}
     own: list[str] = []
     rest: list[str] = []
     part = own
     for word in arguments:
         if word.startswith("--") or word == "-h":
             name = word.partition("=")[0]
-            if name in map(option, DECIDED):
+            if name in map(spell_option, DECIDED):
                 raise ValueError(f"{name} is for a single run: a comparison takes MODEL ... and --seeds")
             part = own if name in ours else rest
         part.append(word)
     comparison = parse_options(Comparison, own)
-    default = named_recipe(comparison.recipe)
-    return comparison, without_other_source(parse_options(Recipe, rest, default=default), default)
+    default = get_recipe(comparison.recipe)
+    return comparison, forget_other_source(parse_options(Recipe, rest, default=default), default)
 
 
 def main() -> None:
@@ -108,7 +107,7 @@ def main() -> None:
         options, recipe = parse_arguments(sys.argv[1:])
         candidates = list_candidates(options.models, options.scan, options.size)
         device = check_device(options.device)
-        torch.set_num_threads(recipe.cpu_threads or core_share())  # as training does: times depend on it
+        torch.set_num_threads(recipe.cpu_threads or count_own_cores())  # as training does: times depend on it
         data = load_data(recipe.data, recipe.data_dir, dataset=recipe.dataset, streaming=recipe.streaming)
         contenders = make_contenders(
             candidates, recipe, data.label_names, equal=options.equal, reference=options.reference
@@ -189,8 +188,8 @@ def measure_all(
 
 def raise_on_stop(requests: StopRequests) -> None:
     """Raises Interrupted between two parts if a signal asked to stop; a run in progress handles signals itself."""
-    if requests.received:
-        raise Interrupted(f"stopped by {requests.received}: the same command goes on with the comparison")
+    if requests.reason:
+        raise Interrupted(f"stopped by {requests.reason}: the same command goes on with the comparison")
 
 
 def write_report(options: Comparison, results: Results) -> None:

@@ -139,7 +139,7 @@ def make_contenders(
 
 def build_checked_model(recipe: Recipe, label_names: list[str]) -> nn.Module:
     """The recipe's model; ValueError where it does not take the recipe's images."""
-    model = build_model(recipe, label_names)
+    model = build_model(recipe, len(label_names))
     check_image_size(model, recipe.image_size)
     return model
 

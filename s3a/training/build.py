@@ -1,15 +1,17 @@
-"""What a recipe names, built: model, data, optimizer, schedule, and Accelerate around them."""
+"""`build_run`: what a recipe names, first checked and then built, as a `Run`."""
 
-import random
-from typing import Any
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
-import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, ProjectConfiguration, is_tensorboard_available, is_wandb_available
-from timm.data import Mixup, create_transform, resolve_model_data_config
-from timm.loss import SoftTargetCrossEntropy
+from timm.data import resolve_model_data_config
 from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -17,6 +19,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 
 from s3a.analysis.cost import copy_to_meta, count_cost
 from s3a.data import EvalLoader, ImageData, TrainLoader, load_data
@@ -26,124 +29,184 @@ from s3a.nn.s3a import S3A
 from s3a.quantization.convert import fake_quantize
 from s3a.quantization.schemes import check_float, check_trainable
 from s3a.support.errors import unknown
-from s3a.training.augmentation import train_transform
-from s3a.training.processes import use_cores
+from s3a.training.checkpoints import CheckpointClock
+from s3a.training.evaluation import make_eval_loader
+from s3a.training.processes import StopRequests, seed_step, set_cpu_threads
 from s3a.training.recipe import Recipe
-from s3a.training.run_folder import claim_folder
+from s3a.training.run_folder import check_folder, claim_folder
+from s3a.training.tasks.classification import Classification
+from s3a.training.tasks.task import Loss, Task, TimmModel
 from s3a.weights.hub import create_repository
 from s3a.weights.pretrained import PretrainedMixin, load_pretrained
 
 
-def build(recipe: Recipe) -> dict[str, Any]:
-    """The fields of a `Run`, by name. Claims the run's folder late, so that a recipe that cannot run leaves no trace.
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run as its recipe built it. How far it has come is apart, in the trainer's `Progress`.
+
+    Attributes:
+        lock: of the folder, on the main process; a context that unlocks it.
+        data_config: timm's preprocessing keys.
+        shell: the model without memory, neither compiled nor spread over processes: weights are saved in a copy of it.
+        model: as it is trained; compiled, and wrapped for several processes.
+        ema: timm's moving average of the weights.
+        requests: to stop, noted by this process.
+    """
+
+    recipe: Recipe
+    task: Task
+    accelerator: Accelerator
+    lock: AbstractContextManager[object]
+    data_config: dict[str, Any]
+    train_loader: TrainLoader
+    val_loader: EvalLoader
+    shell: nn.Module
+    model: nn.Module
+    compute_loss: Loss
+    optimizer: AcceleratedOptimizer
+    scheduler: Scheduler
+    ema: ModelEmaV3 | None
+    clock: CheckpointClock
+    requests: StopRequests
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is written."""
+        return self.recipe.folder
+
+    @property
+    def data(self) -> ImageData:
+        """The images of both splits."""
+        return self.task.data
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without the wrapping for several processes."""
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return model
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.train_loader.steps_per_epoch
+
+    def say(self, message: str) -> None:
+        """Prints a message on stderr, once for all processes, above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(message, file=sys.stderr)
+
+
+def build_run(recipe: Recipe, task_type: type[Task] = Classification, requests: StopRequests | None = None) -> Run:
+    """Builds the run of a recipe, on every process.
+
+    All that can be refused is refused first. The folder is made at last, so that a recipe that cannot run leaves no
+    trace.
+
+    Args:
+        requests: to stop, which are noted already; None for new ones, which note nothing yet.
 
     Raises:
         ValueError, FileNotFoundError: for a recipe that cannot run here.
     """
-    if not timm.is_model(recipe.model):
-        raise unknown("model", recipe.model, timm.list_models())
-    check_tracker(recipe.track)
-    if recipe.quantize is not None:
-        check_trainable(recipe.quantize)
-    data = load_data(recipe.data, recipe.data_dir, dataset=recipe.dataset, streaming=recipe.streaming)
+    # Checks: of the recipe alone, with its data, with the processes, and with its model, which has no memory yet.
+    check_names(recipe)
+    check_folder(recipe)
+    task = task_type(load_data(recipe.data, recipe.data_dir, dataset=recipe.dataset, streaming=recipe.streaming))
     accelerator = build_accelerator(recipe)
+    check_processes(recipe, accelerator)
+    task.check_recipe(recipe, recipe.batch_size // (accelerator.num_processes * recipe.accumulate))
+    shell = build_shell(recipe, task)
+    check_image_size(shell, recipe.image_size)
+    data_config = configure_data(recipe, shell)
+    # The loaders refuse a batch that cannot be cut, and the task an augmentation; they read nothing before an epoch.
+    train_loader = build_train_loader(recipe, task, data_config, accelerator)
+    val_loader = build_val_loader(recipe, task, data_config, accelerator)
+
+    # Construction.
+    set_cpu_threads(accelerator, recipe.cpu_threads)
     seed_step(recipe.seed, step=0, process=-1)  # the same weights on every process
-    model = build_model(recipe, data.label_names)
-    check_image_size(model, recipe.image_size)
-    data_config = resolve_model_data_config(model)
-    channels = data_config["input_size"][0]
-    data_config |= {"input_size": (channels, recipe.image_size, recipe.image_size), "crop_pct": recipe.crop_pct}
-    train_loader, val_loader = build_loaders(recipe, data, data_config, accelerator)
-    shell = copy_to_meta(model)
+    model = build_task_model(recipe, task)
     if recipe.quantize is not None:
         fake_quantize(model, recipe.quantize)
     model = model.to(accelerator.device)
     ema = build_ema(recipe, model)
     optimizer = create_optimizer_v2(model, "adamw", lr=recipe.peak_learning_rate, weight_decay=recipe.weight_decay)
     scheduler = build_scheduler(recipe, optimizer, train_loader.steps_per_epoch)
-    model = prepare_model(recipe, model, accelerator)
+    model = convert_model(recipe, model, accelerator)
     with accelerator.main_process_first():
-        lock = claim_folder(recipe) if accelerator.is_main_process else None
+        lock: AbstractContextManager[object] = claim_folder(recipe) if accelerator.is_main_process else nullcontext()
     if recipe.push_to_hub and accelerator.is_main_process:
         create_repository(recipe.push_to_hub)  # now, so that a missing right does not show after the last epoch
-    accelerator.init_trackers(recipe.run_name, config=recipe.trackable())
+    accelerator.init_trackers(recipe.run_name, config=recipe.to_tracker())
     model, optimizer = accelerator.prepare(model, optimizer)
-    return {
-        "recipe": recipe,
-        "folder": recipe.folder,
-        "lock": lock,
-        "accelerator": accelerator,
-        "data": data,
-        "data_config": data_config,
-        "shell": shell,
-        "model": model,
-        "optimizer": optimizer,
-        "scheduler": scheduler,
-        "criterion": build_criterion(recipe),
-        "mixup": build_mixup(recipe, len(data.label_names)),
-        "ema": ema,
-        "train_loader": train_loader,
-        "val_loader": val_loader,
-    }
+    return Run(
+        recipe=recipe,
+        task=task,
+        accelerator=accelerator,
+        lock=lock,
+        data_config=data_config,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        shell=shell,
+        model=model,
+        compute_loss=task.make_loss(recipe),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        ema=ema,
+        clock=CheckpointClock(recipe.checkpoint_every),
+        requests=requests or StopRequests(),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------
+# Checks
+# --------------------------------------------------------------------------------------------------------
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raises ValueError for a model, tracker or quantization scheme that is unknown, missing, or not trainable."""
+    if not timm.is_model(recipe.model):
+        raise unknown("model", recipe.model, timm.list_models())
+    installed = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if recipe.track is not None and not installed[recipe.track]():
+        raise ValueError(f"--track is {recipe.track}, which is not installed: pip install {recipe.track}")
+    if recipe.quantize is not None:
+        check_trainable(recipe.quantize)
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate for the recipe; ValueError where it and the processes do not go together."""
+    """Accelerate with the recipe's precision and tracker; the processes know each other from here on."""
     folder = str(recipe.folder)
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision=recipe.precision,
         step_scheduler_with_optimizer=False,
         log_with=recipe.track,
         project_config=ProjectConfiguration(project_dir=folder, logging_dir=f"{folder}/tracking"),
     )
-    check_processes(recipe, accelerator)
-    use_cores(accelerator, recipe.cpu_threads)
-    return accelerator
 
 
-def build_loaders(
-    recipe: Recipe, data: ImageData, data_config: dict[str, Any], accelerator: Accelerator
-) -> tuple[TrainLoader, EvalLoader]:
-    """This process' share of the training and of the validation images."""
-    loading = {
-        "channels": data_config["input_size"][0],
-        "batch_size": recipe.batch_size,
-        "process_index": accelerator.process_index,
-        "num_processes": accelerator.num_processes,
-        "num_workers": recipe.num_workers,
-        "pin_memory": accelerator.device.type == "cuda",
-    }
-    train_loader = TrainLoader(
-        data.train,
-        train_transform(recipe, data_config),
-        accumulate=recipe.accumulate,
-        repeats=recipe.repeats,
-        seed=recipe.seed,
-        **loading,
-    )
-    return train_loader, EvalLoader(data.val, create_transform(**data_config, is_training=False), **loading)
+def check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Raises ValueError where the recipe does not go with the processes and devices that Accelerate found."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if accelerator.device.type != "cuda":
+            raise ValueError("FSDP needs CUDA: on this machine leave it out of the accelerate configuration, for DDP")
+        if recipe.ema_decay is not None:
+            raise ValueError(f"--ema-decay is {recipe.ema_decay}: no average is kept of sharded weights; use None")
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--precision is fp16, which needs a GPU: use bf16 or no")
 
 
-def build_ema(recipe: Recipe, model: nn.Module) -> ModelEmaV3 | None:
-    """timm's average of the weights, or None; its decay is that of the recipe for each 512 images."""
-    if recipe.ema_decay is None:
-        return None
-    return ModelEmaV3(model, decay=recipe.ema_decay ** (recipe.batch_size / 512))
+def check_image_size(model: nn.Module, side: int) -> None:
+    """Raises ValueError where the model does not take squares of so many pixels, by a forward on the meta device."""
+    try:
+        count_cost(model, side, side)
+    except ValueError as error:
+        raise ValueError(f"--image-size is {side}: {error}") from error
 
 
-def build_criterion(recipe: Recipe) -> nn.Module:
-    """The loss: of labels, or of the mixed ones that `build_mixup` has smoothed."""
-    return SoftTargetCrossEntropy() if recipe.mixes else nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-
-
-def seed_step(seed: int, step: int, process: int) -> None:
-    """Seeds every generator of a process for one step, so that a step's randomness does not depend on those before."""
-    entropy = np.random.SeedSequence((seed, step, process + 1))
-    state = int(entropy.generate_state(1)[0])
-    random.seed(state)
-    np.random.seed(state)
-    torch.manual_seed(state)
-
+# --------------------------------------------------------------------------------------------------------
+# The model
+# --------------------------------------------------------------------------------------------------------
 
 NOT_TAKEN = {
     "drop_path_rate": "--model {model} has no drop path: use --drop-path None",
@@ -152,41 +215,62 @@ NOT_TAKEN = {
 }
 
 
-def build_model(recipe: Recipe, label_names: list[str]) -> nn.Module:
-    """The recipe's model, with fresh weights or those to fine-tune, which keep their head where the classes agree."""
-    model_args = {"drop_path_rate": recipe.drop_path, "scan": recipe.scan, "size": recipe.size}
-    given = {name: value for name, value in model_args.items() if value is not None}
-    try:
-        if recipe.weights is None:
-            model = timm.create_model(recipe.model, num_classes=len(label_names), **built_for(recipe), **given)
-        else:
-            model = load_pretrained(recipe.weights, **given)
-    except TypeError as error:
-        refused = next((name for name in given if f"'{name}'" in str(error)), None)
-        if refused is None:
-            raise
-        raise ValueError(NOT_TAKEN[refused].format(model=recipe.model)) from error
-    check_scans(recipe, model)
+def build_shell(recipe: Recipe, task: Task) -> nn.Module:
+    """The model of `build_task_model` without memory, in evaluation mode; drawing nothing at random."""
     if recipe.weights is not None:
-        check_float(model)
-        name = model.pretrained_cfg["architecture"]
-        if name != recipe.model:
-            raise ValueError(f"--weights {recipe.weights} holds a {name}: use --model {name}, or other weights")
-        if model.pretrained_cfg.get("label_names") != label_names:
-            model.reset_classifier(len(label_names))
-    if recipe.grad_checkpointing:
-        model.set_grad_checkpointing()
+        return copy_to_meta(build_task_model(recipe, task))
+    with torch.device("meta"):
+        return build_task_model(recipe, task).eval()
+
+
+def build_task_model(recipe: Recipe, task: Task) -> nn.Module:
+    """The recipe's model with the head that the task needs."""
+    model = build_model(recipe, task.num_outputs)
+    if recipe.weights is not None:
+        task.fit_head(model)
     return model
 
 
-def built_for(recipe: Recipe) -> dict[str, int]:
-    """The side that a model of timm's with one fixed size is built for; nothing for others, which take any."""
-    config = get_pretrained_cfg(recipe.model)
-    return {"img_size": recipe.image_size} if config is not None and config.fixed_input_size else {}
+def build_model(recipe: Recipe, num_outputs: int) -> nn.Module:
+    """The recipe's model with fresh weights and so many outputs; or with those to fine-tune, which have their own head.
+
+    Raises:
+        ValueError, FileNotFoundError: for weights that cannot be loaded or are another model's, and for arguments that
+            the model does not take.
+    """
+    model_args = {"drop_path_rate": recipe.drop_path, "scan": recipe.scan, "size": recipe.size}
+    given: dict[str, Any] = {name: value for name, value in model_args.items() if value is not None}
+    try:
+        if recipe.weights is not None:
+            model = load_pretrained(recipe.weights, **given)
+        else:
+            config = get_pretrained_cfg(recipe.model)
+            if config is not None and config.fixed_input_size:
+                given["img_size"] = recipe.image_size
+            model = timm.create_model(recipe.model, num_classes=num_outputs, **given)
+    except TypeError as error:
+        refused = next((name for name in NOT_TAKEN if name in given and f"'{name}'" in str(error)), None)
+        if refused is None:
+            raise
+        raise ValueError(NOT_TAKEN[refused].format(model=recipe.model)) from error
+    if recipe.weights is not None:
+        check_weights(recipe, model)
+    check_arguments(recipe, model)
+    if recipe.grad_checkpointing:
+        cast(TimmModel, model).set_grad_checkpointing()
+    return model
 
 
-def check_scans(recipe: Recipe, model: nn.Module) -> None:
-    """Raises ValueError for fields that this model would leave unheeded, as some of timm's do with arguments."""
+def check_weights(recipe: Recipe, model: nn.Module) -> None:
+    """Raises ValueError for weights that are quantized, or another model's."""
+    check_float(model)
+    name = cast(TimmModel, model).pretrained_cfg["architecture"]
+    if name != recipe.model:
+        raise ValueError(f"--weights {recipe.weights} holds a {name}: use --model {name}, or other weights")
+
+
+def check_arguments(recipe: Recipe, model: nn.Module) -> None:
+    """Raises ValueError for fields that this model leaves unheeded, as some of timm's do with arguments."""
     for field in ("scan", "size"):
         if getattr(recipe, field) is not None and not any(isinstance(module, S3A) for module in model.modules()):
             raise ValueError(NOT_TAKEN[field].format(model=recipe.model))
@@ -194,40 +278,8 @@ def check_scans(recipe: Recipe, model: nn.Module) -> None:
         raise ValueError(f"--model {recipe.model} cannot change its drop path: use --late-drop-path None")
 
 
-def check_image_size(model: nn.Module, side: int) -> None:
-    """Raises ValueError where the model does not take squares of so many pixels: a forward on the meta device says."""
-    try:
-        count_cost(model, side, side)
-    except ValueError as error:
-        raise ValueError(f"--image-size is {side}: {error}") from error
-
-
-def check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Raises ValueError where the recipe and the processes that Accelerate started do not go together."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        if accelerator.device.type != "cuda":
-            raise ValueError("FSDP needs CUDA: on this machine leave it out of the accelerate configuration, for DDP")
-        if recipe.ema_decay is not None:
-            raise ValueError(f"--ema-decay is {recipe.ema_decay}: no average is kept of sharded weights; use None")
-    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("--precision is fp16, which needs a GPU: use bf16 or no")
-    share = recipe.batch_size // (accelerator.num_processes * recipe.accumulate)
-    if recipe.mixes and share % 2:
-        raise ValueError(
-            f"--batch-size is {recipe.batch_size}, {share} images a forward: mixup and cutmix need an even number; "
-            "change it, or use --mixup 0 --cutmix 0"
-        )
-
-
-def check_tracker(track: str | None) -> None:
-    """Raises ValueError where the tracker is not installed."""
-    installed = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-    if track is not None and not installed[track]():
-        raise ValueError(f"--track is {track}, which is not installed: pip install {track}")
-
-
-def prepare_model(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """SyncBN and compilation, where the recipe and the machine have them."""
+def convert_model(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The model with synchronized BatchNorm, and compiled, where the recipe and the machine ask for it."""
     if recipe.sync_batch_norm and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if recipe.compile:
@@ -238,6 +290,57 @@ def prepare_model(recipe: Recipe, model: nn.Module, accelerator: Accelerator) ->
     return model
 
 
+# --------------------------------------------------------------------------------------------------------
+# Around the model
+# --------------------------------------------------------------------------------------------------------
+
+
+def configure_data(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+    """timm's preprocessing keys: the model's own, at the recipe's image size and crop."""
+    data_config: dict[str, Any] = resolve_model_data_config(model)
+    channels = data_config["input_size"][0]
+    sides = (recipe.image_size, recipe.image_size)
+    return {**data_config, "input_size": (channels, *sides), "crop_pct": recipe.crop_pct}
+
+
+def build_train_loader(
+    recipe: Recipe, task: Task, data_config: dict[str, Any], accelerator: Accelerator
+) -> TrainLoader:
+    """This process' share of the training images."""
+    return TrainLoader(
+        task.data.train,
+        task.make_train_transform(recipe, data_config),
+        channels=data_config["input_size"][0],
+        batch_size=recipe.batch_size,
+        accumulate=recipe.accumulate,
+        repeats=recipe.repeats,
+        seed=recipe.seed,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        num_workers=recipe.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def build_val_loader(recipe: Recipe, task: Task, data_config: dict[str, Any], accelerator: Accelerator) -> EvalLoader:
+    """This process' share of the validation images."""
+    return make_eval_loader(
+        task.data,
+        task.make_eval_transform(data_config),
+        accelerator,
+        channels=data_config["input_size"][0],
+        batch_size=recipe.batch_size,
+        num_workers=recipe.num_workers,
+    )
+
+
+def build_ema(recipe: Recipe, model: nn.Module) -> ModelEmaV3 | None:
+    """timm's moving average of the weights, or None; the recipe's decay is for each 512 images."""
+    if recipe.ema_decay is None:
+        return None
+    return ModelEmaV3(model, decay=recipe.ema_decay ** (recipe.batch_size / 512))
+
+
 def build_scheduler(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
     """timm's cosine with warm-up and cooldown; a function of the epoch or step alone."""
     scheduler, _ = create_scheduler_v2(
@@ -245,23 +348,10 @@ def build_scheduler(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) 
         sched="cosine",
         num_epochs=recipe.epochs,
         cooldown_epochs=recipe.cooldown_epochs,
-        warmup_epochs=recipe.warmup_epochs,
+        warmup_epochs=recipe.warmup_epochs,  # type: ignore[arg-type]  # timm takes fractions of epochs too
         warmup_lr=1e-6,
         min_lr=recipe.min_learning_rate,
         step_on_epochs=recipe.schedule == "epoch",
         updates_per_epoch=steps_per_epoch,
     )
     return scheduler
-
-
-def build_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix, which smooth the labels too."""
-    if not recipe.mixes:
-        return None
-    return Mixup(
-        mixup_alpha=recipe.mixup,
-        cutmix_alpha=recipe.cutmix,
-        switch_prob=recipe.mixup_switch,
-        label_smoothing=recipe.label_smoothing,
-        num_classes=num_classes,
-    )

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints, which are whole or not there, when one is due, and the states of models and optimizers in them.
 
-They are written beside the last one, flushed, hashed, renamed into place, and verified on reading. A checkpoint
-is a folder with `tensors.safetensors`, `tree.json` (everything that is no tensor, and where the tensors belong)
-and `manifest.json` (size and SHA-256 of the two). Nothing is pickled.
+A checkpoint is a folder `step-NUMBER...` with `tensors.safetensors`, `tree.json` (everything that is no tensor, and
+where the tensors belong) and `manifest.json` (size and SHA-256 of the two). It is written under another name, flushed,
+renamed into place, and verified when it is read. Nothing is pickled.
 """
 
 import hashlib
@@ -31,6 +31,11 @@ from s3a.support.errors import DiskFullError, is_disk_full
 TENSORS, TREE, MANIFEST = "tensors.safetensors", "tree.json", "manifest.json"
 
 
+# --------------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------------
+
+
 def write_checkpoint(folder: Path, state: Any, keep: int) -> None:
     """Writes `state` to `folder`, and then deletes all but the `keep` newest of the checkpoints beside it.
 
@@ -56,29 +61,29 @@ def write_checkpoint(folder: Path, state: Any, keep: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         if not is_disk_full(error):
             raise
-        raise DiskFullError(disk_full_message(folder, tensors, tree)) from error
+        raise DiskFullError(describe_full_disk(folder, tensors, tree)) from error
     partial.rename(folder)
     flush(folder.parent)
-    for old in checkpoints(folder.parent)[keep:]:
+    for old in list_checkpoints(folder.parent)[keep:]:
         shutil.rmtree(old)
 
 
 def write_files(folder: Path, tensors: dict[str, Tensor], tree: str) -> None:
-    """The files of a checkpoint, on the disk when this returns."""
+    """Writes the files of a checkpoint; they are on the disk when this returns."""
     folder.mkdir(parents=True)
     save_file(tensors, folder / TENSORS)
     (folder / TREE).write_text(tree, encoding="utf-8")
-    manifest = {name: fingerprint(folder / name) for name in (TENSORS, TREE)}
+    manifest = {name: hash_file(folder / name) for name in (TENSORS, TREE)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
         flush(path)
 
 
-def disk_full_message(folder: Path, tensors: dict[str, Tensor], tree: str) -> str:
-    """How much a checkpoint needs, what there is, and what is still good."""
+def describe_full_disk(folder: Path, tensors: dict[str, Tensor], tree: str) -> str:
+    """How much room a checkpoint needs, how much is free, and which checkpoint the run can resume from."""
     needed = sum(tensor.nbytes for tensor in tensors.values()) + len(tree)
     free = shutil.disk_usage(folder.parent).free
-    good = next(iter(checkpoints(folder.parent)), None)
+    good = next(iter(list_checkpoints(folder.parent)), None)
     left = f"it goes on from {good.name}" if good else "none was written yet"
     return (
         f"the disk of {folder.parent} is full: a checkpoint needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are "
@@ -86,38 +91,41 @@ def disk_full_message(folder: Path, tensors: dict[str, Tensor], tree: str) -> st
     )
 
 
+# --------------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------------
+
+
 def read_newest(parent: Path, say: Callable[[str], None]) -> Any | None:
     """The state of the newest whole checkpoint in `parent`; None where there is none.
 
     Args:
-        say: told of every checkpoint that is torn or altered and so is passed over.
+        say: called with a message for every newer checkpoint that is torn or altered.
 
     Raises:
         ValueError: where there are checkpoints and every one is damaged.
     """
-    found = checkpoints(parent)
+    found = list_checkpoints(parent)
     for folder in found:
         fault = find_fault(folder)
         if fault is None:
-            return unpack(json.loads((folder / TREE).read_text(encoding="utf-8")), read_tensors(folder / TENSORS))
-        say(f"checkpoint {folder} is damaged ({fault}): passing over it")
+            tree = json.loads((folder / TREE).read_text(encoding="utf-8"))
+            # cloned: left mapped, the file would take up the disk until the run ends, deleted or not
+            tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}
+            return unpack(tree, tensors)
+        say(f"checkpoint {folder} is damaged ({fault}): skipping it")
     if found:
         raise ValueError(f"every checkpoint in {parent} is damaged: restore one, or delete the folder to start anew")
     return None
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file in memory: left mapped, it would take up the disk until the run ends, deleted or not."""
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}
-
-
-def checkpoints(parent: Path) -> list[Path]:
-    """The folders step-NUMBER... in `parent`, newest first; all else there is the user's own."""
+def list_checkpoints(parent: Path) -> list[Path]:
+    """The folders step-NUMBER... in `parent`, newest first; everything else there is the user's own."""
     return sorted((path for path in parent.glob("step-[0-9]*") if path.is_dir()), reverse=True)
 
 
 def find_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with a checkpoint; None if nothing is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -127,12 +135,17 @@ def find_fault(folder: Path) -> str | None:
     for name, expected in manifest.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if fingerprint(folder / name) != expected:
+        if hash_file(folder / name) != expected:
             return f"{name} is not as it was written"
     return None
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
+# --------------------------------------------------------------------------------------------------------
+# Files and trees
+# --------------------------------------------------------------------------------------------------------
+
+
+def hash_file(path: Path) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -151,7 +164,10 @@ def flush(path: Path) -> None:
 
 
 def pack(node: Any, tensors: dict[str, Tensor]) -> Any:
-    """The JSON form of a nested state; its tensors go into `tensors`, their names into the tree."""
+    """The JSON form of a nested state, with names in place of tensors, which are added to `tensors`.
+
+    {"weight": tensor, "shape": (2, 3)} becomes {"dict": [["weight", {"tensor": "0"}], ["shape", {"list": [2, 3]}]]}.
+    """
     if isinstance(node, Tensor):
         name = str(len(tensors))
         tensors[name] = node.detach().cpu().contiguous().clone()
@@ -164,7 +180,7 @@ def pack(node: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `pack`."""
+    """The nested state that `pack` made this tree and these tensors of."""
     if not isinstance(tree, dict):
         return tree
     ((kind, content),) = tree.items()
@@ -175,51 +191,63 @@ def unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
     return [unpack(value, tensors) for value in content]
 
 
+# --------------------------------------------------------------------------------------------------------
+# When a checkpoint is due
+# --------------------------------------------------------------------------------------------------------
+
+
 class CheckpointClock:
-    """When a checkpoint is due, by `--checkpoint-every`: so many steps, so many minutes (10m), or never (None)."""
+    """Says when a checkpoint is due, by `--checkpoint-every`: every so many steps (500) or minutes (10m), or never."""
 
     def __init__(self, every: str | None) -> None:
-        minutes = every is not None and every.endswith("m")
-        self.seconds = 60 * int(every[:-1]) if minutes else None
-        self.steps = int(every) if every is not None and not minutes else None
+        self.seconds: int | None = None
+        self.steps: int | None = None
+        if every is not None and every.endswith("m"):
+            self.seconds = 60 * int(every.removesuffix("m"))
+        elif every is not None:
+            self.steps = int(every)
         self.written = time.monotonic()
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step."""
         if self.steps is not None:
             return step % self.steps == 0
         return self.seconds is not None and time.monotonic() - self.written >= self.seconds
 
     def restart(self) -> None:
-        """A checkpoint was written."""
+        """Begins the minutes anew: a checkpoint was written."""
         self.written = time.monotonic()
 
 
-GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
-SPREAD = StateDictOptions(full_state_dict=True)
+# --------------------------------------------------------------------------------------------------------
+# States of models and optimizers, whole or sharded
+# --------------------------------------------------------------------------------------------------------
 
 
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict; where it is sharded, the main process alone gets it and the others an empty one."""
-    return get_model_state_dict(model, options=GATHERED)
+WHOLE_ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = StateDictOptions(full_state_dict=True)
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
-    """The optimizer's state dict by names of parameters, as `model_state` for the main process alone.
+def gather_model_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's whole state dict; where it is sharded, on the main process alone, and an empty one on the others."""
+    state: dict[str, Any] = get_model_state_dict(model, options=WHOLE_ON_MAIN)
+    return state
 
-    None before its first step, which torch would take in order to have a state.
+
+def gather_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
+    """The optimizer's whole state dict by names of parameters, on the processes that `gather_model_state` has one on.
+
+    None before the first step: torch would take a step in order to have a state.
     """
     if not optimizer.state:
         return None
-    return get_optimizer_state_dict(model, optimizer, options=GATHERED)
+    return get_optimizer_state_dict(model, optimizer, options=WHOLE_ON_MAIN)
 
 
-def restore(model: nn.Module, optimizer: Optimizer, states: dict[str, Any]) -> None:
-    """Gives every process its part of whole states, which each of them has.
-
-    Args:
-        states: "model" and "optimizer", as `model_state` and `optimizer_state` returned them.
-    """
-    if states["optimizer"] is not None:
-        set_optimizer_state_dict(model, optimizer, states["optimizer"], options=SPREAD)  # takes a step of rate 0
-    set_model_state_dict(model, states["model"], options=SPREAD)
+def load_states(
+    model: nn.Module, optimizer: Optimizer, model_state: dict[str, Any], optimizer_state: dict[str, Any] | None
+) -> None:
+    """Loads whole states, which every process has; where the model is sharded, each takes its part of them."""
+    if optimizer_state is not None:
+        set_optimizer_state_dict(model, optimizer, optimizer_state, options=WHOLE)  # takes a step of learning rate 0
+    set_model_state_dict(model, model_state, options=WHOLE)

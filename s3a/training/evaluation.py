@@ -1,21 +1,24 @@
-"""Evaluation: every image counts once, on any number of processes."""
+"""Evaluation on the validation images: every image counts once, on any number of processes."""
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from timm.data import create_transform, resolve_model_data_config
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from timm.data import resolve_model_data_config
+from torch import nn
 from tqdm.auto import tqdm
 
 from s3a.data import EvalLoader, ImageData
-from s3a.training.processes import agreed, use_cores
+from s3a.data.batches import Transform
+from s3a.training.processes import reduce_any, set_cpu_threads
+from s3a.training.recipe import Precision
+from s3a.training.tasks.classification import Classification
+from s3a.training.tasks.task import Task
 
 
 class NonFiniteLossError(ValueError):
@@ -26,86 +29,99 @@ class UnreadableImagesError(ValueError):
     """More images than allowed cannot be read."""
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """What an evaluation found. top1 and top5 are fractions of 1, loss is the mean cross-entropy.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a model scored on the validation images.
 
     Attributes:
-        images: that were read; `unreadable` names the others.
+        scores: of the task, by name.
+        images: how many were read; `unreadable` names the others.
     """
 
-    top1: float
-    top5: float
-    loss: float
+    scores: dict[str, float]
     images: int
     images_per_second: float
     unreadable: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat object, with the loss behind the other scores, and the names of unreadable images if there are."""
+        scores = dict(sorted(self.scores.items(), key=lambda item: item[0] == "loss"))
+        unreadable = {"unreadable": list(self.unreadable)} if self.unreadable else {}
+        return {**scores, "images": self.images, "images_per_second": self.images_per_second, **unreadable}
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
+    task: Task,
     loader: EvalLoader,
     accelerator: Accelerator,
     *,
-    max_unreadable: int = 0,
     stop: Callable[[], bool] = lambda: False,
     progress: bool = False,
-) -> Metrics | None:
+) -> Evaluation | None:
     """Evaluates a model; all processes call this together and get the same answer.
 
     Args:
         model: on the accelerator's device, the same on every process.
-        max_unreadable: how many images may be unreadable; they are left out and named.
-        stop: asked after every batch whether this process wants to stop; if any does, all return None.
+        stop: called after every batch: whether this process wants to stop. If any does, all return None.
+        progress: show a progress bar.
 
     Raises:
-        NonFiniteLossError: where the model returns NaN.
-        UnreadableImagesError: where more images cannot be read than allowed.
+        NonFiniteLossError: where a score is not finite, as that of a model that returns NaN.
     """
     was_training = model.training
     model.eval()
     started = time.perf_counter()
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    totals = torch.zeros(4, dtype=exact, device=accelerator.device)  # right at 1, right at 5, loss, images
+    sums = torch.zeros(1, dtype=exact, device=accelerator.device)  # as long as the task's from the first batch on
     unreadable: list[str] = []
     for batch in tqdm(loader, desc="evaluating", disable=not progress, leave=False):
-        images, labels = send_to_device((batch.images, batch.labels), accelerator.device)
+        batch = send_to_device(batch, accelerator.device)
         with accelerator.autocast():
-            logits = model(images)
-        totals += count(logits.float(), labels)
+            measured = task.measure(model, batch)
+        num_images = (batch.labels >= 0).sum()  # the others are padding, or could not be read
+        sums = sums + torch.cat([measured, num_images.to(measured.dtype).reshape(1)])
         unreadable += batch.unreadable
-        if agreed(accelerator, stop()):
+        if reduce_any(accelerator, stop()):
             model.train(was_training)
             return None
     model.train(was_training)
-    totals = accelerator.reduce(totals, reduction="sum").tolist()
-    names = tuple(sorted(gather_object(unreadable)))
-    check_unreadable(names, max_unreadable)
-    top1, top5, loss = (total / max(totals[3], 1) for total in totals[:3])
-    if not math.isfinite(loss):
-        raise NonFiniteLossError(f"the validation loss is {loss}: the weights or the images hold non-finite numbers")
-    num_images = int(totals[3])
-    speed = round(num_images / (time.perf_counter() - started), 1)
-    return Metrics(top1, top5, loss, num_images, images_per_second=speed, unreadable=names)
+    *totals, counted = accelerator.reduce(sums, reduction="sum").tolist()
+    scores = task.compute_scores(totals, int(counted))
+    for name, score in scores.items():
+        if not math.isfinite(score):
+            raise NonFiniteLossError(
+                f"the validation {name} is {score}: the weights or the images hold non-finite numbers"
+            )
+    return Evaluation(
+        scores=scores,
+        images=int(counted),
+        images_per_second=round(counted / (time.perf_counter() - started), 1),
+        unreadable=tuple(sorted(gather_object(unreadable))),
+    )
 
 
-def count(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many of a batch are right at 1 and at 5, their summed loss, and how many there are; a label of -1 is none."""
-    there = labels >= 0
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [batch, 5]
-    losses = cross_entropy(logits, labels, reduction="none", ignore_index=-1)
-    return torch.stack([best[:, 0].sum(), best.any(1).sum(), losses.sum(), there.sum()])
-
-
-def check_unreadable(names: tuple[str, ...], most: int) -> None:
-    """Raises UnreadableImagesError where there are too many."""
-    if len(names) > most:
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        raise UnreadableImagesError(
-            f"{len(names)} validation images cannot be read ({shown}), {most} are allowed: mend them or take them out, "
-            "or allow as many with --max-bad-images"
-        )
+def make_eval_loader(
+    data: ImageData,
+    transform: Transform,
+    accelerator: Accelerator,
+    *,
+    channels: int,
+    batch_size: int,
+    num_workers: int,
+) -> EvalLoader:
+    """This process' share of the validation images."""
+    return EvalLoader(
+        data.val,
+        transform,
+        channels=channels,
+        batch_size=batch_size,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        num_workers=num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
 
 
 def evaluate_weights(
@@ -113,52 +129,41 @@ def evaluate_weights(
     data: ImageData,
     *,
     batch_size: int,
-    precision: str = "no",
+    precision: Precision = "no",
     num_workers: int = 0,
     max_bad_images: float = 0.0,
     other_label_names: bool = False,
-) -> dict[str, Any]:
-    """Evaluates a loaded model on the validation images with its own preprocessing; for `recipes/evaluate.py`.
+) -> Evaluation:
+    """Evaluates a classifier with loaded weights on the validation images, with its own preprocessing.
 
     Args:
-        max_bad_images: share of the images that may be unreadable; they are left out of the figures.
-        other_label_names: let the data call the classes otherwise than the weights, in the same order.
+        max_bad_images: share of the images that may be unreadable; the scores leave them out.
+        other_label_names: let the data call the classes otherwise than the weights do, in the same order.
 
     Raises:
-        ValueError: where the data has another number of classes than the model, or other ones.
+        ValueError: where the data has other classes than the model, or too many images cannot be read.
     """
-    if len(data.label_names) != model.num_classes:
-        raise ValueError(
-            f"the weights know {model.num_classes} classes and the data has {len(data.label_names)}: "
-            "evaluate on the data set they were trained for"
-        )
-    known = model.pretrained_cfg.get("label_names") or data.label_names
-    other = next((pair for pair in zip(known, data.label_names, strict=True) if pair[0] != pair[1]), None)
-    if other and not other_label_names:
-        raise ValueError(
-            f"the weights know a class {other[0]!r} where the data has {other[1]!r}: evaluate on the data set they "
-            "were trained for, or, where only the names differ, by recipes/evaluate.py --other-label-names"
-        )
+    task = Classification(data)
+    task.check_weights(model, other_label_names=other_label_names)
     accelerator = Accelerator(mixed_precision=precision)
-    use_cores(accelerator, threads=None)
+    set_cpu_threads(accelerator, threads=None)
     config = resolve_model_data_config(model)
-    loader = EvalLoader(
-        data.val,
-        create_transform(**config, is_training=False),
-        channels=config["input_size"][0],
-        batch_size=batch_size,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        num_workers=num_workers,
-        pin_memory=accelerator.device.type == "cuda",
+    transform = task.make_eval_transform(config)
+    channels = config["input_size"][0]
+    loader = make_eval_loader(
+        data, transform, accelerator, channels=channels, batch_size=batch_size, num_workers=num_workers
     )
-    metrics = evaluate(
-        model.to(accelerator.device),
-        loader,
-        accelerator,
-        max_unreadable=int(max_bad_images * data.val.num_images),
-        progress=accelerator.is_main_process,
-    )
-    found = asdict(metrics)
-    unreadable = found.pop("unreadable")
-    return found | ({"unreadable": list(unreadable)} if unreadable else {})
+    evaluation = evaluate(model.to(accelerator.device), task, loader, accelerator, progress=accelerator.is_main_process)
+    assert evaluation is not None  # nobody asks to stop
+    check_unreadable(evaluation.unreadable, int(max_bad_images * data.val.num_images))
+    return evaluation
+
+
+def check_unreadable(names: tuple[str, ...], most: int) -> None:
+    """Raises UnreadableImagesError where more validation images cannot be read than allowed."""
+    if len(names) > most:
+        first = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise UnreadableImagesError(
+            f"{len(names)} validation images cannot be read ({first}), {most} are allowed: mend them or take them out, "
+            "or allow as many with --max-bad-images"
+        )

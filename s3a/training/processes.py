@@ -1,34 +1,106 @@
-"""The processes of a run and the cores they share."""
+"""The processes of a run: their share of the cores, what they agree on, their randomness, and requests to stop."""
 
 import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
 from typing import NoReturn
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
+# --------------------------------------------------------------------------------------------------------
+# Cores
+# --------------------------------------------------------------------------------------------------------
 
-def use_cores(accelerator: Accelerator, threads: int | None) -> None:
-    """Shares the cores among the processes of this machine: `accelerate launch` leaves each with a single thread."""
+
+def set_cpu_threads(accelerator: Accelerator, threads: int | None) -> None:
+    """Gives this process so many threads, where it computes on the CPU; None is its share of the cores.
+
+    `accelerate launch` leaves each process with a single thread.
+    """
     if accelerator.device.type == "cpu":
-        torch.set_num_threads(threads or core_share())
+        torch.set_num_threads(threads or count_own_cores())
 
 
-def core_share() -> int:
-    """The cores that this process may take for itself."""
+def count_own_cores() -> int:
+    """How many cores this process may use, if the processes on this machine share them evenly."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // processes)
 
 
-def agreed(accelerator: Accelerator, wish: bool) -> bool:
-    """Whether any process wishes it; all of them call this together."""
+# --------------------------------------------------------------------------------------------------------
+# Agreement and randomness
+# --------------------------------------------------------------------------------------------------------
+
+
+def reduce_any(accelerator: Accelerator, value: bool) -> bool:
+    """Whether the value is true on any process; all processes call this together."""
     if accelerator.num_processes == 1:
-        return wish
-    return bool(accelerator.reduce(torch.tensor(float(wish), device=accelerator.device), reduction="sum") > 0)
+        return value
+    return bool(accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum") > 0)
 
 
-def fail_together(accelerator: Accelerator, error: Exception) -> NoReturn:
-    """Raises an error that every process found: the main one says it, the others end quietly."""
+def raise_on_main(accelerator: Accelerator, error: Exception) -> NoReturn:
+    """Raises an error that every process has on the main one; the others exit silently with status 2."""
     if accelerator.is_main_process:
         raise error
     raise SystemExit(2)
+
+
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Seeds every generator for one step of one process, so that its draws do not depend on the steps before it."""
+    entropy = np.random.SeedSequence((seed, step, process + 1))
+    state = int(entropy.generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Requests to stop
+# --------------------------------------------------------------------------------------------------------
+
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # set by torchrun, by accelerate launch
+Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+class StopRequests:
+    """A context that notes SIGTERM, SIGUSR1 and Ctrl-C, for the run to stop between two steps.
+
+    A second Ctrl-C interrupts at once. The end of the launcher is a request too: one that dies of a signal without
+    passing it on leaves processes behind that nobody waits for.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self.launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
+        self.previous: dict[int, Handler] = {}
+
+    @property
+    def reason(self) -> str | None:
+        """Why to stop: the name of a signal, or the end of the launcher; None where nothing asks for it."""
+        if self.signal is None and self.launcher not in (None, os.getppid()):
+            return "the end of its launcher"
+        return self.signal
+
+    def __enter__(self) -> "StopRequests":
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+            names = ("SIGTERM", "SIGUSR1", "SIGINT")
+            numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+            self.previous = {number: signal.signal(number, self.handle_signal) for number in numbers}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle_signal(self, number: int, frame: FrameType | None) -> None:
+        """Notes the signal; a second SIGINT raises KeyboardInterrupt."""
+        if number == signal.SIGINT and self.signal:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name

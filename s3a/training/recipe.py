@@ -1,4 +1,4 @@
-"""What a training run is: a typed recipe, every field of which is an option of the command line."""
+"""`Recipe`: everything that determines a training run, as typed fields that are options of the command line too."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from s3a.data import Source
+from s3a.data import DataOptions
 from s3a.geometry import find_scan_pattern
 from s3a.quantization.schemes import SchemeName
 
@@ -19,7 +19,7 @@ Tracker = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(DataOptions):
     """A training run. Every field is an option of the command line."""
 
     name: str | None = None
@@ -33,27 +33,19 @@ class Recipe:
     """Size of those scans, in tokens per axis; None is the model's own."""
     weights: str | None = None
     """Fine-tune from a weights folder, or from ORG/NAME on the Hub; None starts from fresh weights."""
-    data: Source
-    """Where the images come from."""
-    data_dir: Path | None = None
-    """The folder of an imagefolder (train/CLASS/*, val/CLASS/*), or of parquet or webdataset shards."""
-    dataset: str | None = None
-    """For hub: ORG/NAME or ORG/NAME:CONFIG."""
-    streaming: bool = False
-    """Read shards as a stream instead of copying them to the cache of the datasets library."""
     image_size: int
     """Side of the square that the network sees, in pixels."""
     seed: int = 0
-    """Of the weights, the order of the images and their augmentation."""
+    """Seed of the weights, of the order of the images and of their augmentation."""
     output_dir: Path | None = None
     """Where the run is written; None is runs/NAME, with the name of the run."""
 
     epochs: int
-    """Passes over the training images, warm-up included and cooldown not."""
+    """How often the run goes through the training images, warm-up included and cooldown not."""
     batch_size: int
     """Images per optimizer step, over all processes."""
     accumulate: int = 1
-    """Forward and backward passes per optimizer step; they share its images."""
+    """Parts that the images of an optimizer step are cut into; each has a forward and a backward of its own."""
     learning_rate: float
     """Peak learning rate for 512 images a step; follows the batch size in proportion."""
     warmup_epochs: float = 0
@@ -73,7 +65,7 @@ class Recipe:
     drop_path: float | None = None
     """Stochastic depth of the last block; None is the model's own."""
     late_drop_path: tuple[float, int] | None = None
-    """Another such rate for the last epochs, cooldown included, and how many these are; None keeps the one."""
+    """Another stochastic depth for the last epochs: the rate, and how many epochs, cooldown included."""
     ema_decay: float | None = None
     """Decay of the moving average of the weights, for 512 images a step; None keeps no average."""
     sync_batch_norm: bool = True
@@ -106,7 +98,7 @@ class Recipe:
     max_bad_images: float = 0.001
     """Share of the training images that may be unreadable; they are skipped and listed. More stop the run."""
     max_bad_val_images: float = 0.0
-    """The same for the validation images, which the figures then leave out."""
+    """Share of the validation images that may be unreadable; the scores leave them out. More stop the run."""
 
     precision: Precision = "no"
     """Mixed precision: no, bf16 or fp16."""
@@ -135,24 +127,26 @@ class Recipe:
         positive = ("image_size", "epochs", "batch_size", "learning_rate", "keep_checkpoints", "cpu_threads", "repeats")
         for field in (*positive, "accumulate", "clip_grad", "size"):
             if getattr(self, field) is not None and not 0 < getattr(self, field) < math.inf:
-                raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be above 0")
+                raise ValueError(f"{spell_option(field)} is {getattr(self, field)}: it must be above 0")
         counts = ("warmup_epochs", "cooldown_epochs", "num_workers", "weight_decay", "seed", "min_learning_rate")
         for field in (*counts, "color_jitter", "mixup", "cutmix"):
             if not 0 <= (getattr(self, field) or 0) < math.inf:
-                raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be 0 or more")
+                raise ValueError(f"{spell_option(field)} is {getattr(self, field)}: it must be 0 or more")
         for field, most in (("crop_scale", 1), ("crop_ratio", math.inf)):
             low, high = getattr(self, field)
             if not 0 < low <= high <= most:
-                raise ValueError(f"{option(field)} is {low} {high}: it must be a smaller and a larger number above 0")
+                raise ValueError(
+                    f"{spell_option(field)} is {low} {high}: it must be a smaller and a larger number above 0"
+                )
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"--crop-pct is {self.crop_pct}: it must be above 0 and at most 1")
         shares = ("label_smoothing", "horizontal_flip", "random_erasing", "mixup_switch", "max_bad_images")
         for field in (*shares, "max_bad_val_images"):
             if not 0 <= (getattr(self, field) or 0) <= 1:
-                raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be between 0 and 1")
+                raise ValueError(f"{spell_option(field)} is {getattr(self, field)}: it must be between 0 and 1")
         for field in ("drop_path", "ema_decay"):
             if not 0 <= (getattr(self, field) or 0) < 1:
-                raise ValueError(f"{option(field)} is {getattr(self, field)}: it must be 0 or more and below 1")
+                raise ValueError(f"{spell_option(field)} is {getattr(self, field)}: it must be 0 or more and below 1")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"--warmup-epochs is {self.warmup_epochs} and --epochs is {self.epochs}: "
@@ -179,7 +173,7 @@ class Recipe:
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate for the batch size."""
+        """The learning rate that the warm-up leads to, for this batch size."""
         return self.learning_rate * self.batch_size / 512
 
     def drop_path_at(self, epoch: int) -> float | None:
@@ -189,13 +183,8 @@ class Recipe:
         return self.drop_path
 
     @property
-    def mixes(self) -> bool:
-        """Whether images are mixed with each other."""
-        return self.mixup > 0 or self.cutmix > 0
-
-    @property
     def run_name(self) -> str:
-        """The name given, or that of the data."""
+        """The name given, or the name of the data."""
         return self.name or (self.data_dir.resolve().name if self.data_dir else self.data)
 
     @property
@@ -203,20 +192,19 @@ class Recipe:
         """Where the run is written."""
         return self.output_dir or Path("runs") / self.run_name
 
-    def trackable(self) -> dict[str, int | float | str | bool]:
-        """The recipe as trackers take it: numbers, words and truth values."""
-        plain = {field: getattr(self, field) for field in vars(self)}
+    def to_tracker(self) -> dict[str, int | float | str | bool]:
+        """The fields that are set, as trackers take them: numbers, strings and booleans."""
         return {
             field: value if isinstance(value, int | float | str | bool) else str(value)
-            for field, value in plain.items()
+            for field, value in vars(self).items()
             if value is not None
         }
 
     def to_json(self) -> str:
-        """The recipe as `recipe.json` holds it."""
+        """The text of `recipe.json`."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
 
 
-def option(field: str) -> str:
-    """How a field is called on the command line."""
+def spell_option(field: str) -> str:
+    """The option of the command line that sets a field: `--batch-size` for `batch_size`."""
     return "--" + field.replace("_", "-")

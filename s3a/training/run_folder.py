@@ -1,25 +1,22 @@
-"""What a training run leaves in its folder, beside its checkpoints: recipe, metrics, curves, model card."""
+"""The folder of a run and what stands in it beside the checkpoints: recipe, metrics, curves, weights folders."""
 
+import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import matplotlib
-from filelock import FileLock, Timeout
-from torch import nn
+from filelock import AcquireReturnProxy, FileLock, Timeout
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from s3a.training.checkpoints import checkpoints
-from s3a.training.recipe import Recipe, option
-from s3a.weights.card import Score, TrainingFacts, Weights, build_card
-from s3a.weights.folder import save_folder
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from s3a.training.checkpoints import list_checkpoints
+from s3a.training.recipe import Recipe, spell_option
+from s3a.weights.card import Weights
 
 RECIPE_NAME, METRICS_NAME, CURVES_NAME = "recipe.json", "metrics.jsonl", "curves.png"
 CHECKPOINT_FOLDER = "checkpoints"
-
 
 # May differ between the parts of one run: places, and what does not change its weights.
 PLACES = ("output_dir", "data_dir")
@@ -35,41 +32,42 @@ HOUSEKEEPING = (
 )
 INCIDENTAL = (*PLACES, *HOUSEKEEPING)
 
+# --------------------------------------------------------------------------------------------------------
+# The folder
+# --------------------------------------------------------------------------------------------------------
+
 
 def check_folder(recipe: Recipe) -> None:
-    """Raises ValueError where the run's folder holds something else: other files, or a run of another recipe."""
+    """Raises ValueError where the recipe's folder holds other files, or a run of another recipe."""
     folder, path = recipe.folder, recipe.folder / RECIPE_NAME
     if not path.exists():
         entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
         strangers = [name for name in entries if not name.startswith(".")]
         if strangers:
             raise ValueError(f"--output-dir {folder} holds {strangers[0]} and no run: give an empty or a new folder")
-    elif checkpoints(folder / CHECKPOINT_FOLDER):
+    elif list_checkpoints(folder / CHECKPOINT_FOLDER):
         ours, theirs = json.loads(recipe.to_json()), read_recipe(path)
-        changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-        shown = [f"{option(key)} {theirs.get(key)} (now {ours.get(key)})" for key in changed if key not in INCIDENTAL]
-        if shown:
-            raise ValueError(
-                f"{folder} holds a run with {', '.join(shown[:3])}: give this one its own --output-dir, or delete that"
-            )
+        keys = sorted((ours.keys() | theirs.keys()) - set(INCIDENTAL))
+        changed = [key for key in keys if ours.get(key) != theirs.get(key)]
+        if changed:
+            first = ", ".join(f"{spell_option(key)} {theirs.get(key)} (now {ours.get(key)})" for key in changed[:3])
+            raise ValueError(f"{folder} holds a run with {first}: give this one its own --output-dir, or delete that")
 
 
-def claim_folder(recipe: Recipe) -> FileLock:
-    """Makes the run's folder, or takes up the run in it; for the main process.
+def claim_folder(recipe: Recipe) -> AcquireReturnProxy:
+    """Makes and locks the recipe's folder, and writes the recipe into it where no checkpoint is; for the main process.
 
     Returns:
-        A lock on the folder, which ends with the process, however that ends.
+        A context that unlocks the folder at its end; the end of the process, of whatever kind, unlocks it too.
 
     Raises:
-        ValueError: where the folder cannot be made, holds something else (`check_folder`), or is in use.
+        ValueError: where the folder cannot be made, or is in use.
     """
-    check_folder(recipe)
     folder = recipe.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-        if not checkpoints(folder / CHECKPOINT_FOLDER):
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+        if not list_checkpoints(folder / CHECKPOINT_FOLDER):
             write_whole(folder / RECIPE_NAME, recipe.to_json())
     except Timeout as error:
         raise ValueError(
@@ -81,7 +79,7 @@ def claim_folder(recipe: Recipe) -> FileLock:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe that a run's folder holds."""
+    """The fields of a `recipe.json`; ValueError where it is none."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
@@ -91,105 +89,146 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text so that a reader sees the old one or the new one."""
+    """Writes a text file so that a reader sees the old text or the new one, and never a part."""
     partial = path.with_name(f".{path.name}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
-def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
+# --------------------------------------------------------------------------------------------------------
+# What a user watches
+# --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochMetrics:
+    """What was measured in an epoch: a line of `metrics.jsonl`.
+
+    Attributes:
+        epoch: counted from 1.
+        train_loss: mean over the steps that were not skipped.
+        scores: what the task measured on the validation images, by column; names begin with val_, or with ema_ for
+            the moving average of the weights.
+        learning_rate: of the last step.
+        images_per_second: in training, since the epoch was begun or resumed.
+        loader_wait: share of that time spent waiting for images.
+        skipped_steps: steps with a loss or gradient that is not finite.
+        unreadable_val: validation images that could not be read.
+    """
+
+    epoch: int
+    train_loss: float
+    scores: Mapping[str, float]
+    learning_rate: float
+    images_per_second: float
+    loader_wait: float
+    skipped_steps: int = 0
+    unreadable_val: int = 0
+
+    def to_line(self) -> dict[str, Any]:
+        """The metrics by column, with the scores side by side with the others; counts of 0 are left out."""
+        counts = {"skipped_steps": self.skipped_steps, "unreadable_val": self.unreadable_val}
+        return {
+            "epoch": self.epoch,
+            "train_loss": self.train_loss,
+            **self.scores,
+            "learning_rate": self.learning_rate,
+            "images_per_second": self.images_per_second,
+            "loader_wait": self.loader_wait,
+            **{column: count for column, count in counts.items() if count},
+        }
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> "EpochMetrics":
+        """The metrics that `to_line` made this line of."""
+        own = {field.name for field in dataclasses.fields(cls)}
+        scores = {column: value for column, value in line.items() if column not in own}
+        return cls(scores=scores, **{column: value for column, value in line.items() if column in own})
+
+
+def write_metrics(folder: Path, history: Iterable[EpochMetrics]) -> None:
     """Writes `metrics.jsonl`, a line per epoch."""
-    write_whole(folder / METRICS_NAME, "".join(json.dumps(line) + "\n" for line in history))
+    write_whole(folder / METRICS_NAME, "".join(json.dumps(metrics.to_line()) + "\n" for metrics in history))
 
 
-def write_unreadable(folder: Path, split: str, names: Iterable[str]) -> Path:
-    """Writes `unreadable_train.txt` or `unreadable_val.txt`, a line per image that cannot be read; returns its path."""
-    path = folder / f"unreadable_{split}.txt"
-    write_whole(path, "".join(f"{name}\n" for name in names))
-    return path
+def write_unreadable(folder: Path, split: str, names: Iterable[str]) -> None:
+    """Writes `unreadable_train.txt` or `unreadable_val.txt`, a line per image that cannot be read."""
+    write_whole(folder / f"unreadable_{split}.txt", "".join(f"{name}\n" for name in names))
 
 
-def draw_curves(folder: Path, history: list[dict[str, Any]]) -> None:
-    """Draws loss, accuracy and learning rate against the epoch into `curves.png`."""
-    epochs = [line["epoch"] for line in history]
-    figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    loss.plot(epochs, [line["train_loss"] for line in history], label="training")
-    loss.plot(epochs, [line["val_loss"] for line in history], label="validation")
-    loss.set(title="loss", xlabel="epoch")
-    loss.legend(frameon=False)
-    for key, label in (("val_top1", "top-1"), ("val_top5", "top-5"), ("ema_top1", "top-1, EMA")):
-        if key in history[-1]:
-            accuracy.plot(epochs, [100 * line[key] for line in history], label=label)
-    accuracy.set(
-        title=f"validation accuracy, last top-1 {100 * history[-1]['val_top1']:.2f} %", xlabel="epoch", ylabel="%"
-    )
-    accuracy.legend(frameon=False, loc="lower right")
-    rate.plot(epochs, [line["learning_rate"] for line in history], color="tab:gray")
-    rate.set(title="learning rate", xlabel="epoch")
-    for axes in (loss, accuracy, rate):
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """A part of `curves.png`: curves over the epochs, by label; several get a legend.
+
+    Attributes:
+        legend: where matplotlib puts the legend.
+        color: of the curves; None takes matplotlib's, one after the other.
+    """
+
+    title: str
+    curves: Mapping[str, Sequence[float]]
+    ylabel: str = ""
+    legend: Literal["best", "lower right"] = "best"
+    color: str | None = None
+
+    def draw(self, axes: Axes, epochs: Sequence[int]) -> None:
+        """Draws the panel."""
+        for label, values in self.curves.items():
+            axes.plot(epochs, values, label=label, color=self.color)
+        axes.set(title=self.title, xlabel="epoch", ylabel=self.ylabel)
+        if len(self.curves) > 1:
+            axes.legend(frameon=False, loc=self.legend)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_curves(folder: Path, epochs: Sequence[int], panels: Sequence[Panel]) -> None:
+    """Draws the panels side by side into `curves.png`."""
+    figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        panel.draw(axes, epochs)
     partial = folder / f".{CURVES_NAME}"
     figure.savefig(partial, dpi=110, format="png")
-    plt.close(figure)
     partial.replace(folder / CURVES_NAME)
 
 
-def save_weights(
-    model: nn.Module,
-    folder: Path,
-    recipe: Recipe,
-    data_config: dict[str, Any],
-    data: dict[str, Any],
-    history: list[dict[str, Any]],
-) -> None:
-    """Writes a weights folder with its card.
+# --------------------------------------------------------------------------------------------------------
+# Weights folders
+# --------------------------------------------------------------------------------------------------------
 
-    Args:
-        folder: named by which weights these are, a key of WEIGHTS.
-        data_config: timm's preprocessing.
-        data: counts, label names and fingerprint of the data; they are kept in `config.json`.
-        history: the run's metrics, epoch by epoch; those of these weights last.
-    """
-    kind = WEIGHTS[folder.name]
-    options = {field: value for field, value in json.loads(recipe.to_json()).items() if field not in INCIDENTAL}
-    scores = all_scores(history)
-    facts = TrainingFacts(
-        name=recipe.run_name,
-        weights=kind,
-        scores=scores,
-        dataset=recipe.dataset or recipe.data,
-        num_train=data["train"],
-        num_val=data["val"],
-        fingerprint=data["fingerprint"],
-        recipe=options,
-    )
-    counts = {name: value for name, value in data.items() if name != "label_names"}
-    score = {"weights": kind, "epoch": scores[kind].epoch, "top1": scores[kind].top1}
-    config = {"label_names": data["label_names"], "data": counts, "score": score}
-    card = build_card(model, facts, data_config=data_config)
-    save_folder(model, folder, data_config=data_config, config=config, card=card)
-
-
-# The weights folders of a run, and which weights each one holds.
+# Those that a run can leave, and which of its weights each holds.
 WEIGHTS: dict[str, Weights] = {"model": "last", "best": "best", "ema": "ema", "ema-best": "ema-best"}
 
-
-def all_scores(history: list[dict[str, Any]]) -> dict[Weights, Score]:
-    """What the last and the best weights scored, plain and averaged."""
-    last, best = history[-1], max(history, key=lambda line: line["val_top1"])
-    scores = {
-        "last": Score(epoch=last["epoch"], top1=last["val_top1"], top5=last["val_top5"]),
-        "best": Score(epoch=best["epoch"], top1=best["val_top1"], top5=best["val_top5"]),
-    }
-    if "ema_top1" in last:
-        best = max(history, key=lambda line: line["ema_top1"])
-        scores["ema"] = Score(epoch=last["epoch"], top1=last["ema_top1"])
-        scores["ema-best"] = Score(epoch=best["epoch"], top1=best["ema_top1"])
-    return scores
+Prefix = Literal["val", "ema"]
 
 
-def headline_weights(history: list[dict[str, Any]]) -> str:
-    """The folder of the weights that scored highest, of the plain ones and the average: those that papers print."""
-    scores = all_scores(history)
-    return max(("best", "ema-best"), key=lambda name: scores[WEIGHTS[name]].top1 if WEIGHTS[name] in scores else -1)
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where the weights of a weights folder come from.
+
+    Attributes:
+        metrics: of their epoch.
+        prefix: what the columns with their scores begin with: val, or ema for the moving average.
+        score: the one that ranks epochs.
+    """
+
+    metrics: EpochMetrics
+    prefix: Prefix
+    score: float
+
+
+def list_origins(history: Sequence[EpochMetrics], best: str) -> dict[str, Origin]:
+    """The weights folders of a run by name, each with the origin of its weights.
+
+    Args:
+        best: the score that ranks epochs, without its prefix; of equal epochs the first is the best one.
+    """
+    averages: dict[Prefix, tuple[str, str]] = {"val": ("model", "best"), "ema": ("ema", "ema-best")}
+    origins = {}
+    for prefix, (of_last, of_best) in averages.items():
+        column = f"{prefix}_{best}"
+        if column in history[-1].scores:
+            highest = max(history, key=lambda metrics: metrics.scores[column])
+            for folder, metrics in ((of_last, history[-1]), (of_best, highest)):
+                origins[folder] = Origin(metrics=metrics, prefix=prefix, score=metrics.scores[column])
+    return origins

@@ -1,33 +1,64 @@
-"""The training loop, on Accelerate: epochs of steps, the evaluation after each, and the weights that are left.
+"""Training: `train(recipe)`, from the first step to the weights folders that are left. Read it from top to bottom.
 
-A run that was stopped anywhere ends with the same weights, byte for byte, as one that never was (`run`, `steps`).
+A run is a loop over epochs (`run_epoch`) of optimizer steps (`train_step`); after each epoch comes an evaluation.
+What the loop works on is built in `build`; what is particular to classification is in `tasks.classification`.
+
+A run that is stopped anywhere and resumed ends with the same weights, byte for byte, as one that never was:
+everything random is a function of (seed, step, process) or (seed, epoch, image), a checkpoint knows its place to the
+step, and so nothing random needs to be in it.
 """
 
 import copy
-import shlex
+import json
+import math
 import time
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from accelerate.utils import gather_object, send_to_device
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from s3a.data import Batch
+from s3a.models.backbone import Backbone
 from s3a.quantization.convert import quantize
-from s3a.training.build import build
-from s3a.training.checkpoints import CheckpointClock, model_state
-from s3a.training.evaluation import Metrics, evaluate
-from s3a.training.processes import fail_together
-from s3a.training.recipe import Recipe
-from s3a.training.run import Run, data_summary, resume, save, stop
-from s3a.training.run_folder import WEIGHTS, all_scores, headline_weights, save_weights, write_unreadable
-from s3a.training.signals import StopRequests
-from s3a.training.steps import train_step, unreadable_error
+from s3a.support.errors import Interrupted
+from s3a.training.build import Run, build_run
+from s3a.training.checkpoints import (
+    gather_model_state,
+    gather_optimizer_state,
+    list_checkpoints,
+    load_states,
+    read_newest,
+    write_checkpoint,
+)
+from s3a.training.evaluation import Evaluation, NonFiniteLossError, UnreadableImagesError, evaluate
+from s3a.training.processes import StopRequests, raise_on_main, seed_step
+from s3a.training.recipe import Recipe, spell_option
+from s3a.training.run_folder import (
+    CHECKPOINT_FOLDER,
+    CURVES_NAME,
+    INCIDENTAL,
+    WEIGHTS,
+    EpochMetrics,
+    Panel,
+    draw_curves,
+    list_origins,
+    write_metrics,
+    write_unreadable,
+)
+from s3a.training.tasks.classification import Classification
+from s3a.training.tasks.task import Task
+from s3a.weights.card import TrainingFacts, build_card
+from s3a.weights.folder import save_folder
 from s3a.weights.pretrained import push_folder
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, task: type[Task] = Classification) -> Path:
     """Trains a recipe to its end, from its newest checkpoint if there is one; returns the run's folder.
 
     Raises:
@@ -36,23 +67,54 @@ def train(recipe: Recipe) -> Path:
         UnreadableImagesError: where more images cannot be read than the recipe allows.
         Interrupted: where a signal asked the run to stop; its checkpoint is written.
     """
-    with StopRequests() as requests, ExitStack() as held:
-        run = Run(**build(recipe), requests=requests, clock=CheckpointClock(recipe.checkpoint_every))
-        if run.lock is not None:
-            held.callback(run.lock.release)
-        resume(run)
-        with tqdm(
-            total=recipe.total_epochs * run.steps_per_epoch,
-            initial=run.steps_done,
-            unit="step",
-            smoothing=0.05,
-            disable=run.progress.epoch == recipe.total_epochs or not run.accelerator.is_main_process,
-        ) as bar:
-            while run.progress.epoch < recipe.total_epochs:
-                run_epoch(run, bar)
-        finish(run)
-        run.accelerator.end_training()
+    with StopRequests() as requests:
+        run = build_run(recipe, task, requests)
+        with run.lock:
+            progress = resume(run)
+            bar = tqdm(
+                total=recipe.total_epochs * run.steps_per_epoch,
+                initial=count_steps(run, progress),
+                unit="step",
+                smoothing=0.05,
+                disable=progress.epoch == recipe.total_epochs or not run.accelerator.is_main_process,
+            )
+            with bar:
+                while progress.epoch < recipe.total_epochs:
+                    run_epoch(run, progress, bar)
+            finish(run, progress)
+            run.accelerator.end_training()
     return run.folder
+
+
+@dataclass
+class Progress:
+    """How far a run has come: all of it that changes, beside weights, optimizer and the like.
+
+    Attributes:
+        epoch: epochs that are done, with their evaluation.
+        step: optimizer steps that are done in the epoch under way.
+        loss_sum: of those steps.
+        skipped: how many of those steps were skipped as not finite; they have no loss.
+        history: the metrics of each epoch that is done.
+        unreadable: names of the training images that could not be read so far.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    skipped: int = 0
+    history: list[EpochMetrics] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+    @property
+    def train_loss(self) -> float:
+        """Mean loss of the epoch's steps so far."""
+        return self.loss_sum / max(self.step - self.skipped, 1)
+
+
+def count_steps(run: Run, progress: Progress) -> int:
+    """Optimizer steps that are done since the beginning of the run."""
+    return progress.epoch * run.steps_per_epoch + progress.step
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -60,95 +122,250 @@ def train(recipe: Recipe) -> Path:
 # --------------------------------------------------------------------------------------------------------
 
 
-def run_epoch(run: Run, bar: Any) -> None:
-    """What is left of an epoch: trains, evaluates, writes metrics, curves, the best weights and a checkpoint."""
-    speed = train_epoch(run, bar)
+def run_epoch(run: Run, progress: Progress, bar: tqdm) -> None:
+    """What is left of an epoch: trains, evaluates, and writes metrics, curves, the best weights and a checkpoint."""
+    speed = train_epoch(run, progress, bar)
     share_buffers(run)
-    metrics = validate(run, run.bare_model)
-    averaged = {"ema_top1": validate(run, run.ema.module).top1} if run.ema else {}
-    progress = run.progress
-    line = {
-        "epoch": progress.epoch + 1,
-        "train_loss": progress.loss_sum / max(run.steps_per_epoch - progress.skipped, 1),
-        "val_loss": metrics.loss,
-        "val_top1": metrics.top1,
-        "val_top5": metrics.top5,
-        **averaged,
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
-        **speed,
-        **({"skipped_steps": progress.skipped} if progress.skipped else {}),
-        **({"unreadable_val": len(metrics.unreadable)} if metrics.unreadable else {}),
-    }
-    progress.history.append(line)
-    progress.epoch, progress.step, progress.loss_sum, progress.skipped = progress.epoch + 1, 0, 0.0, 0
-    run.say(epoch_report(line))
-    run.accelerator.log({key: value for key, value in line.items() if key != "epoch"}, step=run.steps_done)
-    save_best(run)
-    save(run)
-
-
-def epoch_report(line: dict[str, Any]) -> str:
-    """An epoch for a person, and which side of the machine held it up."""
-    averaged = f", with EMA {100 * line['ema_top1']:.2f} %" if "ema_top1" in line else ""
-    waiting = line["loader_wait"]
-    slow = "the loader is the bottleneck: raise --num-workers" if waiting > 0.2 else "the model is the bottleneck"
-    return (
-        f"epoch {line['epoch']:>3}: train loss {line['train_loss']:.4f}, val loss {line['val_loss']:.4f}, "
-        f"top-1 {100 * line['val_top1']:.2f} %{averaged}, {line['images_per_second']:.0f} images/s, "
-        f"{100 * waiting:.0f} % of the time waiting for them: {slow}"
+    evaluation = validate(run, progress, run.bare_model)
+    scores = {f"val_{name}": score for name, score in evaluation.scores.items()}
+    if run.ema is not None:
+        best = run.task.best
+        scores[f"ema_{best}"] = validate(run, progress, run.ema.module).scores[best]
+    metrics = EpochMetrics(
+        epoch=progress.epoch + 1,
+        train_loss=progress.train_loss,
+        scores=scores,
+        learning_rate=run.optimizer.param_groups[0]["lr"],
+        images_per_second=speed.images_per_second,
+        loader_wait=speed.loader_wait,
+        skipped_steps=progress.skipped,
+        unreadable_val=len(evaluation.unreadable),
     )
+    progress.history.append(metrics)
+    progress.epoch, progress.step, progress.loss_sum, progress.skipped = progress.epoch + 1, 0, 0.0, 0
+    report_epoch(run, metrics)
+    columns = {column: value for column, value in metrics.to_line().items() if column != "epoch"}
+    run.accelerator.log(columns, step=count_steps(run, progress))
+    save_best(run, progress)
+    save(run, progress)
 
 
-def train_epoch(run: Run, bar: Any) -> dict[str, float]:
-    """The steps left of an epoch; returns its speed, and the share of its time spent waiting for images."""
-    recipe, progress = run.recipe, run.progress
-    run.model.train()
-    if recipe.freeze_batch_norm:
-        freeze_batch_norm(run.model)
-    if recipe.late_drop_path is not None:
-        set_drop_path(run.bare_model, recipe.drop_path_at(progress.epoch))
-    if recipe.schedule == "epoch":
-        run.scheduler.step(progress.epoch)
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast an epoch trained since it was begun or resumed, and which share of that time it waited for images."""
+
+    images_per_second: float = 0.0
+    loader_wait: float = 0.0
+
+
+def train_epoch(run: Run, progress: Progress, bar: tqdm) -> Speed:
+    """Takes the steps that are left of an epoch."""
+    prepare_epoch(run, progress)
     first, started, waited = progress.step, time.perf_counter(), 0.0
     batches = run.train_loader.epoch(progress.epoch, first_step=progress.step)
     for _ in range(progress.step, run.steps_per_epoch):
         asked = time.perf_counter()
         micro_batches = next(batches)
         waited += time.perf_counter() - asked
-        if recipe.schedule == "step":
-            run.scheduler.step_update(run.steps_done + 1)
-        train_step(run, micro_batches)
-        seconds = time.perf_counter() - started
-        show(run, bar, (progress.step - first) * recipe.batch_size / seconds)
+        if run.recipe.schedule == "step":
+            run.scheduler.step_update(count_steps(run, progress) + 1)
+        train_step(run, progress, micro_batches)
+        trained = (progress.step - first) * run.recipe.batch_size
+        advance_bar(run, progress, bar, trained / (time.perf_counter() - started))
+    if progress.step == first:
+        return Speed()
     seconds = time.perf_counter() - started
-    done = (progress.step - first) * recipe.batch_size
-    return {
-        "images_per_second": round(done / seconds, 1) if done else 0.0,
-        "loader_wait": round(waited / seconds, 3) if done else 0.0,
-    }
+    return Speed(images_per_second=round(trained / seconds, 1), loader_wait=round(waited / seconds, 3))
 
 
-def show(run: Run, bar: Any, speed: float) -> None:
-    """Moves the progress bar on."""
-    progress = run.progress
-    top1 = f"{100 * progress.history[-1]['val_top1']:.2f} %" if progress.history else "-"
-    loss = progress.loss_sum / max(progress.step - progress.skipped, 1)
+def prepare_epoch(run: Run, progress: Progress) -> None:
+    """Sets the model and the learning rate to what the recipe has for this epoch."""
+    recipe, model = run.recipe, run.bare_model
+    run.model.train()
+    if recipe.freeze_batch_norm:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+    rate = recipe.drop_path_at(progress.epoch)
+    if recipe.late_drop_path is not None and rate is not None:
+        assert isinstance(model, Backbone)
+        model.set_drop_path(rate)
+    if recipe.schedule == "epoch":
+        run.scheduler.step(progress.epoch)
+
+
+def advance_bar(run: Run, progress: Progress, bar: tqdm, speed: float) -> None:
+    """Moves the progress bar on by a step."""
+    score = "-"
+    if progress.history:
+        score = run.task.format_score(progress.history[-1].scores[f"val_{run.task.best}"])
     bar.set_description(f"epoch {progress.epoch + 1}/{run.recipe.total_epochs}", refresh=False)
-    bar.set_postfix_str(f"loss {loss:.4f}, top-1 {top1}, {speed:.0f} images/s", refresh=False)
+    words = f"loss {progress.train_loss:.4f}, {run.task.title} {score}, {speed:.0f} images/s"
+    bar.set_postfix_str(words, refresh=False)
     bar.update()
 
 
-def freeze_batch_norm(model: nn.Module) -> None:
-    """Leaves BatchNorm's statistics as they are in a model that trains."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+def report_epoch(run: Run, metrics: EpochMetrics) -> None:
+    """Prints an epoch's metrics, and which side of the machine held it up."""
+    waiting = metrics.loader_wait
+    slow = "the loader is the bottleneck: raise --num-workers" if waiting > 0.2 else "the model is the bottleneck"
+    run.say(
+        f"epoch {metrics.epoch:>3}: train loss {metrics.train_loss:.4f}, {run.task.describe_epoch(metrics.scores)}, "
+        f"{metrics.images_per_second:.0f} images/s, {100 * waiting:.0f} % of the time waiting for them: {slow}"
+    )
 
 
-def set_drop_path(model: nn.Module, rate: float | None) -> None:
-    """Gives a model of this library the stochastic depth of an epoch; None leaves it as it was built."""
-    if rate is not None:
-        model.set_drop_path(rate)
+# --------------------------------------------------------------------------------------------------------
+# An optimizer step
+# --------------------------------------------------------------------------------------------------------
+
+
+def train_step(run: Run, progress: Progress, micro_batches: list[Batch]) -> None:
+    """Takes one optimizer step on this process' share of a batch, and does what any process asks for after it."""
+    recipe, accelerator = run.recipe, run.accelerator
+    seed_step(recipe.seed, count_steps(run, progress), accelerator.process_index)
+    # BatchNorm's statistics, which a forward that is not finite would spoil for good
+    buffers = copy_buffers(run.bare_model) if recipe.on_non_finite == "skip" else {}
+    loss_share = forward_backward(run, micro_batches)
+    most = math.inf if recipe.clip_grad is None else recipe.clip_grad
+    norm = accelerator.clip_grad_norm_(run.model.parameters(), most)
+    unreadable = [name for batch in micro_batches for name in batch.unreadable]
+    news = exchange(run, progress, loss_share, unreadable)
+    # a scaler takes care of an infinite gradient by itself: it skips the step and scales less
+    finite = math.isfinite(news.loss) and (accelerator.scaler is not None or math.isfinite(norm))
+    if finite:
+        run.optimizer.step()
+        progress.loss_sum += news.loss
+        if run.ema is not None:
+            run.ema.update(run.bare_model)
+    elif recipe.on_non_finite == "stop":
+        fail_at_non_finite(run, progress, news.loss, float(norm), micro_batches)
+    else:
+        skip_step(run, progress, news.loss, float(norm), buffers)
+    run.optimizer.zero_grad()
+    progress.step += 1
+    if news.num_unreadable:
+        record_unreadable(run, progress, unreadable)
+    if news.stop:
+        stop(run, progress)
+    if news.checkpoint:
+        save(run, progress)
+
+
+def copy_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the model's buffers, by name."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def forward_backward(run: Run, micro_batches: list[Batch]) -> Tensor:
+    """Accumulates the gradient of the step's loss; returns this process' share of the loss."""
+    total = torch.zeros((), device=run.accelerator.device)
+    for index, batch in enumerate(micro_batches, start=1):
+        batch = send_to_device(batch, run.accelerator.device, non_blocking=True)
+        # gradients are summed over the processes once, in the last backward
+        with nullcontext() if index == len(micro_batches) else run.accelerator.no_sync(run.model):
+            with run.accelerator.autocast():
+                loss = run.compute_loss(run.model, batch) / len(micro_batches)
+            run.accelerator.backward(loss)
+        total += loss.detach()
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """What the processes know of each other after a step; the same on all of them.
+
+    Attributes:
+        loss: mean over the processes.
+        stop: a process is asked to stop.
+        checkpoint: one is due.
+        num_unreadable: training images that were found unreadable for the first time.
+    """
+
+    loss: float
+    stop: bool
+    checkpoint: bool
+    num_unreadable: int
+
+
+def exchange(run: Run, progress: Progress, loss_share: Tensor, unreadable: list[str]) -> News:
+    """Sums up what each process has to say after a step, in one reduction."""
+    is_due = run.accelerator.is_main_process and run.clock.is_due(count_steps(run, progress) + 1)
+    num_new = len(set(unreadable) - set(progress.unreadable))
+    flags = torch.tensor(
+        [run.requests.reason is not None, is_due, num_new], dtype=loss_share.dtype, device=loss_share.device
+    )
+    sums = run.accelerator.reduce(torch.cat([loss_share.reshape(1), flags]), reduction="sum").tolist()
+    loss, stop, checkpoint, num_unreadable = sums
+    return News(
+        loss=loss / run.accelerator.num_processes,
+        stop=stop > 0,
+        checkpoint=checkpoint > 0,
+        num_unreadable=int(num_unreadable),
+    )
+
+
+def skip_step(run: Run, progress: Progress, loss: float, norm: float, buffers: dict[str, Tensor]) -> None:
+    """Leaves the weights as they are, and puts the buffers back to what they were before the step."""
+    progress.skipped += 1
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.update()  # it has looked at this step's gradient, and must forget it
+    run.say(f"skipped step {count_steps(run, progress) + 1}: the loss is {loss}, the gradient's norm {norm}")
+    for name, buffer in buffers.items():
+        run.bare_model.get_buffer(name).copy_(buffer)
+
+
+def fail_at_non_finite(run: Run, progress: Progress, loss: float, norm: float, micro_batches: list[Batch]) -> NoReturn:
+    """Lists the images of the step, and ends the run with NonFiniteLossError."""
+    indices = [index for batch in micro_batches for index in batch.indices.tolist()]
+    names = [run.data.train.name_of(index) for index in gather_object(indices)]
+    path = run.folder / "non_finite.txt"
+    if run.accelerator.is_main_process:
+        path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    newest = next(iter(list_checkpoints(run.folder / CHECKPOINT_FOLDER)), "none yet")
+    rate = run.optimizer.param_groups[0]["lr"]
+    error = NonFiniteLossError(
+        f"the loss is {loss} and the gradient's norm {norm} at step {count_steps(run, progress) + 1} (epoch "
+        f"{progress.epoch + 1}, learning rate {rate:.2e}), on {names[0]} and {len(names) - 1} other images listed "
+        f"in {path}: lower --learning-rate, or use --on-non-finite skip; last good checkpoint: {newest}"
+    )
+    raise_on_main(run.accelerator, error)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Images that cannot be read
+# --------------------------------------------------------------------------------------------------------
+
+
+def record_unreadable(run: Run, progress: Progress, names: list[str]) -> None:
+    """Lists unreadable training images in the run's folder; ends the run where the recipe allows fewer."""
+    progress.unreadable = sorted({*progress.unreadable, *gather_object(names)})
+    if run.accelerator.is_main_process:
+        write_unreadable(run.folder, "train", progress.unreadable)
+    most = int(run.recipe.max_bad_images * run.data.train.num_images)
+    if len(progress.unreadable) > most:
+        fail_at_unreadable(run, "train", "max_bad_images", progress.unreadable, most)
+
+
+def fail_at_unreadable(run: Run, split: str, limit: str, names: Sequence[str], most: int) -> NoReturn:
+    """Ends the run with UnreadableImagesError.
+
+    Args:
+        split: train or val.
+        limit: the recipe's field that allows `most`.
+    """
+    kind = {"train": "training", "val": "validation"}[split]
+    error = UnreadableImagesError(
+        f"{len(names)} {kind} images cannot be read, {most} are allowed ({spell_option(limit)} "
+        f"{getattr(run.recipe, limit)}): mend those listed in {run.folder / f'unreadable_{split}.txt'}, such as "
+        f"{names[0]}, or allow more"
+    )
+    raise_on_main(run.accelerator, error)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Validation
+# --------------------------------------------------------------------------------------------------------
 
 
 def share_buffers(run: Run) -> None:
@@ -159,78 +376,186 @@ def share_buffers(run: Run) -> None:
                 torch.distributed.broadcast(buffer, src=0)
 
 
-def validate(run: Run, model: nn.Module) -> Metrics:
-    """Evaluates; stops the run where a signal asks for it, or too many images cannot be read."""
-    most = int(run.recipe.max_bad_val_images * run.data.val.num_images)
-    metrics = evaluate(
-        model,
-        run.val_loader,
-        run.accelerator,
-        max_unreadable=run.data.val.num_images,
-        stop=lambda: run.requests.received is not None,
+def validate(run: Run, progress: Progress, model: nn.Module) -> Evaluation:
+    """Evaluates a model; stops the run where that is asked for, or where too many images cannot be read."""
+    evaluation = evaluate(
+        model, run.task, run.val_loader, run.accelerator, stop=lambda: run.requests.reason is not None
     )
-    if metrics is None:
-        stop(run)
-    if metrics.unreadable:
+    if evaluation is None:
+        stop(run, progress)
+    if evaluation.unreadable:
         if run.accelerator.is_main_process:
-            write_unreadable(run.folder, "val", metrics.unreadable)
-        if len(metrics.unreadable) > most:
-            save(run)
-            fail_together(run.accelerator, unreadable_error(run, "val", metrics.unreadable, most))
-    return metrics
+            write_unreadable(run.folder, "val", evaluation.unreadable)
+        most = int(run.recipe.max_bad_val_images * run.data.val.num_images)
+        if len(evaluation.unreadable) > most:
+            save(run, progress)
+            fail_at_unreadable(run, "val", "max_bad_val_images", evaluation.unreadable, most)
+    return evaluation
 
 
 # --------------------------------------------------------------------------------------------------------
-# Weights
+# Saving, stopping, resuming
 # --------------------------------------------------------------------------------------------------------
 
 
-def save_best(run: Run) -> None:
-    """Writes the weights of the epoch just done where it is the best one: in `best`, and for EMA in `ema-best`."""
-    for key, name in (("val_top1", "best"), ("ema_top1", "ema-best")):
-        tops = [line.get(key) for line in run.progress.history]
-        if tops[-1] is not None and all(tops[-1] > top for top in tops[:-1]):
-            write_weights(run, name)
-
-
-def finish(run: Run) -> None:
-    """Writes the weights folders with their cards, and says where they are and how to use them."""
-    write_weights(run, "model")
-    if run.ema is not None:
-        write_weights(run, "ema")
-    run.accelerator.wait_for_everyone()
-    last, headline = run.progress.history[-1], headline_weights(run.progress.history)
-    best = all_scores(run.progress.history)[WEIGHTS[headline]]
-    right = round(last["val_top1"] * run.data.val.num_images)
-    averaged = f", with EMA {100 * last['ema_top1']:.2f} %" if "ema_top1" in last else ""
-    run.say(
-        f"\ntop-1 {100 * last['val_top1']:.2f} % ({right} of {run.data.val.num_images} validation images), "
-        f"top-5 {100 * last['val_top5']:.2f} %{averaged}; "
-        f"best epoch {best.epoch} with {100 * best.top1:.2f} %{' (EMA)' if headline.startswith('ema') else ''}\n"
-        f"weights:   {run.folder / 'model'} (last), {run.folder / headline} (best)\n"
-        f"curves:    {run.folder / 'curves.png'}\n"
-        f"evaluate:  {evaluate_command(run.recipe, run.folder / 'model')}"
-    )
-    if run.recipe.push_to_hub and run.accelerator.is_main_process:
-        run.say(f"published: {push_folder(run.folder / headline, run.recipe.push_to_hub)}")
-
-
-def write_weights(run: Run, name: str) -> None:
-    """A weights folder in the run's folder, by the main process: of the average where it is named after it."""
-    state = run.ema.module.state_dict() if name.startswith("ema") else model_state(run.model)
+def save(run: Run, progress: Progress) -> None:
+    """Writes a checkpoint of everything that changes, and after an epoch metrics and curves."""
+    model_state = gather_model_state(run.model)
+    optimizer_state = gather_optimizer_state(run.model, run.optimizer.optimizer)
     if run.accelerator.is_main_process:
-        model = copy.deepcopy(run.shell)
-        model.load_state_dict(state, assign=True)
-        if run.recipe.quantize is not None:
-            model = quantize(model, run.recipe.quantize)
-        summary = data_summary(run.data)
-        save_weights(model, run.folder / name, run.recipe, run.data_config, summary, run.progress.history)
+        scaler = run.accelerator.scaler
+        history = [metrics.to_line() for metrics in progress.history]
+        state = {
+            "data": summarize_data(run) | run.task.config,
+            "recipe": run.recipe.to_json(),
+            "progress": {**vars(progress), "history": history},
+            "model": model_state,
+            "ema": run.ema.module.state_dict() if run.ema else None,
+            "optimizer": optimizer_state,
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        # an epoch's last step and its evaluation are two places
+        name = f"step-{count_steps(run, progress):09d}-epoch-{progress.epoch:05d}"
+        write_checkpoint(run.folder / CHECKPOINT_FOLDER / name, state, keep=run.recipe.keep_checkpoints)
+        if progress.step == 0:
+            write_history(run, progress)
+    run.accelerator.wait_for_everyone()
+    run.clock.restart()
 
 
-def evaluate_command(recipe: Recipe, folder: Path) -> str:
-    """The command that measures the weights again."""
-    options = {"--weights": folder, "--data": recipe.data, "--data-dir": recipe.data_dir, "--dataset": recipe.dataset}
-    options |= {"--precision": recipe.precision} if recipe.precision != "no" else {}
-    given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
-    streaming = ["--streaming"] if recipe.streaming else []
-    return shlex.join(["python", "recipes/evaluate.py", *given, *streaming])
+def stop(run: Run, progress: Progress) -> NoReturn:
+    """Writes a checkpoint and ends the run with Interrupted, on all processes together."""
+    save(run, progress)
+    reason = run.requests.reason or "another process"
+    raise Interrupted(
+        f"stopped by {reason} at epoch {progress.epoch + 1}, step {progress.step} of {run.steps_per_epoch}: "
+        "the checkpoint is written, the same command goes on from it"
+    )
+
+
+def resume(run: Run) -> Progress:
+    """Loads the newest whole checkpoint of the run, if it has one; returns how far the run has come."""
+    state = read_newest(run.folder / CHECKPOINT_FOLDER, run.say)
+    if state is None:
+        return Progress()
+    if state["data"] != summarize_data(run) | run.task.config:
+        raise ValueError(
+            f"the data is not that of the run in {run.folder}: it had {describe_data(state['data'])}, now there are "
+            f"{describe_data(summarize_data(run))}; give this run its own --output-dir"
+        )
+    if run.accelerator.scaler and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    load_states(run.model, run.optimizer.optimizer, state["model"], state["optimizer"])
+    if run.ema is not None:
+        run.ema.module.load_state_dict(state["ema"])
+    history = [EpochMetrics.from_line(line) for line in state["progress"]["history"]]
+    progress = Progress(**{**state["progress"], "history": history})
+    if run.accelerator.is_main_process:
+        write_history(run, progress)
+    if progress.epoch == run.recipe.total_epochs:
+        run.say(f"{run.folder} is finished: {progress.epoch} epochs, nothing left to train")
+    else:
+        where = f", at step {progress.step} of {run.steps_per_epoch}" if progress.step else ""
+        run.say(f"resuming {run.folder} after epoch {progress.epoch} of {run.recipe.total_epochs}{where}")
+    return progress
+
+
+def summarize_data(run: Run) -> dict[str, Any]:
+    """How many images there are, and the hash that changes when they do."""
+    counts = {"train": run.data.train.num_images, "val": run.data.val.num_images}
+    return {**counts, "fingerprint": run.data.fingerprint}
+
+
+def describe_data(summary: Mapping[str, Any]) -> str:
+    """A summary of the data in words."""
+    return f"{summary['train']} and {summary['val']} images (fingerprint {summary['fingerprint'][:12]})"
+
+
+def write_history(run: Run, progress: Progress) -> None:
+    """Writes what a user watches: metrics and curves."""
+    history = progress.history
+    write_metrics(run.folder, history)
+    if history:
+        rates = {"learning rate": [metrics.learning_rate for metrics in history]}
+        panels = [*run.task.list_panels(history), Panel(title="learning rate", curves=rates, color="tab:gray")]
+        draw_curves(run.folder, [metrics.epoch for metrics in history], panels)
+
+
+# --------------------------------------------------------------------------------------------------------
+# The weights that are left
+# --------------------------------------------------------------------------------------------------------
+
+
+def save_best(run: Run, progress: Progress) -> None:
+    """Writes the weights of the epoch just done where it is the best one so far: `best`, and for EMA `ema-best`."""
+    origins = list_origins(progress.history, run.task.best)
+    for name in ("best", "ema-best"):
+        if name in origins and origins[name].metrics is progress.history[-1]:
+            write_weights(run, progress, name)
+
+
+def finish(run: Run, progress: Progress) -> None:
+    """Writes the weights of the last epoch, publishes the best ones if asked to, and says where all is."""
+    write_weights(run, progress, "model")
+    if run.ema is not None:
+        write_weights(run, progress, "ema")
+    run.accelerator.wait_for_everyone()
+    origins = list_origins(progress.history, run.task.best)
+    # papers print the higher score of the plain weights and their average
+    name = max((name for name in ("best", "ema-best") if name in origins), key=lambda name: origins[name].score)
+    best = origins[name]
+    command = run.task.evaluate_command(run.recipe, run.folder / "model")
+    lines = [
+        f"\n{run.task.describe_result(progress.history[-1].scores)}; best epoch {best.metrics.epoch} with "
+        f"{run.task.format_score(best.score)}{' (EMA)' if best.prefix == 'ema' else ''}",
+        f"weights:   {run.folder / 'model'} (last), {run.folder / name} (best)",
+        f"curves:    {run.folder / CURVES_NAME}",
+        *([f"evaluate:  {command}"] if command else []),
+    ]
+    run.say("\n".join(lines))
+    if run.recipe.push_to_hub and run.accelerator.is_main_process:
+        run.say(f"published: {push_folder(run.folder / name, run.recipe.push_to_hub)}")
+
+
+def write_weights(run: Run, progress: Progress, name: str) -> None:
+    """Writes the weights folder of this name, a key of WEIGHTS, with its model card, on the main process."""
+    if run.ema is not None and name.startswith("ema"):
+        state = run.ema.module.state_dict()
+    else:
+        state = gather_model_state(run.model)
+    if not run.accelerator.is_main_process:
+        return
+    model = copy.deepcopy(run.shell)
+    model.load_state_dict(state, assign=True)
+    if run.recipe.quantize is not None:
+        model = quantize(model, run.recipe.quantize)
+    origin = list_origins(progress.history, run.task.best)[name]
+    score = {"weights": WEIGHTS[name], "epoch": origin.metrics.epoch, run.task.best: origin.score}
+    save_folder(
+        model,
+        run.folder / name,
+        data_config=run.data_config,
+        config={**run.task.config, "data": summarize_data(run), "score": score},
+        card=build_card(model, collect_facts(run, progress, name), data_config=run.data_config),
+    )
+
+
+def collect_facts(run: Run, progress: Progress, name: str) -> TrainingFacts | None:
+    """What the model card of a weights folder tells of the training; None where the task has no scores for cards."""
+    scores = {}
+    for folder, origin in list_origins(progress.history, run.task.best).items():
+        score = run.task.card_score(origin.metrics, origin.prefix)
+        if score is None:
+            return None
+        scores[WEIGHTS[folder]] = score
+    options = json.loads(run.recipe.to_json())
+    return TrainingFacts(
+        name=run.recipe.run_name,
+        weights=WEIGHTS[name],
+        scores=scores,
+        dataset=run.recipe.dataset or run.recipe.data,
+        num_train=run.data.train.num_images,
+        num_val=run.data.val.num_images,
+        fingerprint=run.data.fingerprint,
+        recipe={field: value for field, value in options.items() if field not in INCIDENTAL},
+    )

@@ -25,7 +25,7 @@ OPTIONS = {
 }
 STEPS = 1437 // 128  # of an epoch
 
-# Dies, or signals itself, when a function of the library is called for the so-manieth time.
+# Gets a signal when a function of the library, named by its place, is called for the so-manieth time.
 DRIVER = """
 import importlib, os, signal, sys
 sys.path.insert(0, "recipes")
@@ -48,44 +48,51 @@ train.main()
 """
 
 
-def arguments(folder: Path, **changes: str) -> list[str]:
+def make_options(folder: Path, **changes: str) -> list[str]:
+    """The arguments of recipes/train.py for OPTIONS and changes of them."""
     options = OPTIONS | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
     return ["digits", "--output-dir", str(folder), *(word for pair in options.items() for word in pair)]
 
 
-def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+def run_command(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """Runs a command in the repository to its end."""
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"} | environment
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900)
 
 
 def train(*args: str) -> subprocess.CompletedProcess:
-    return run([sys.executable, "recipes/train.py", *args])
+    """Runs recipes/train.py to its end."""
+    return run_command([sys.executable, "recipes/train.py", *args])
 
 
-def die_at(place: str, times: int, *args: str) -> subprocess.CompletedProcess:
-    ended = run([sys.executable, "-c", DRIVER, place, str(times), str(int(signal.SIGKILL)), "0", *args])
+def kill_at(place: str, times: int, *args: str) -> None:
+    """Runs recipes/train.py until it is killed when the function at this place is called for the so-manieth time."""
+    ended = run_command([sys.executable, "-c", DRIVER, place, str(times), str(int(signal.SIGKILL)), "0", *args])
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    return ended
 
 
-def weights(folder: Path) -> dict[str, bytes]:
+def read_weights(folder: Path) -> dict[str, bytes]:
+    """The weights files of a run, by the name of their folder."""
     return {path.parent.name: path.read_bytes() for path in folder.glob("*/model.safetensors")}
 
 
-def metrics(folder: Path) -> list[dict]:
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without those figures that a clock measured."""
     measured = ("images_per_second", "loader_wait")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in measured} for line in lines]
 
 
-def launcher(count: int) -> list[str]:
+def make_launcher(count: int) -> list[str]:
+    """The command that starts a script in so many processes."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
 
 
-def processes(count: int, *args: str, driver: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def launch(count: int, *args: str, driver: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """Runs recipes/train.py in so many processes; with `driver`, the arguments of DRIVER, one of them gets a signal."""
     script = [str(ROOT / "recipes" / "train.py")]
     if driver:
         path = Path(args[args.index("--output-dir") + 1]).parent / "driver.py"
         path.write_text(DRIVER)
         script = [str(path), *driver]
-    return run([*launcher(count), *script, *args], ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
+    return run_command([*make_launcher(count), *script, *args], ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))

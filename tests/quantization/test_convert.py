@@ -21,7 +21,7 @@ from s3a.quantization.convert import choose_layers, fake_quantize, quantize
 from s3a.quantization.schemes import SCHEMES
 from s3a.training.checkpoints import read_newest
 from s3a.training.evaluation import evaluate_weights
-from s3a.training.named_recipes import named_recipe
+from s3a.training.named_recipes import get_recipe
 from s3a.training.recipe import Recipe
 from s3a.training.trainer import train
 from s3a.weights.card import build_card
@@ -131,7 +131,7 @@ def test_fake_quantization_rounds_and_passes_gradients():
 def recipe(tmp_path: Path) -> Recipe:
     AcceleratorState._reset_state(reset_partial_state=True)
     return dataclasses.replace(
-        named_recipe("digits"),
+        get_recipe("digits"),
         data="imagefolder",
         data_dir=make_image_folder(tmp_path / "images"),
         image_size=32,
@@ -177,9 +177,9 @@ def test_runs_that_cannot_be_trained_for_a_scheme(recipe: Recipe, folder: Path):
 def test_digits_lose_next_to_nothing(tmp_path: Path):
     """At most one image of 360 in int8, and four in int4."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    run = train(dataclasses.replace(named_recipe("digits"), output_dir=tmp_path / "run"))
+    run = train(dataclasses.replace(get_recipe("digits"), output_dir=tmp_path / "run"))
     model, data = SSViT.from_pretrained(run / "model"), load_data("digits", None)
-    right = round(360 * evaluate_weights(model, data, batch_size=64)["top1"])
+    right = round(360 * evaluate_weights(model, data, batch_size=64).scores["top1"])
     for scheme, most in (("int8-weight-only", 1), ("int8-dynamic", 1), ("int8-activations-int4-weights", 4)):
-        found = evaluate_weights(quantize(model, scheme), data, batch_size=64)["top1"]
+        found = evaluate_weights(quantize(model, scheme), data, batch_size=64).scores["top1"]
         assert right - round(360 * found) <= most, scheme

@@ -32,7 +32,7 @@ from s3a.comparison.results import Results
 from s3a.comparison.scores import add_differences, subtract_seeds, summarise_seeds
 from s3a.comparison.speed import extrapolate_memory, measure_growth, measure_peak_memory
 from s3a.data import load_data
-from s3a.training.named_recipes import named_recipe
+from s3a.training.named_recipes import get_recipe
 
 NAMES = ["dark", "light"]
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def arguments(images, tmp_path) -> list[object]:
 
 
 def small_recipe(**changes: object):
-    return dataclasses.replace(named_recipe("digits"), **{"image_size": 32, "drop_path": None, **changes})
+    return dataclasses.replace(get_recipe("digits"), **{"image_size": 32, "drop_path": None, **changes})
 
 
 def found_in(folder: Path) -> dict:

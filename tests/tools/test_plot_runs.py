@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from s3a.training.run_folder import write_metrics
+from s3a.training.run_folder import EpochMetrics, write_metrics
 
 plot_runs = SimpleNamespace(**runpy.run_path(str(TOOLS / "plot_runs.py")))
 
@@ -30,7 +30,8 @@ def our_run(folder: Path, top1: list[float], ema_top1: list[float] | None = None
     for epoch, value in enumerate(top1, start=1):
         line = {"epoch": epoch, "train_loss": loss(epoch, 1), "val_loss": loss(epoch, 2), "val_top1": value / 100}
         line |= {"val_top5": 1.0, "learning_rate": 1e-3 / epoch, "images_per_second": 1000.0 + epoch}
-        history.append(line | ({"ema_top1": ema_top1[epoch - 1] / 100} if ema_top1 else {}))
+        line |= {"loader_wait": 0.1} | ({"ema_top1": ema_top1[epoch - 1] / 100} if ema_top1 else {})
+        history.append(EpochMetrics.from_line(line))
     folder.mkdir(parents=True)
     write_metrics(folder, history)
     return folder

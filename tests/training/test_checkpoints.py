@@ -1,9 +1,11 @@
-"""Checkpoints are whole or not there."""
+"""Checkpoints are whole or not there, and come when they are due."""
+
+import time
 
 import pytest
 import torch
 
-from s3a.training.checkpoints import checkpoints, read_newest, write_checkpoint
+from s3a.training.checkpoints import CheckpointClock, list_checkpoints, read_newest, write_checkpoint
 
 
 def state_of_training(value: float) -> dict:
@@ -48,7 +50,7 @@ def test_an_optimizer_goes_on_from_its_checkpoint(tmp_path):
 def test_the_newest_few_stay(tmp_path):
     for epoch in range(1, 5):
         write_checkpoint(tmp_path / f"step-{epoch:05d}", {"epoch": epoch}, keep=2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00004", "step-00003"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00004", "step-00003"]
     assert read_newest(tmp_path, complain) == {"epoch": 4}
 
 
@@ -78,7 +80,7 @@ def flip(path):
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "tree.json", "manifest.json"])
 @pytest.mark.parametrize("damage", [cut, flip, lambda path: path.unlink()], ids=["torn", "altered", "missing"])
-def test_a_damaged_checkpoint_is_said_and_passed_over(tmp_path, name, damage):
+def test_a_damaged_checkpoint_is_said_and_skipped(tmp_path, name, damage):
     for epoch in (1, 2):
         write_checkpoint(tmp_path / f"step-{epoch:05d}", {"epoch": epoch, "tensor": torch.ones(4)}, keep=2)
     damage(tmp_path / "step-00002" / name)
@@ -95,10 +97,24 @@ def test_a_write_that_stops_half_way_leaves_the_last_checkpoint(tmp_path, monkey
     def full_disk(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("s3a.training.checkpoints.fingerprint", full_disk)
+    monkeypatch.setattr("s3a.training.checkpoints.hash_file", full_disk)
     with pytest.raises(OSError, match="is full: a checkpoint needs"):
         write_checkpoint(tmp_path / "step-00002", {"epoch": 2}, keep=1)
     monkeypatch.undo()
     assert read_newest(tmp_path, complain) == {"epoch": 1}
     write_checkpoint(tmp_path / "step-00002", {"epoch": 2}, keep=1)
     assert read_newest(tmp_path, complain) == {"epoch": 2}
+
+
+def test_a_clock_of_minutes(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    clock = CheckpointClock("2m")
+    due = []
+    for now in (100.0, 219.0, 221.0):  # noqa: B007  read by the clock
+        due.append(clock.is_due(step=1))
+    clock.restart()
+    assert [*due, clock.is_due(step=2)] == [False, False, True, False]
+    steps = CheckpointClock("3")
+    assert [steps.is_due(step) for step in range(1, 8)] == [False, False, True, False, False, True, False]
+    assert not CheckpointClock(None).is_due(step=1)

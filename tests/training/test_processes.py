@@ -1,26 +1,42 @@
 """Several processes, on this machine's CPU: the same run as one, whoever gets a signal, however weights are spread."""
 
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers.real_runs import DRIVER, ROOT, STEPS, arguments, launcher, metrics, processes, run, train, weights
+import torch
+from helpers.real_runs import (
+    DRIVER,
+    ROOT,
+    STEPS,
+    launch,
+    make_launcher,
+    make_options,
+    read_metrics,
+    read_weights,
+    run_command,
+    train,
+)
+
+from s3a.training.processes import StopRequests, seed_step
 
 LOSSES = """
 import sys
 sys.path.insert(0, "recipes")
 import train
-from s3a.training import steps
-tell = steps.tell
+from s3a.training import trainer
+exchange = trainer.exchange
 
-def told(run, *args):
-    result = tell(run, *args)
-    run.say(f"loss {result.loss!r}")
-    return result
+def exchange_and_say(run, *args):
+    news = exchange(run, *args)
+    run.say(f"loss {news.loss!r}")
+    return news
 
-steps.tell = told
+trainer.exchange = exchange_and_say
 train.main()
 """
 
@@ -54,7 +70,7 @@ FSDP = {
 def pretrained(tmp_path_factory) -> Path:
     """Weights whose BatchNorm has seen images, so that they learn with its statistics frozen."""
     folder = tmp_path_factory.mktemp("pretrained") / "run"
-    ended = train(*arguments(folder, epochs="3", mixup="0", cutmix="0", batch_size="64", ema_decay="None"))
+    ended = train(*make_options(folder, epochs="3", mixup="0", cutmix="0", batch_size="64", ema_decay="None"))
     assert ended.returncode == 0, ended.stderr
     return folder / "model"
 
@@ -63,12 +79,12 @@ def losses(folder: Path, pretrained: Path, count: int, before: str = "", **envir
     """The first 20 losses on so many processes; nothing in the run may depend on the process."""
     folder.mkdir(exist_ok=True)
     alone = {"mixup": "0", "cutmix": "0", "drop_path": "0", "batch_size": "64", "epochs": "1", "warmup_epochs": "0"}
-    options = [*arguments(folder / "run", **alone, ema_decay="None"), "--freeze-batch-norm"]
+    options = [*make_options(folder / "run", **alone, ema_decay="None"), "--freeze-batch-norm"]
     options += ["--weights", str(pretrained)]
     path = folder / "losses.py"
     path.write_text(before + LOSSES)
-    command = [*launcher(count), str(path), *options] if count > 1 else [sys.executable, str(path), *options]
-    ended = run(command, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT), **environment)
+    command = [*make_launcher(count), str(path), *options] if count > 1 else [sys.executable, str(path), *options]
+    ended = run_command(command, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT), **environment)
     assert ended.returncode == 0, ended.stderr
     return [float(line.split()[1]) for line in ended.stderr.splitlines() if line.startswith("loss ")][:20]
 
@@ -82,7 +98,7 @@ def check_alike(folders: list[Path], one: list[float], two: list[float]) -> None
     assert len(one) == len(two) == 20
     assert sum(one[-5:]) < 0.9 * sum(one[:5]), "it learns"
     assert two == pytest.approx(one, rel=1e-4)
-    last_one, last_two = (metrics(folder / "run")[-1] for folder in folders)
+    last_one, last_two = (read_metrics(folder / "run")[-1] for folder in folders)
     assert last_two["val_loss"] == pytest.approx(last_one["val_loss"], rel=1e-3)
 
 
@@ -92,40 +108,41 @@ def test_sharded_weights_train_stop_and_resume_as_whole_ones(pretrained, tmp_pat
     folders = [tmp_path / "whole", tmp_path / "sharded"]
     sharded = losses(folders[1], pretrained, 2, before=SHARDED, **FSDP)
     check_alike(folders, losses(folders[0], pretrained, 1), sharded)
-    options = arguments(tmp_path / "run", epochs="1", warmup_epochs="0", ema_decay="None")
+    options = make_options(tmp_path / "run", epochs="1", warmup_epochs="0", ema_decay="None")
     driver = tmp_path / "driver.py"
     for count, status in (("6", 1), ("1000", 0)):
         driver.write_text(SHARDED + DRIVER)
-        stop = [str(driver), "training.steps:forward_backward", count, str(int(signal.SIGTERM)), "0"]
-        ended = run([*launcher(2), *stop, *options], ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT), **FSDP)
+        stop = [str(driver), "training.trainer:forward_backward", count, str(int(signal.SIGTERM)), "0"]
+        command = [*make_launcher(2), *stop, *options]
+        ended = run_command(command, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT), **FSDP)
         assert ended.returncode == status, ended.stderr
     assert f"at step 6 of {STEPS}" in ended.stderr
     options[options.index("--output-dir") + 1] = str(tmp_path / "undisturbed")
-    ended = run([*launcher(2), *stop, *options], ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT), **FSDP)
+    ended = run_command([*make_launcher(2), *stop, *options], ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT), **FSDP)
     assert ended.returncode == 0, ended.stderr
-    assert weights(tmp_path / "run") == weights(tmp_path / "undisturbed")
+    assert read_weights(tmp_path / "run") == read_weights(tmp_path / "undisturbed")
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_both_resume(tmp_path):
-    options = arguments(tmp_path / "run", epochs="1", warmup_epochs="0")
-    driver = ("training.steps:forward_backward", "6", str(int(signal.SIGUSR1)), "1")  # the second process gets it
-    ended = processes(2, *options, driver=driver)
+    options = make_options(tmp_path / "run", epochs="1", warmup_epochs="0")
+    driver = ("training.trainer:forward_backward", "6", str(int(signal.SIGUSR1)), "1")  # the second process gets it
+    ended = launch(2, *options, driver=driver)
     assert ended.returncode != 0
     assert f"at epoch 1, step 6 of {STEPS}" in ended.stderr
     assert "exitcode  : 75" in ended.stderr
     assert (tmp_path / "run" / "checkpoints" / "step-000000006-epoch-00000").is_dir()
-    ended = processes(2, *options)
+    ended = launch(2, *options)
     assert ended.returncode == 0, ended.stderr
-    whole = processes(2, *arguments(tmp_path / "whole", epochs="1", warmup_epochs="0"))
+    whole = launch(2, *make_options(tmp_path / "whole", epochs="1", warmup_epochs="0"))
     assert whole.returncode == 0, whole.stderr
-    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert read_weights(tmp_path / "run") == read_weights(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_processes_without_their_launcher_checkpoint_and_end(tmp_path):
     """`accelerate launch` dies of SIGTERM and passes it on to nobody."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/train.py", *arguments(tmp_path / "run")]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/train.py", *make_options(tmp_path / "run")]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as started:
         for line in started.stderr:
             if "step/s" in line or "s/step" in line:
@@ -135,3 +152,29 @@ def test_processes_without_their_launcher_checkpoint_and_end(tmp_path):
     assert started.returncode == -signal.SIGTERM
     assert "stopped by the end of its launcher at epoch 1, step" in rest
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_drawing_does_not_depend_on_the_steps_before():
+    """What makes a resumed run equal to an undisturbed one."""
+    draws = []
+    for burnt in (0, 100):
+        seed_step(3, step=7, process=0)
+        draws.append((torch.rand(4).tolist(), np.random.rand(4).tolist()))
+        torch.rand(burnt), np.random.rand(burnt)
+    assert draws[0] == draws[1]
+    others = [(3, 8, 0), (3, 7, 1), (4, 7, 0)]
+    for seed, step, process in others:
+        seed_step(seed, step=step, process=process)
+        assert torch.rand(4).tolist() != draws[0][0]
+
+
+def test_the_end_of_a_launcher_asks_to_stop(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    requests = StopRequests()
+    assert requests.reason is None
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert requests.reason == "the end of its launcher"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert StopRequests().reason is None
+    monkeypatch.undo()
+    assert StopRequests().reason is None, "without a launcher a parent may go, as a shell does under nohup"

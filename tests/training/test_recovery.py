@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.image_folder import make_image_folder
-from helpers.real_runs import DRIVER, ROOT, STEPS, arguments, die_at, metrics, run, train, weights
+from helpers.real_runs import DRIVER, ROOT, STEPS, kill_at, make_options, read_metrics, read_weights, run_command, train
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,48 +19,49 @@ from safetensors.torch import load_file
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    ended = train(*arguments(folder))
+    ended = train(*make_options(folder))
     assert ended.returncode == 0, ended.stderr
-    assert set(weights(folder)) == {"model", "best", "ema", "ema-best"}
+    assert set(read_weights(folder)) == {"model", "best", "ema", "ema-best"}
     return folder
 
 
 def test_killed_anywhere_a_run_ends_with_the_same_bytes(undisturbed, tmp_path):
     """One run, killed in a step, while a checkpoint is written and put in place, in evaluation, at the end."""
-    options = arguments(tmp_path / "run")
-    die_at("training.steps:forward_backward", 3, *options)  # nothing written yet
-    die_at("training.steps:forward_backward", 7, *options)
-    die_at("training.checkpoints:fingerprint", 4, *options)  # one file of the second checkpoint is there
-    die_at("training.evaluation:count", 2, *options)
-    die_at("training.checkpoints:checkpoints", 3, *options)  # in place, the old ones not yet deleted
-    die_at("training.trainer:save_best", 1, *options)
-    die_at("training.trainer:finish", 1, *options)
+    options = make_options(tmp_path / "run")
+    kill_at("training.trainer:forward_backward", 3, *options)  # nothing written yet
+    kill_at("training.trainer:forward_backward", 7, *options)
+    kill_at("training.checkpoints:hash_file", 4, *options)  # one file of the second checkpoint is there
+    kill_at("training.tasks.classification:count_correct", 2, *options)
+    kill_at("training.checkpoints:list_checkpoints", 3, *options)  # in place, the old ones not yet deleted
+    kill_at("training.trainer:save_best", 1, *options)
+    kill_at("training.trainer:finish", 1, *options)
     ended = train(*options)
     assert ended.returncode == 0, ended.stderr
     assert "nothing left to train" in ended.stderr
-    assert weights(tmp_path / "run") == weights(undisturbed)
-    assert metrics(tmp_path / "run") == metrics(undisturbed)
-    assert [line["epoch"] for line in metrics(tmp_path / "run")] == [1, 2]
+    assert read_weights(tmp_path / "run") == read_weights(undisturbed)
+    assert read_metrics(tmp_path / "run") == read_metrics(undisturbed)
+    assert [line["epoch"] for line in read_metrics(tmp_path / "run")] == [1, 2]
     assert not list((tmp_path / "run" / "checkpoints").glob(".partial*"))
 
 
 @pytest.mark.slow
 def test_signals_checkpoint_the_step_and_say_resume_me(undisturbed, tmp_path):
     """A scheduler's two signals and Ctrl-C, one after the other: in a step, in the evaluation, in a step."""
-    options = arguments(tmp_path / "run", checkpoint_every="1000")
+    options = make_options(tmp_path / "run", checkpoint_every="1000")
+    step, measure = "training.trainer:forward_backward", "training.tasks.classification:count_correct"
     signals = [
-        (signal.SIGTERM, "training.steps:forward_backward", 6, "epoch 1, step 6", "step-000000006-epoch-00000"),
-        (signal.SIGUSR1, "training.evaluation:count", 2, f"epoch 1, step {STEPS}", f"step-{STEPS:09d}-epoch-00000"),
-        (signal.SIGINT, "training.steps:tell", 3, "epoch 2, step 3", f"step-{STEPS + 3:09d}-epoch-00001"),
+        (signal.SIGTERM, step, 6, "epoch 1, step 6", "step-000000006-epoch-00000"),
+        (signal.SIGUSR1, measure, 2, f"epoch 1, step {STEPS}", f"step-{STEPS:09d}-epoch-00000"),
+        (signal.SIGINT, "training.trainer:exchange", 3, "epoch 2, step 3", f"step-{STEPS + 3:09d}-epoch-00001"),
     ]
     for number, place, times, where, checkpoint in signals:
-        ended = run([sys.executable, "-c", DRIVER, place, str(times), str(int(number)), "0", *options])
+        ended = run_command([sys.executable, "-c", DRIVER, place, str(times), str(int(number)), "0", *options])
         assert ended.returncode == 75, ended.stderr
         assert f"stopped by {number.name} at {where} of {STEPS}" in ended.stderr
         assert (tmp_path / "run" / "checkpoints" / checkpoint).is_dir()
     ended = train(*options)
     assert f"resuming {tmp_path / 'run'} after epoch 1 of 2, at step 3 of {STEPS}" in ended.stderr
-    assert weights(tmp_path / "run") == weights(undisturbed)
+    assert read_weights(tmp_path / "run") == read_weights(undisturbed)
 
 
 def kill_at_random(command: list[str], kills: int, seed: int) -> None:
@@ -84,13 +85,13 @@ def test_ten_random_kills_change_no_byte(source, tmp_path):
     if source == "imagefolder":
         make_image_folder(tmp_path / "images", num_train=60)
         extra = ["--data", "imagefolder", "--data-dir", str(tmp_path / "images"), "--batch-size", "16"]
-    killed, whole = (arguments(tmp_path / name, **changes) + extra for name in ("killed", "whole"))
+    killed, whole = (make_options(tmp_path / name, **changes) + extra for name in ("killed", "whole"))
     command = [sys.executable, "recipes/train.py"]
     kill_at_random([*command, *killed], kills=10, seed=0)
     assert train(*killed).returncode == 0
     assert train(*whole).returncode == 0
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    assert read_weights(tmp_path / "killed") == read_weights(tmp_path / "whole")
+    assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "whole")
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_how_much_is_needed(undisturbed, small_disk):
-    options = arguments(small_disk / "run", keep_checkpoints="1")
+    options = make_options(small_disk / "run", keep_checkpoints="1")
     filler = small_disk / "filler"
     filler.write_bytes(b"0" * 14_000_000)
     ended = train(*options)
@@ -120,13 +121,13 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_how_much_is_needed(undis
     filler.unlink()
     ended = train(*options)
     assert ended.returncode == 0, ended.stderr
-    assert weights(small_disk / "run") == weights(undisturbed)
+    assert read_weights(small_disk / "run") == read_weights(undisturbed)
 
 
 @pytest.mark.slow
 def test_a_tampered_checkpoint_is_said_and_the_one_before_it_used(undisturbed, tmp_path):
-    options = arguments(tmp_path / "run")
-    die_at("training.steps:forward_backward", 10, *options)
+    options = make_options(tmp_path / "run")
+    kill_at("training.trainer:forward_backward", 10, *options)
     newest, before = sorted((tmp_path / "run" / "checkpoints").glob("step-*"), reverse=True)
     content = bytearray((newest / "tensors.safetensors").read_bytes())
     content[-100] ^= 1
@@ -135,7 +136,7 @@ def test_a_tampered_checkpoint_is_said_and_the_one_before_it_used(undisturbed, t
     assert ended.returncode == 0, ended.stderr
     assert f"checkpoint {newest} is damaged (tensors.safetensors is not as it was written)" in ended.stderr
     assert f"at step {int(before.name.split('-')[1])} of {STEPS}" in ended.stderr
-    assert weights(tmp_path / "run") == weights(undisturbed)
+    assert read_weights(tmp_path / "run") == read_weights(undisturbed)
     shutil.rmtree(tmp_path / "run")
 
 
@@ -152,8 +153,8 @@ def test_the_whole_imagenet_recipe_takes_steps_stops_and_goes_on(tmp_path):
     options = ["ssvit_tiny_imagenet", "--data", "imagefolder", "--data-dir", str(tmp_path / "images")]
     options += ["--batch-size", "8", "--output-dir", str(tmp_path / "run")]
     for times, step in (("3", 3), ("2", 5)):
-        stop = ["training.steps:forward_backward", times, str(int(signal.SIGTERM)), "0"]
-        ended = run([sys.executable, "-c", DRIVER, *stop, *options])
+        stop = ["training.trainer:forward_backward", times, str(int(signal.SIGTERM)), "0"]
+        ended = run_command([sys.executable, "-c", DRIVER, *stop, *options])
         assert ended.returncode == 75, ended.stderr
         assert f"stopped by SIGTERM at epoch 1, step {step} of 125" in ended.stderr
     assert f"resuming {tmp_path / 'run'} after epoch 0 of 310, at step 3 of 125" in ended.stderr

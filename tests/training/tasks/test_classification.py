@@ -1,0 +1,71 @@
+"""Classification: mixed and smoothed targets, and timm's augmentation with a posterization that Pillow takes."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import auto_augment
+from timm.loss import SoftTargetCrossEntropy
+from torch import nn
+
+from s3a.data import load_data
+from s3a.training.processes import seed_step
+from s3a.training.tasks.classification import Classification, list_operations, make_augmentation, posterize
+
+
+def test_mixed_targets_are_smoothed_and_their_loss_is_soft(recipe):
+    task = Classification(load_data(recipe.data, recipe.data_dir))
+    loss = task.make_loss(dataclasses.replace(recipe, mixup=0.8, cutmix=1.0, label_smoothing=0.1))
+    assert isinstance(loss.criterion, SoftTargetCrossEntropy)
+    images, targets = loss.mixup(torch.rand(16, 3, 32, 32), torch.randint(2, (16,)))
+    assert images.shape == (16, 3, 32, 32)
+    torch.testing.assert_close(targets.sum(1), torch.ones(16))
+    assert targets.min() == pytest.approx(0.05)
+    plain = task.make_loss(recipe)
+    assert plain.mixup is None
+    assert isinstance(plain.criterion, nn.CrossEntropyLoss)
+    assert plain.criterion.label_smoothing == recipe.label_smoothing
+
+
+DATA_CONFIG = {"input_size": (3, 8, 8), "interpolation": "bicubic", "mean": (0, 0, 0), "std": (1, 1, 1)}
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10-mstd2-inc1-n4", "rand-m10", "v0", "original"])
+def test_policies_take_every_image(recipe, policy):
+    """Over as many draws as show each operation at its strongest; Pillow refuses to keep no bits at all."""
+    augment = make_augmentation(dataclasses.replace(recipe, auto_augment=policy), DATA_CONFIG)
+    image = Image.effect_noise((12, 12), 64).convert("RGB")
+    random.seed(0)
+    for _ in range(3000):
+        assert augment(image).isfinite().all()
+
+
+def test_posterizing_keeps_the_upper_bits():
+    image = Image.linear_gradient("L")
+    for bits in range(9):
+        expected = np.asarray(image) >> (8 - bits) << (8 - bits)
+        assert np.array_equal(np.asarray(posterize(image, bits)), expected)
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10-mstd2", "v0", "original", "augmix-m5-w4-d2"])
+def test_the_augmentation_is_that_of_a_changed_table_of_timms(recipe, policy, monkeypatch):
+    """The same pixels and the same draws as if timm's own table held our posterization; and the table is timm's."""
+    names = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
+    assert all(auto_augment.NAME_TO_OP[name] is auto_augment.posterize for name in names)
+    recipe = dataclasses.replace(recipe, auto_augment=policy)
+    ours = make_augmentation(recipe, DATA_CONFIG)
+    monkeypatch.setattr(auto_augment, "NAME_TO_OP", auto_augment.NAME_TO_OP | dict.fromkeys(names, posterize))
+    changed = make_augmentation(recipe, DATA_CONFIG)
+    posterizing = [operation for operation in list_operations(ours) if operation.name.startswith("Posterize")]
+    assert posterizing
+    assert all(operation.aug_fn is posterize for operation in posterizing)
+    image = Image.effect_noise((12, 12), 64).convert("RGB")
+    for seed in range(200):
+        seen = []
+        for augment in (ours, changed):
+            seed_step(seed, step=0, process=0)
+            seen.append((augment(image).tolist(), random.random(), np.random.rand(), torch.rand(()).item()))
+        assert seen[0] == seen[1]

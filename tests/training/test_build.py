@@ -1,0 +1,148 @@
+"""What a recipe is built into, and what is refused before anything is built."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers.hub_server import Hub
+from helpers.small_runs import load_weights, train_changed
+
+import s3a
+from s3a.training import build, trainer
+from s3a.training.build import build_run
+
+# --------------------------------------------------------------------------------------------------------
+# Refusals
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "fp16"}, "--precision is fp16, which needs a GPU: use bf16 or no"),
+        ({"batch_size": 15, "mixup": 0.8}, "--batch-size is 15, 15 images a forward: .* an even number"),
+        ({"image_size": 16}, "--image-size is 16: .*32"),
+        ({"auto_augment": "nonsense"}, "--auto-augment is 'nonsense'"),
+        ({"model": "ssvit_nanno"}, "did you mean 'ssvit_nano'"),
+    ],
+)
+def test_what_cannot_run_here_is_refused_without_a_trace(recipe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train_changed(recipe, **changes)
+    assert not recipe.output_dir.exists()
+
+
+def test_a_recipe_that_cannot_run_leaves_no_trace(digits_recipe):
+    with pytest.raises(ValueError, match="--batch-size is 1000"):
+        trainer.train(dataclasses.replace(digits_recipe, batch_size=1000))
+    assert not digits_recipe.output_dir.exists()
+
+
+def test_a_tracker_that_is_not_installed_is_named(recipe, monkeypatch):
+    monkeypatch.setattr(build, "is_wandb_available", lambda: False)
+    with pytest.raises(ValueError, match="--track is wandb, which is not installed: pip install wandb"):
+        train_changed(recipe, track="wandb")
+
+
+def test_no_right_to_publish_shows_before_the_first_epoch(recipe, hub: Hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(ValueError, match="lizards/trained"):
+        train_changed(recipe, push_to_hub="lizards/trained")
+    assert not (recipe.output_dir / "metrics.jsonl").exists()
+
+
+def test_a_model_without_drop_path_is_named(digits_recipe):
+    with pytest.raises(ValueError, match="--model vgg11 has no drop path: use --drop-path None"):
+        build_run(dataclasses.replace(digits_recipe, model="vgg11"))
+
+
+def test_a_late_drop_path_of_a_model_that_cannot_change_it_is_refused(digits_recipe):
+    with pytest.raises(ValueError, match="--model test_resnet cannot change its drop path: use --late-drop-path None"):
+        build_run(dataclasses.replace(digits_recipe, model="test_resnet", drop_path=None, late_drop_path=(0.3, 1)))
+
+
+@pytest.mark.parametrize("model", ["svit_nano", "vvt_nano", "resnet18", "test_vit"])
+@pytest.mark.parametrize(("option", "value"), [("scan", "dense"), ("scan", "alternate"), ("size", 5)])
+def test_scans_of_a_model_without_them_are_refused(digits_recipe, model, option, value):
+    with pytest.raises(ValueError, match=f"--model {model} has no sparse scans.*leave --{option} out") as raised:
+        build_run(dataclasses.replace(digits_recipe, model=model, drop_path=None, **{option: value}))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_argument_that_a_model_swallows_is_not_one_that_it_heeds(digits_recipe, monkeypatch):
+    """As some of timm's models do."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, scan=None, **rest: create(name, **rest))
+    with pytest.raises(ValueError, match="--model resnet18 has no sparse scans: leave --scan out"):
+        build_run(dataclasses.replace(digits_recipe, model="resnet18", drop_path=None, scan="dense"))
+
+
+# --------------------------------------------------------------------------------------------------------
+# The model and its optimizer
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [32, 48])
+def test_a_model_of_one_fixed_size_is_built_for_the_recipes(digits_recipe, side):
+    model = build_run(dataclasses.replace(digits_recipe, model="deit_tiny_patch16_224", image_size=side)).model
+    assert model(torch.randn(1, 3, side, side)).shape == (1, 2)
+
+
+def test_drop_path_reaches_the_model(digits_recipe):
+    assert build_run(digits_recipe).model.stages[-1].blocks[-1].drop_path.drop_prob == digits_recipe.drop_path
+
+
+def test_weight_decay_spares_biases_and_vectors(digits_recipe):
+    built = build_run(dataclasses.replace(digits_recipe, weight_decay=0.3))
+    groups = built.optimizer.param_groups
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.3 if parameter.ndim > 1 else 0)
+    assert sum(len(group["params"]) for group in groups) == len(list(built.model.parameters()))
+
+
+# --------------------------------------------------------------------------------------------------------
+# Fine-tuning
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> Path:
+    model = timm.create_model("ssvit_nano", num_classes=2)
+    model.save_pretrained(tmp_path / "pretrained", config={"label_names": ["dark", "light"]})
+    return tmp_path / "pretrained"
+
+
+def test_fine_tuning_keeps_the_body_and_the_head_of_the_same_classes(recipe, pretrained):
+    state = load_weights(pretrained)
+    model = build_run(dataclasses.replace(recipe, weights=str(pretrained), image_size=48)).model
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_fine_tuning_on_other_classes_and_another_size(recipe, pretrained, tmp_path, monkeypatch):
+    folder = shutil.copytree(recipe.data_dir, tmp_path / "images")
+    for split in ("train", "val"):
+        shutil.copytree(folder / split / "dark", folder / split / "shadow")
+    seen, step = [], trainer.train_step
+
+    def watched(run, progress, batches):
+        seen.append((batches[0].images.shape, all(module.training for module in run.model.modules())))
+        if len(seen) == 1:
+            state = load_weights(pretrained)
+            body = {key: value for key, value in run.bare_model.state_dict().items() if not key.startswith("head")}
+            assert all(torch.equal(value, state[key]) for key, value in body.items())
+        step(run, progress, batches)
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+    run = train_changed(recipe, weights=str(pretrained), data_dir=folder, image_size=48)
+    assert set(seen) == {((16, 3, 48, 48), True)}
+    tuned = s3a.SSViT.from_pretrained(run / "model")
+    assert (tuned.num_classes, tuned.pretrained_cfg["label_names"]) == (3, ["dark", "light", "shadow"])
+
+
+def test_weights_of_another_model_are_refused(recipe, pretrained):
+    with pytest.raises(ValueError, match="holds a ssvit_nano: use --model ssvit_nano"):
+        train_changed(recipe, model="svit_nano", weights=str(pretrained))

@@ -1,0 +1,73 @@
+"""Evaluation: the figures of a run again, against plain code, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from helpers.small_runs import call_command, fail_command, read_metrics
+from PIL import Image
+
+import s3a
+from s3a.training import trainer
+
+
+def test_the_weights_evaluate_to_what_training_said(digits_recipe, capsys, images):
+    folder = trainer.train(digits_recipe)
+    capsys.readouterr()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    call_command("evaluate.py", "--weights", folder / "model", "--data", "imagefolder", "--data-dir", images)
+    result = json.loads(capsys.readouterr().out)
+    last = read_metrics(folder)[-1]
+    assert set(result) == {"top1", "top5", "loss", "images", "images_per_second"}
+    assert (result["top1"], result["images"]) == (last["val_top1"], 18)
+    assert result["loss"] == pytest.approx(last["val_loss"], rel=1e-5)
+
+
+def test_evaluation_counts_what_plain_code_counts(digits_recipe, images):
+    folder = trainer.train(dataclasses.replace(digits_recipe, epochs=2))
+    model = s3a.SSViT.from_pretrained(folder / "model")
+    config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**config, is_training=False)
+    right = 0
+    for label, name in enumerate(["dark", "light"]):
+        for path in sorted((images / "val" / name).iterdir()):
+            with Image.open(path) as image, torch.no_grad():
+                right += int(model(transform(image.convert("RGB"))[None]).argmax() == label)
+    assert right / 18 == read_metrics(folder)[-1]["val_top1"]
+
+
+def test_evaluation_refuses_data_of_other_classes(digits_recipe, capsys):
+    folder = trainer.train(dataclasses.replace(digits_recipe, epochs=2)) / "model"
+    capsys.readouterr()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    line = fail_command(capsys, "evaluate.py", "--weights", folder, "--data", "digits")
+    assert "know 2 classes and the data has 10" in line
+
+
+def test_evaluation_refuses_classes_of_other_names(digits_recipe, capsys, tmp_path):
+    folder = trainer.train(dataclasses.replace(digits_recipe, epochs=2)) / "model"
+    data = shutil.copytree(digits_recipe.data_dir, tmp_path / "renamed")
+    for split in ("train", "val"):
+        (data / split / "light").rename(data / split / "pale")
+    capsys.readouterr()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = ("--weights", folder, "--data", "imagefolder", "--data-dir", data)
+    assert "know a class 'light' where the data has 'pale'" in fail_command(capsys, "evaluate.py", *arguments)
+    call_command("evaluate.py", *arguments, "--other-label-names")
+    assert json.loads(capsys.readouterr().out)["images"] == 18
+
+
+def test_evaluation_refuses_damaged_weights(digits_recipe, capsys):
+    folder = trainer.train(dataclasses.replace(digits_recipe, epochs=2)) / "model"
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    capsys.readouterr()
+    assert "no whole safetensors file" in fail_command(capsys, "evaluate.py", "--weights", folder, "--data", "digits")
+    weights.unlink()
+    assert "has no model.safetensors" in fail_command(capsys, "evaluate.py", "--weights", folder, "--data", "digits")
+    shutil.rmtree(folder)
+    assert "neither a local folder" in fail_command(capsys, "evaluate.py", "--weights", folder, "--data", "digits")

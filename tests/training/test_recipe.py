@@ -1,0 +1,66 @@
+"""What a recipe says and refuses, as a dataclass and on the command line."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from helpers.small_runs import call_command, fail_command
+from safetensors.torch import load_file
+
+
+def test_the_command_line_overrides_a_named_recipe(images, tmp_path):
+    folder = tmp_path / "run"
+    small = (
+        "--image-size",
+        32,
+        "--batch-size",
+        16,
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0,
+        "--seed",
+        3,
+        "--cpu-threads",
+        1,
+    )
+    source = ("--data", "imagefolder", "--data-dir", images)
+    call_command("train.py", "digits", *source, *small, "--output-dir", folder)
+    written = json.loads((folder / "recipe.json").read_text())
+    assert (written["data"], written["seed"], written["epochs"]) == ("imagefolder", 3, 1)
+    assert load_file(folder / "model" / "model.safetensors")["head.weight"].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["digts"], "recipe 'digts' is unknown.*did you mean 'digits'"),
+        (["--epoch", "3"], "--epoch.*did you mean --epochs"),
+        (["--data", "imagefoldr"], "imagefoldr.*imagefolder"),
+        (["--model", "ssvit_tny"], "model 'ssvit_tny' is unknown.*did you mean 'ssvit_tiny'"),
+        (["--epochs", "0"], "--epochs is 0: it must be above 0"),
+        (["--epochs", "many"], "--epochs.*'many'"),
+        (["--warmup-epochs", "99"], "--warmup-epochs is 99"),
+        (["--crop-scale", "1", "0.1"], "--crop-scale is 1.0 0.1: it must be a smaller and a larger"),
+        (["--learning-rate", "nan"], "--learning-rate is nan: it must be above 0"),
+        (["--auto-augment", "foo"], "--auto-augment is 'foo': it must be a policy of timm's"),
+        (["--label-smoothing", "2"], "--label-smoothing is 2.0: it must be between 0 and 1"),
+        (["--scan", "densee"], "scan 'densee' is unknown.*did you mean 'dense'"),
+        (["--size", "0"], "--size is 0: it must be above 0"),
+        (["--late-drop-path", "0.6", "29"], "--late-drop-path is 0.6 29: .*how many of the 28 epochs"),
+        (["--late-drop-path", "1.6", "2"], "--late-drop-path is 1.6 2: it must be a rate between 0 and 1"),
+        (["--image-size", "16"], "16 x 16 pixels: each side must be at least 32"),
+        (["--data", "imagefolder"], "--data-dir DIR"),
+        (["--data", "imagefolder", "--data-dir", "nowhere"], "'nowhere' does not exist"),
+    ],
+)
+def test_bad_options_are_one_line(capsys, tmp_path, arguments, expected):
+    line = fail_command(capsys, "train.py", *arguments, "--output-dir", tmp_path / "run")
+    assert re.search(expected, line), line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_learning_rate_follows_the_global_batch(recipe):
+    assert recipe.peak_learning_rate == pytest.approx(4e-3 * 16 / 512)
+    assert dataclasses.replace(recipe, batch_size=1024, accumulate=4).peak_learning_rate == pytest.approx(8e-3)
