@@ -15,7 +15,7 @@ from s3a.data import DataOptions, load_data
 from s3a.support.command_line import run_command
 from s3a.training.evaluation import evaluate_weights
 from s3a.training.recipe import Precision
-from s3a.weights.folder import load_pretrained
+from s3a.weights.pretrained import load_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)

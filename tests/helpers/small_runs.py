@@ -14,7 +14,7 @@ from s3a.training.recipe import Recipe
 from s3a.training.tasks.classification import Classification
 from s3a.training.tasks.task import Task
 from s3a.training.trainer import train
-from s3a.weights.folder import load_pretrained
+from s3a.weights.pretrained import load_pretrained
 
 RECIPES_FOLDER = Path(__file__).parents[2] / "recipes"
 
