@@ -223,8 +223,11 @@ def train_step(run: Run, progress: Progress, micro_batches: list[Batch]) -> None
     """Takes one optimizer step on this process' share of a batch, and does what any process asks for after it."""
     recipe, accelerator = run.recipe, run.accelerator
     seed_step(recipe.seed, count_steps(run, progress), accelerator.process_index)
-    # BatchNorm's statistics, which a forward that is not finite would spoil for good
-    buffers = copy_buffers(run.bare_model) if recipe.on_non_finite == "skip" else {}
+    buffers = {}
+    if (
+        recipe.on_non_finite == "skip"
+    ):  # BatchNorm's statistics, which a forward that is not finite would spoil for good
+        buffers = {name: buffer.clone() for name, buffer in run.bare_model.named_buffers()}
     loss_share = forward_backward(run, micro_batches)
     most = math.inf if recipe.clip_grad is None else recipe.clip_grad
     norm = accelerator.clip_grad_norm_(run.model.parameters(), most)
@@ -249,11 +252,6 @@ def train_step(run: Run, progress: Progress, micro_batches: list[Batch]) -> None
         stop(run, progress)
     if news.checkpoint:
         save(run, progress)
-
-
-def copy_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the model's buffers, by name."""
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def forward_backward(run: Run, micro_batches: list[Batch]) -> Tensor:
