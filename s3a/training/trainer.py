@@ -88,7 +88,7 @@ def train(recipe: Recipe, task: type[Task] = Classification) -> Path:
 
 @dataclass
 class Progress:
-    """How far a run has come: all of it that changes, beside weights, optimizer and the like.
+    """How far a run has come. Weights, averages and the optimizer's state are in the run's objects.
 
     Attributes:
         epoch: epochs that are done, with their evaluation.
@@ -123,7 +123,7 @@ def count_steps(run: Run, progress: Progress) -> int:
 
 
 def run_epoch(run: Run, progress: Progress, bar: tqdm) -> None:
-    """What is left of an epoch: trains, evaluates, and writes metrics, curves, the best weights and a checkpoint."""
+    """Trains what is left of an epoch, evaluates, and writes metrics, curves, the best weights and a checkpoint."""
     speed = train_epoch(run, progress, bar)
     share_buffers(run)
     evaluation = validate(run, progress, run.bare_model)
@@ -170,12 +170,13 @@ def train_epoch(run: Run, progress: Progress, bar: tqdm) -> Speed:
         if run.recipe.schedule == "step":
             run.scheduler.step_update(count_steps(run, progress) + 1)
         train_step(run, progress, micro_batches)
-        trained = (progress.step - first) * run.recipe.batch_size
-        advance_bar(run, progress, bar, trained / (time.perf_counter() - started))
+        speed = (progress.step - first) * run.recipe.batch_size / (time.perf_counter() - started)
+        advance_bar(run, progress, bar, speed)
     if progress.step == first:
         return Speed()
     seconds = time.perf_counter() - started
-    return Speed(images_per_second=round(trained / seconds, 1), loader_wait=round(waited / seconds, 3))
+    speed = (progress.step - first) * run.recipe.batch_size / seconds
+    return Speed(images_per_second=round(speed, 1), loader_wait=round(waited / seconds, 3))
 
 
 def prepare_epoch(run: Run, progress: Progress) -> None:
@@ -224,8 +225,9 @@ def train_step(run: Run, progress: Progress, micro_batches: list[Batch]) -> None
     """Takes one optimizer step on this process' share of a batch, and does what any process asks for after it."""
     recipe, accelerator = run.recipe, run.accelerator
     seed_step(recipe.seed, count_steps(run, progress), accelerator.process_index)
-    # BatchNorm's statistics, which a forward that is not finite would spoil for good
-    buffers = copy_buffers(run.bare_model) if recipe.on_non_finite == "skip" else {}
+    buffers = {}
+    if recipe.on_non_finite == "skip":  # a forward that is not finite would spoil BatchNorm's statistics for good
+        buffers = {name: buffer.clone() for name, buffer in run.bare_model.named_buffers()}
     loss_share = forward_backward(run, micro_batches)
     most = math.inf if recipe.clip_grad is None else recipe.clip_grad
     norm = accelerator.clip_grad_norm_(run.model.parameters(), most)
@@ -250,11 +252,6 @@ def train_step(run: Run, progress: Progress, micro_batches: list[Batch]) -> None
         stop(run, progress)
     if news.checkpoint:
         save(run, progress)
-
-
-def copy_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the model's buffers, by name."""
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def forward_backward(run: Run, micro_batches: list[Batch]) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from helpers.hub_server import Hub
 from helpers.small_runs import load_weights, train_changed
 
@@ -33,6 +34,55 @@ def test_what_cannot_run_here_is_refused_without_a_trace(recipe, changes, messag
     with pytest.raises(ValueError, match=message):
         train_changed(recipe, **changes)
     assert not recipe.output_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "ssvit_nanno"}, "did you mean"),
+        ({"data": "imagefolder", "data_dir": Path("nowhere")}, "does not exist"),
+        ({"precision": "fp16"}, "needs a GPU"),
+        ({"mixup": 0.8, "batch_size": 15}, "an even number"),
+        ({"weights": "nowhere"}, "neither a local folder"),
+        ({"model": "vgg11"}, "has no drop path"),
+        ({"model": "resnet18", "drop_path": None, "scan": "dense"}, "has no sparse scans"),
+        ({"image_size": 16}, "--image-size is 16"),
+        ({"batch_size": 6, "accumulate": 4}, "must be a multiple of 4"),
+        ({"batch_size": 49}, "there are 48 training images"),
+        ({"auto_augment": "nonsense"}, "must be a policy of timm's"),
+        ({"quantize": "float8-weight-only"}, "cannot be trained for"),
+    ],
+)
+def test_all_checks_come_before_all_construction(recipe, monkeypatch, changes, message):
+    """The seed of the weights is where construction begins; it takes no weights in memory to refuse."""
+
+    def begin(*arguments: object, **options: object) -> None:
+        raise AssertionError("construction has begun")
+
+    monkeypatch.setattr(build, "seed_step", begin)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        build_run(dataclasses.replace(recipe, **changes))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(AssertionError, match="construction has begun"):
+        build_run(recipe)
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_is_built(recipe, monkeypatch):
+    train_changed(recipe, epochs=1)
+    monkeypatch.setattr(build, "load_data", None)
+    with pytest.raises(ValueError, match=r"--epochs 1 \(now 2\)"):
+        build_run(recipe)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_the_shell_is_the_model_without_memory(recipe, pretrained, weights):
+    run = build_run(dataclasses.replace(recipe, weights=str(pretrained) if weights else None))
+    shell, model = run.shell.state_dict(), run.bare_model.state_dict()
+    assert {key: (value.shape, value.dtype) for key, value in shell.items()} == {
+        key: (value.shape, value.dtype) for key, value in model.items()
+    }
+    assert all(value.is_meta for value in shell.values())
+    assert not run.shell.training
 
 
 def test_a_recipe_that_cannot_run_leaves_no_trace(digits_recipe):

@@ -9,6 +9,7 @@ import pytest
 import timm
 
 from s3a.training.named_recipes import RECIPES, get_recipe
+from s3a.training.recipe import Recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -40,6 +41,73 @@ def test_the_papers_recipe(size, drop_path):
         "crop_pct": 0.875,
     }
     assert {key: getattr(recipe, key) for key in written} == written
+
+
+# What every training on ImageNet has, and what the fine-tunings at 384 px change of it.
+IMAGENET = {
+    "data": "hub",
+    "dataset": "ILSVRC/imagenet-1k",
+    "image_size": 224,
+    "epochs": 300,
+    "cooldown_epochs": 10,
+    "batch_size": 2048,
+    "learning_rate": 5e-4,
+    "warmup_epochs": 5,
+    "ema_decay": 0.99996,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "color_jitter": 0.4,
+    "random_erasing": 0.25,
+    "repeats": 3,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "precision": "bf16",
+    "compile": True,
+    "num_workers": 8,
+    "checkpoint_every": "15m",
+}
+AT_384 = {
+    "image_size": 384,
+    "crop_pct": 1.0,
+    "epochs": 30,
+    "cooldown_epochs": 0,
+    "batch_size": 512,
+    "learning_rate": 1e-5,
+    "min_learning_rate": 1e-6,
+    "warmup_epochs": 0,
+    "weight_decay": 1e-8,
+    "repeats": 1,
+}
+SVIT = {"batch_size": 1024, "cooldown_epochs": 0}
+VVT = {**SVIT, "ema_decay": None, "clip_grad": 1.0}
+TRAININGS = {
+    "ssvit_tiny": {"drop_path": 0.1},
+    "ssvit_small": {"drop_path": 0.15},
+    "ssvit_base": {"drop_path": 0.4},
+    "ssvit_large": {"drop_path": 0.5},
+    "svit_small": {**SVIT, "drop_path": 0.1},
+    "svit_base": {**SVIT, "drop_path": 0.4},
+    "svit_large": {**SVIT, "drop_path": 0.4, "late_drop_path": (0.6, 40)},
+    "vvt_tiny": {**VVT, "drop_path": 0.1, "clip_grad": None},
+    "vvt_small": {**VVT, "drop_path": 0.3},
+    "vvt_medium": {**VVT, "drop_path": 0.3},
+    "vvt_large": {**VVT, "drop_path": 0.3},
+}
+
+
+@pytest.mark.parametrize("model", TRAININGS)
+def test_every_field_of_a_named_recipe_is_as_written_or_the_default(model):
+    """A drop path is that of the model's own table of sizes; the figures stand here once more, from the papers."""
+    fields = {**IMAGENET, **TRAININGS[model]}
+    assert get_recipe(f"{model}_imagenet") == Recipe(name=f"{model}_imagenet", model=model, **fields)
+    if model.startswith("ssvit"):
+        fields |= {**AT_384, "weights": f"runs/{model}_imagenet/model"}
+        assert get_recipe(f"{model}_384") == Recipe(name=f"{model}_384", model=model, **fields)
+
+
+def test_these_are_all_named_recipes():
+    sizes = [f"{model}_imagenet" for model in TRAININGS]
+    finer = [f"{model}_384" for model in TRAININGS if model.startswith("ssvit")]
+    assert list(RECIPES) == ["digits", *sizes, *finer]
 
 
 # As the papers and their authors' code have them.

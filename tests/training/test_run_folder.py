@@ -8,8 +8,10 @@ import sys
 import pytest
 from accelerate.state import AcceleratorState
 from helpers.small_runs import read_metrics, train_changed
+from PIL import Image
 
 from s3a.training import trainer
+from s3a.training.run_folder import EpochMetrics, Panel, draw_curves, list_origins, write_metrics
 
 
 def test_a_folder_of_another_recipe_is_left_alone(digits_recipe):
@@ -56,3 +58,57 @@ def test_a_run_has_one_process_at_a_time(recipe, monkeypatch):
     assert f"ValueError: {folder} is being trained by another process" in tried[0].stderr
     assert json.loads((folder / "recipe.json").read_text())["batch_size"] == 16
     assert len(read_metrics(train_changed(recipe))) == 2, "the lock ends with the run"
+
+
+# --------------------------------------------------------------------------------------------------------
+# Metrics, curves and weights folders
+# --------------------------------------------------------------------------------------------------------
+
+
+def make_metrics(epoch: int, top1: float, ema_top1: float | None = None, **changes: int) -> EpochMetrics:
+    scores = {"val_loss": 1.5, "val_top1": top1, **({} if ema_top1 is None else {"ema_top1": ema_top1})}
+    return EpochMetrics(
+        epoch=epoch,
+        train_loss=2.5,
+        scores=scores,
+        learning_rate=1e-3,
+        images_per_second=100.0,
+        loader_wait=0.125,
+        **changes,
+    )
+
+
+def test_a_line_of_metrics_has_its_columns_in_order_and_comes_back(tmp_path):
+    plain = make_metrics(1, top1=0.5)
+    full = make_metrics(2, top1=0.75, ema_top1=0.7, skipped_steps=3, unreadable_val=4)
+    write_metrics(tmp_path, [plain, full])
+    lines = read_metrics(tmp_path)
+    assert [" ".join(line) for line in lines] == [
+        "epoch train_loss val_loss val_top1 learning_rate images_per_second loader_wait",
+        "epoch train_loss val_loss val_top1 ema_top1 learning_rate images_per_second loader_wait "
+        "skipped_steps unreadable_val",
+    ]
+    assert list(lines[1].values()) == [2, 2.5, 1.5, 0.75, 0.7, 1e-3, 100.0, 0.125, 3, 4]
+    assert [EpochMetrics.from_line(line) for line in lines] == [plain, full]
+
+
+def test_each_weights_folder_knows_its_epoch():
+    """Of equal epochs the first is the best; plain weights and their average each have their own."""
+    tops, averages = (0.5, 0.75, 0.75, 0.6), (0.1, 0.2, 0.3, 0.4)
+    history = [make_metrics(epoch, *pair) for epoch, pair in enumerate(zip(tops, averages, strict=True), start=1)]
+    origins = list_origins(history, "top1")
+    assert {name: (origin.metrics.epoch, origin.prefix, origin.score) for name, origin in origins.items()} == {
+        "model": (4, "val", 0.6),
+        "best": (2, "val", 0.75),
+        "ema": (4, "ema", 0.4),
+        "ema-best": (4, "ema", 0.4),
+    }
+    assert set(list_origins([make_metrics(1, top1=0.5)], "top1")) == {"model", "best"}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_curves_are_as_wide_as_their_panels(tmp_path, count):
+    draw_curves(tmp_path, [1, 2], [Panel(title="loss", curves={"training": [2, 1], "validation": [3, 2]})] * count)
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (440 * count, 374)
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
