@@ -278,7 +278,7 @@ def draw_operator(rows: list[Row], path: Path) -> None:
         axes.plot(*zip(*points, strict=True), f"{marker}-", color=color, label=f'S3A, both passes, fixed="{fixed}"')
     axes.set(xscale="log", yscale="log", xlabel="map, in tokens", ylabel="milliseconds", title="One attention layer")
     sides = sorted({each["side"] for each in rows})
-    axes.set_xticks([side**2 for side in sides], [f"{side} x {side}" for side in sides])
+    axes.set_xticks([side**2 for side in sides], [f"{side}²" for side in sides])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
