@@ -9,9 +9,10 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 # Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -31,9 +32,11 @@ from s3a.models.backbone import Backbone
 from s3a.published import PUBLISHED
 from s3a.support.command_line import run_command
 from s3a.support.errors import unknown
-from s3a.support.timing import make_row, read_results, take_turns, write_result
+from s3a.support.palette import BLUE, GREEN, ORANGE, PEER, VERMILLION
+from s3a.support.timing import Row, make_row, read_results, take_turns, write_result
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +134,7 @@ def main(benchmark: Operator | Model | Compile | Plan | Compare) -> None:
             print(f"\n{result['command']}")
             print_table(result["rows"])
         return
-    check(benchmark)
+    check_options(benchmark)
     measure, draw = BENCHMARKS[type(benchmark)]
     if benchmark.plot is not None and draw is None:
         raise ValueError(f"--plot is {benchmark.plot} but this benchmark has no picture: leave it out")
@@ -145,8 +148,8 @@ def main(benchmark: Operator | Model | Compile | Plan | Compare) -> None:
         print(f"wrote {benchmark.plot}")
 
 
-def check(options: Common) -> None:
-    """ValueError for options with which there is nothing to measure, or nowhere."""
+def check_options(options: Common) -> None:
+    """Raises ValueError for an empty or negative option, or a device that is not there."""
     for name, value in vars(options).items():
         given = value if isinstance(value, tuple) else (value,)
         if not given or any(type(number) is int and number < 1 for number in given):
@@ -157,13 +160,13 @@ def check(options: Common) -> None:
     if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
         raise ValueError(f"--device is {options.device}: it must be cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {options.device} but no GPU is at hand: run the same command where one is")
+        raise ValueError(f"--device is {options.device} but there is no GPU: run the same command where one is")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device is {options.device} but there are {torch.cuda.device_count()} GPUs, from cuda:0 on")
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """The rows of a result for a person."""
+def print_table(rows: list[Row]) -> None:
+    """Prints the rows of a result as a table."""
     shown = [
         {key: f"{value:,.2f}" if isinstance(value, float) else str(value) for key, value in row.items()} for row in rows
     ]
@@ -178,11 +181,11 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 # --------------------------------------------------------------------------------------------------------
 
 
-def measure_operator(options: Operator) -> list[dict[str, Any]]:
+def measure_operator(options: Operator) -> list[Row]:
     """A row per map and pass: milliseconds, and how many times faster than dense attention."""
     rows = []
     for side in options.sides:
-        samples = take_turns(operator_candidates(options, side), options.turns)
+        samples = take_turns(make_operator_calls(options, side), options.turns)
         dense = samples.get("dense")
         for name, sample in samples.items():
             ratio = {"times_dense": dense.median / sample.median} if dense else {}
@@ -191,7 +194,7 @@ def measure_operator(options: Operator) -> list[dict[str, Any]]:
     return rows
 
 
-def operator_candidates(options: Operator, side: int) -> dict[str, Callable[[], Any]]:
+def make_operator_calls(options: Operator, side: int) -> dict[str, Call]:
     """Dense attention and the passes of both scans, on the same queries, keys and values; on CUDA NATTEN's too."""
     torch._dynamo.reset()  # a size's candidates are compiled code of a few functions: fewer than dynamo's limit
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
@@ -199,30 +202,31 @@ def operator_candidates(options: Operator, side: int) -> dict[str, Callable[[], 
     tensors = [torch.randn(shape, device=device, dtype=dtype, requires_grad=options.backward) for _ in range(3)]
 
     def dense() -> Tensor:
-        return scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in tensors))
+        query, key, value = (tensor.transpose(1, 2) for tensor in tensors)
+        return scaled_dot_product_attention(query, key, value)
 
-    candidates = {} if side * side > options.most_dense_tokens else {"dense": timed(dense, tensors, options)}
-    passes = {
-        neighborhood: None for fixed in ("window", "anchors") for neighborhood in sparse_scan(side, side, 7, fixed)
-    }
-    for neighborhood in passes:
-        call = pass_call(options, (neighborhood,), side, tensors)
-        candidates[pass_name(neighborhood)] = timed(call, tensors, options)
+    calls = {} if side * side > options.most_dense_tokens else {"dense": add_backward(dense, tensors, options)}
+    neighborhoods = [neighborhood for fixed in FIXED for neighborhood in sparse_scan(side, side, 7, fixed)]
+    for neighborhood in dict.fromkeys(neighborhoods):
+        name = name_pass(neighborhood)
+        calls[name] = add_backward(make_scan_call(options, (neighborhood,), side, tensors), tensors, options)
         if device.type == "cuda" and find_spec("natten"):
-            call = natten_call(neighborhood, side, tensors, options.backward)
-            candidates[f"natten {pass_name(neighborhood)}"] = timed(call, tensors, options)
-    return candidates
+            call = make_natten_call(neighborhood, side, tensors, options.backward)
+            calls[f"natten {name}"] = add_backward(call, tensors, options)
+    return calls
 
 
-def pass_call(options: Operator, scan: Scan, side: int, tensors: list[Tensor]) -> Callable[[], Tensor]:
-    """A scan on the tensors, by the chosen backend."""
+def make_scan_call(options: Operator, scan: Scan, side: int, tensors: list[Tensor]) -> Callable[[], Tensor]:
+    """A call that attends the tensors by a scan, with the chosen backend."""
     query = tensors[0]
     operands = Operands(query.device, query.dtype, options.head_dim, options.backward)
     plan = plan_scan(scan, side, side, operands, None if options.backend == "auto" else options.backend)
     return lambda: attend_plan(*tensors, plan)
 
 
-def natten_call(neighborhood: Neighborhood, side: int, tensors: list[Tensor], backward: bool) -> Callable[[], Tensor]:
+def make_natten_call(
+    neighborhood: Neighborhood, side: int, tensors: list[Tensor], backward: bool
+) -> Callable[[], Tensor]:
     """NATTEN's own path through FlexAttention, compiled (`pip install natten`), on the same tensors."""
     import natten  # noqa: PLC0415  only where it is installed and there is a GPU
 
@@ -236,8 +240,8 @@ def natten_call(neighborhood: Neighborhood, side: int, tensors: list[Tensor], ba
     )
 
 
-def timed(call: Callable[[], Tensor], tensors: list[Tensor], options: Operator) -> Callable[[], Any]:
-    """The call forward, or forward and backward, compiled where that is asked for."""
+def add_backward(call: Callable[[], Tensor], tensors: list[Tensor], options: Operator) -> Call:
+    """The call as the options have it: forward, or forward and backward; compiled or not."""
     if options.compiled:
         call = torch.compile(call, fullgraph=True)
 
@@ -253,28 +257,28 @@ def timed(call: Callable[[], Tensor], tensors: list[Tensor], options: Operator) 
     return forward_backward if options.backward else forward
 
 
-def pass_name(neighborhood: Neighborhood) -> str:
-    """(kernel, dilation)."""
+def name_pass(neighborhood: Neighborhood) -> str:
+    """A pass in tables: (kernel, dilation)."""
     return f"({neighborhood.kernel_size[0]}, {neighborhood.dilation[0]})"
 
 
-def draw_operator(rows: list[dict[str, Any]], path: Path) -> None:
+def draw_operator(rows: list[Row], path: Path) -> None:
     """Time against tokens: dense attention, and what S3A's two passes take together."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     dense = [(each["tokens"], each["median_ms"]) for each in rows if each["candidate"] == "dense"]
     if dense:
-        axes.plot(*zip(*dense, strict=True), "o-", color="tab:gray", label="dense attention")
-    for fixed, color in (("window", "tab:blue"), ("anchors", "tab:orange")):
+        axes.plot(*zip(*dense, strict=True), "o-", color=PEER, label="dense attention")
+    for fixed, color, marker in (("window", BLUE, "s"), ("anchors", VERMILLION, "^")):
         points = []
         for side in sorted({each["side"] for each in rows}):
-            names = [pass_name(neighborhood) for neighborhood in sparse_scan(side, side, 7, fixed)]
+            names = [name_pass(neighborhood) for neighborhood in sparse_scan(side, side, 7, fixed)]
             times = [each["median_ms"] for each in rows if each["side"] == side and each["candidate"] in names]
             points.append((side**2, sum(times)))
-        axes.plot(*zip(*points, strict=True), "o-", color=color, label=f'S3A, both passes, fixed="{fixed}"')
+        axes.plot(*zip(*points, strict=True), f"{marker}-", color=color, label=f'S3A, both passes, fixed="{fixed}"')
     axes.set(xscale="log", yscale="log", xlabel="map, in tokens", ylabel="milliseconds", title="One attention layer")
     sides = sorted({each["side"] for each in rows})
-    axes.set_xticks([side**2 for side in sides], [f"{side} x {side}" for side in sides])
+    axes.set_xticks([side**2 for side in sides], [f"{side}²" for side in sides])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -286,6 +290,13 @@ def draw_operator(rows: list[dict[str, Any]], path: Path) -> None:
 # Models
 # --------------------------------------------------------------------------------------------------------
 
+FAMILY_STYLES = {
+    "ssvit": (BLUE, "o"),
+    "svit": (VERMILLION, "s"),
+    "vvt": (GREEN, "^"),
+    "swin": (PEER, "D"),
+    "convnext": (ORANGE, "v"),
+}
 # Top-1 on ImageNet-1k at 224 px as the papers have it, in percent.
 PUBLISHED_TOP1 = {
     **{name: published.top1[224] for name, published in PUBLISHED.items()},
@@ -298,16 +309,16 @@ PUBLISHED_TOP1 = {
 }
 
 
-def measure_models(options: Model) -> list[dict[str, Any]]:
+def measure_models(options: Model) -> list[Row]:
     """A row per model: milliseconds a batch, images per second, memory, and the ratio to the peer."""
-    strangers = [name for name in options.models if not timm.is_model(name)]
-    if strangers:
-        raise unknown("model", strangers[0], timm.list_models())
+    for name in options.models:
+        if not timm.is_model(name):
+            raise unknown("model", name, timm.list_models())
     calls, memory = {}, {}
     for name in options.models:
-        calls[name] = model_call(options, name)
+        calls[name] = make_model_call(options, name)
         if options.device.startswith("cuda"):
-            memory[name] = peak_memory(calls[name])
+            memory[name] = measure_peak_memory(calls[name])
     samples = take_turns(calls, options.turns, warm_up=3)
     swins = [name for name in options.models if name.startswith("swin")]
     peer = samples[swins[-1] if swins else options.models[-1]].median
@@ -323,8 +334,8 @@ def measure_models(options: Model) -> list[dict[str, Any]]:
     ]
 
 
-def model_call(options: Model, name: str) -> Callable[[], Any]:
-    """One inference, or one training step, of a model as the options have it."""
+def make_model_call(options: Model, name: str) -> Call:
+    """A call of one inference, or one training step, of a model as the options have it."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     weights = torch.float32 if options.autocast else dtype
     model = timm.create_model(name).to(device, weights).train(options.training)
@@ -333,20 +344,20 @@ def model_call(options: Model, name: str) -> Callable[[], Any]:
     if not options.eager:
         model = s3a.compile_model(model) if isinstance(model, Backbone) else torch.compile(model)
 
-    def precision() -> AbstractContextManager:
+    def make_autocast() -> AbstractContextManager[object]:
         return torch.autocast(device.type, dtype) if options.autocast else nullcontext()
 
     if not options.training:
 
         def infer() -> Tensor:
-            with torch.inference_mode(), precision():
+            with torch.inference_mode(), make_autocast():
                 return model(images)
 
         return infer
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def step() -> None:
-        with precision():
+        with make_autocast():
             loss = torch.nn.functional.cross_entropy(model(images).float(), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -355,7 +366,7 @@ def model_call(options: Model, name: str) -> Callable[[], Any]:
     return step
 
 
-def peak_memory(call: Callable[[], Any]) -> float:
+def measure_peak_memory(call: Call) -> float:
     """GiB on the GPU that one call needs at its peak, weights included."""
     call()
     torch.cuda.reset_peak_memory_stats()
@@ -363,24 +374,22 @@ def peak_memory(call: Callable[[], Any]) -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def draw_models(rows: list[dict[str, Any]], path: Path) -> None:
+def draw_models(rows: list[Row], path: Path) -> None:
     """Measured throughput against published top-1."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    colors = {"ssvit": "tab:blue", "svit": "tab:orange", "vvt": "tab:red", "swin": "tab:gray", "convnext": "tab:green"}
-    for family, color in colors.items():
+    for family, (color, marker) in FAMILY_STYLES.items():
         points = [
             (each["images_per_second"], PUBLISHED_TOP1[each["model"]], each["model"])
             for each in rows
             if each["model"].startswith(family) and each["model"] in PUBLISHED_TOP1
         ]
         if points:
-            speed, top1, _ = zip(*points, strict=True)
-            axes.plot(speed, top1, "o-", color=color)
-            for x, y, name in points:
-                axes.annotate(
-                    name.removesuffix("_patch4_window7_224"), (x, y), xytext=(5, 5), textcoords="offset points"
-                )
+            speeds, accuracies, names = zip(*points, strict=True)
+            axes.plot(speeds, accuracies, f"{marker}-", color=color)
+            for name, speed, accuracy in zip(names, speeds, accuracies, strict=True):
+                text = name.removesuffix("_patch4_window7_224")
+                axes.annotate(text, (speed, accuracy), xytext=(5, 5), textcoords="offset points")
     axes.set(xlabel="images per second, measured", ylabel="ImageNet top-1, published (%)", title="Speed and accuracy")
     axes.grid(alpha=0.25)
     axes.margins(x=0.25, y=0.15)
@@ -406,51 +415,60 @@ print(json.dumps({"seconds": seconds, "graphs": graphs}))
 """
 
 
-def measure_compilation(options: Compile) -> list[dict[str, Any]]:
+def measure_compilation(options: Compile) -> list[Row]:
     """A row per model: seconds of the first compiled forward, and how many graphs it compiled; models take turns."""
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.models}
+    starts: dict[str, list[ColdStart]] = {name: [] for name in options.models}
     for _, name in itertools.product(range(options.turns), options.models):
-        results[name].append(cold_start(options, name))
-    rows = []
-    for name, runs in results.items():
-        seconds = sorted(run["seconds"] for run in runs)
+        starts[name].append(time_cold_start(options, name))
+    rows: list[Row] = []
+    for name, own in starts.items():
+        seconds = sorted(start.seconds for start in own)
         spread = {"median_s": seconds[len(seconds) // 2], "fastest_s": seconds[0], "slowest_s": seconds[-1]}
-        rows.append({"model": name, "graphs": runs[0]["graphs"], **spread, "turns": len(runs)})
+        rows.append({"model": name, "graphs": own[0].graphs, **spread, "turns": len(own)})
     return [each | {"times_first": each["median_s"] / rows[0]["median_s"]} for each in rows]
 
 
-def cold_start(options: Compile, name: str) -> dict[str, Any]:
-    """One first forward in a fresh process whose compiler cache is empty."""
+@dataclass(frozen=True, kw_only=True)
+class ColdStart:
+    """A first forward: its seconds, and how many graphs it compiled."""
+
+    seconds: float
+    graphs: int
+
+
+def time_cold_start(options: Compile, name: str) -> ColdStart:
+    """Times one first forward in a fresh process whose compiler cache is empty."""
     arguments = [name, str(options.batch_size), str(options.image_size), options.device]
     with tempfile.TemporaryDirectory() as cache:
-        run = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", COLD_START, *arguments],
             env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache},
             check=True,
             capture_output=True,
             text=True,
         )
-    return json.loads(run.stdout.splitlines()[-1])
+    return ColdStart(**json.loads(process.stdout.splitlines()[-1]))
 
 
-def measure_plans(options: Plan) -> list[dict[str, Any]]:
+def measure_plans(options: Plan) -> list[Row]:
     """A row per map and backend: milliseconds to build the plans of both scans."""
     rows = []
     for side, backend in itertools.product(options.sides, ("tiled", "flex")):
-        device = torch.device(options.device)
-
-        def build(side: int = side, backend: str = backend, device: torch.device = device) -> None:
-            s3a.clear_caches()
-            for fixed in FIXED:
-                scan = sparse_scan(side, side, 7, fixed)
-                lay_out_scan(scan, side, side, device, (backend,) * len(scan))
-
-        sample = take_turns({backend: build}, options.turns, warm_up=1)[backend]
+        call = partial(build_plans, side, backend, torch.device(options.device))
+        sample = take_turns({backend: call}, options.turns, warm_up=1)[backend]
         rows.append(make_row(sample, side=side, tokens=side**2, backend=backend))
     return rows
 
 
-BENCHMARKS: dict[type, tuple[Callable[..., list[dict[str, Any]]], Callable[..., None] | None]] = {
+def build_plans(side: int, backend: str, device: torch.device) -> None:
+    """Builds the plans of both scans anew."""
+    s3a.clear_caches()
+    for fixed in FIXED:
+        scan = sparse_scan(side, side, 7, fixed)
+        lay_out_scan(scan, side, side, device, (backend,) * len(scan))
+
+
+BENCHMARKS: dict[type, tuple[Callable[..., list[Row]], Callable[..., None] | None]] = {
     Operator: (measure_operator, draw_operator),
     Model: (measure_models, draw_models),
     Compile: (measure_compilation, None),

@@ -102,7 +102,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Comparison, Recipe]:
 
 
 def main() -> None:
-    """Trains, measures, prints and writes; whatever is done already is taken as it is."""
+    """Trains, measures, prints and writes; what an earlier call has done is kept."""
     with one_line_errors(), StopRequests() as requests:
         options, recipe = parse_arguments(sys.argv[1:])
         candidates = list_candidates(options.models, options.scan, options.size)
@@ -143,7 +143,7 @@ def describe_timing(options: Comparison, contenders: list[Contender], data: Imag
 
 
 def describe_settings(options: Comparison, recipe: Recipe, data: ImageData) -> dict[str, object]:
-    """What the comparison is of, for whoever reads the result."""
+    """The options of the comparison, for whoever reads the result."""
     own = {key: getattr(options, key) for key in ("models", "scan", "size", "seeds", "equal", "reference")}
     shared = {key: value for key, value in vars(recipe).items() if key not in (*INCIDENTAL, *DECIDED, "scan", "size")}
     images = {"train": data.train.num_images, "val": data.val.num_images, "fingerprint": data.fingerprint}
@@ -151,7 +151,7 @@ def describe_settings(options: Comparison, recipe: Recipe, data: ImageData) -> d
 
 
 def train_all(options: Comparison, contenders: list[Contender], data: ImageData, requests: StopRequests) -> list[Score]:
-    """Trains every run, seed after seed, so that what an early stop leaves is whole comparisons of fewer seeds."""
+    """Trains every run, seed after seed, so that an early stop leaves whole comparisons of fewer seeds."""
     histories: dict[str, list[list[dict[str, Any]]]] = {contender.label: [] for contender in contenders}
     runs = [(seed, contender) for seed in range(options.seeds) for contender in contenders]
     for index, (seed, contender) in enumerate(runs, start=1):

@@ -16,12 +16,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from s3a.support.command_line import run_command
+from s3a.support.palette import SERIES
 from s3a.training.run_folder import METRICS_NAME
 
 LOG_NAME = "log.txt"
-# Okabe and Ito's colours, with Tol's wine for their yellow, which is pale on white. The markers differ as well.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 PANELS = {
     "train_loss": "training loss",
     "val_loss": "validation loss",
@@ -49,12 +47,12 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How a log writes what is drawn.
+    """How a kind of log writes the quantities that are drawn.
 
     Attributes:
-        keys: the names that each quantity goes by.
+        keys: the names that each quantity has.
         first_epoch: the number of a run's first epoch.
-        whole: what an accuracy of 100 % is written as.
+        whole: how an accuracy of 100 % is written.
     """
 
     keys: dict[str, tuple[str, ...]]
@@ -89,7 +87,7 @@ DEIT = Format(
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is drawn of a run.
+    """The curves of a training run.
 
     Attributes:
         label: its name.
@@ -99,13 +97,13 @@ class Run:
     label: str
     epochs: dict[int, dict[str, float]]
 
-    def curve(self, quantity: str) -> dict[int, float]:
+    def find_curve(self, quantity: str) -> dict[int, float]:
         """A quantity after each epoch that logged it."""
         return {epoch: values[quantity] for epoch, values in self.epochs.items() if quantity in values}
 
-    def best(self, quantity: str) -> tuple[int, float] | None:
+    def find_best(self, quantity: str) -> tuple[int, float] | None:
         """The first epoch with the highest value, and that value; None where no epoch logged it."""
-        return max(self.curve(quantity).items(), key=lambda point: point[1], default=None)
+        return max(self.find_curve(quantity).items(), key=lambda point: point[1], default=None)
 
 
 def main(options: Options) -> None:
@@ -113,11 +111,11 @@ def main(options: Options) -> None:
     if options.output.suffix != ".png":
         raise ValueError(f"--output is {str(options.output)!r}: its name must end in .png")
     runs = read_runs(options)
-    figure = draw(runs, options.from_epoch)
+    figure = draw_runs(runs, options.from_epoch)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output, dpi=DPI)
-    print(table(runs))
-    for line in non_finite(runs):
+    print(format_table(runs))
+    for line in list_gaps(runs):
         print(line)
     print(f"wrote {options.output}")
 
@@ -129,16 +127,16 @@ def main(options: Options) -> None:
 
 def read_runs(options: Options) -> list[Run]:
     """The runs with their names; ValueError for more than one picture can show."""
-    paths, labels = options.runs, options.labels or names(options.runs)
-    if not 1 <= len(paths) <= len(COLORS):
-        raise ValueError(f"{len(paths)} runs given: a picture shows 1 to {len(COLORS)} of them")
+    paths, labels = options.runs, options.labels or name_runs(options.runs)
+    if not 1 <= len(paths) <= len(SERIES):
+        raise ValueError(f"{len(paths)} runs given: a picture shows 1 to {len(SERIES)} of them")
     if len(labels) != len(paths):
         raise ValueError(f"{len(labels)} --labels for {len(paths)} runs: give one for each, in the order of the runs")
-    return [Run(label=label, epochs=read_epochs(log_file(path))) for label, path in zip(labels, paths, strict=True)]
+    return [Run(label=label, epochs=read_epochs(find_log(path))) for label, path in zip(labels, paths, strict=True)]
 
 
-def names(paths: tuple[Path, ...]) -> list[str]:
-    """What the runs' folders are called, or logs with names of their own; the whole path where two are alike."""
+def name_runs(paths: tuple[Path, ...]) -> list[str]:
+    """A name for each run: its folder's or its log's own; the whole path where two are alike."""
     short = []
     for path in map(Path.resolve, paths):
         anonymous = path.is_file() and path.name in (METRICS_NAME, LOG_NAME)
@@ -146,7 +144,7 @@ def names(paths: tuple[Path, ...]) -> list[str]:
     return [str(path) if short.count(name) > 1 else name for name, path in zip(short, paths, strict=True)]
 
 
-def log_file(path: Path) -> Path:
+def find_log(path: Path) -> Path:
     """The file that holds a run's epochs; FileNotFoundError where there is none."""
     if path.is_file():
         return path
@@ -159,18 +157,18 @@ def log_file(path: Path) -> Path:
 
 
 def read_epochs(path: Path) -> dict[int, dict[str, float]]:
-    """The epochs of a metrics file or a log, as `Run` has them.
+    """Reads the epochs of a metrics file or a log, as `Run` has them.
 
-    An epoch that was logged twice, as trainers do after a resume, counts as it was logged last.
+    Of an epoch that was logged twice, as trainers do after a resume, the last line counts.
 
     Raises:
         ValueError: for a line that is broken, with the file and its number; for a file without epochs.
     """
     epochs = {}
     for where, entry in read_entries(path):
-        style = next((each for each in (OURS, DEIT) if entry.get(each.keys["top1"][0]) is not None), None)
-        if style is not None:
-            epoch, values = read_entry(where, entry, style)
+        log_format = next((each for each in (OURS, DEIT) if entry.get(each.keys["top1"][0]) is not None), None)
+        if log_format is not None:
+            epoch, values = read_entry(where, entry, log_format)
             epochs[epoch] = values
         elif path.suffix == ".jsonl":
             raise ValueError(f"{where} has no val_top1: every line of {path.name} must hold an epoch's metrics")
@@ -194,18 +192,18 @@ def read_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, entry
 
 
-def read_entry(where: str, entry: dict[str, Any], style: Format) -> tuple[int, dict[str, float]]:
+def read_entry(where: str, entry: dict[str, Any], log_format: Format) -> tuple[int, dict[str, float]]:
     """The epoch that a line is about, counted from 1, and its quantities."""
     epoch = entry.get("epoch")
-    if type(epoch) is not int or epoch < style.first_epoch:
-        raise ValueError(f"{where} has epoch {epoch!r}: it must be an integer from {style.first_epoch} on")
+    if type(epoch) is not int or epoch < log_format.first_epoch:
+        raise ValueError(f"{where} has epoch {epoch!r}: it must be an integer from {log_format.first_epoch} on")
     values = {}
-    for quantity, keys in style.keys.items():
+    for quantity, keys in log_format.keys.items():
         key = next((key for key in keys if entry.get(key) is not None), None)
         if key is not None:
-            whole = style.whole if quantity in ACCURACIES else None
+            whole = log_format.whole if quantity in ACCURACIES else None
             values[quantity] = read_number(f"{where} has {key} {entry[key]!r}", entry[key], whole)
-    return epoch + 1 - style.first_epoch, values
+    return epoch + 1 - log_format.first_epoch, values
 
 
 def read_number(what: str, value: Any, whole: float | None) -> float:
@@ -224,7 +222,7 @@ def read_number(what: str, value: Any, whole: float | None) -> float:
 # --------------------------------------------------------------------------------------------------------
 
 
-def draw(runs: list[Run], from_epoch: int = 1) -> Figure:
+def draw_runs(runs: list[Run], from_epoch: int = 1) -> Figure:
     """A panel for each quantity, and one legend for all of them below.
 
     Raises:
@@ -235,16 +233,18 @@ def draw(runs: list[Run], from_epoch: int = 1) -> Figure:
         raise ValueError(f"--from-epoch is {from_epoch}: it must be from 1 to {last}, the last epoch of these runs")
     figure = Figure(figsize=(FIGURE_WIDTH, PANELS_HEIGHT), layout="constrained")
     panels = dict(zip(PANELS, figure.subplots(2, 2, sharex=True).flat, strict=True))
-    for run, color, marker in zip(runs, COLORS, MARKERS, strict=False):
+    for run, (color, marker) in zip(runs, SERIES, strict=False):
         for quantity, axes in panels.items():
-            draw_curve(axes, run.curve(quantity), from_epoch, color=color)
-        draw_curve(panels["top1"], run.curve("ema_top1"), from_epoch, color=color, linestyle="--")
-        mark(panels["top1"], run.best("top1"), from_epoch, color=color, marker=marker)
-        mark(panels["top1"], run.best("ema_top1"), from_epoch, color=color, marker=marker, markerfacecolor="white")
-    finish_panels(panels, with_ema=any(run.curve("ema_top1") for run in runs))
+            draw_curve(axes, run.find_curve(quantity), from_epoch, color=color)
+        draw_curve(panels["top1"], run.find_curve("ema_top1"), from_epoch, color=color, linestyle="--")
+        mark_best(panels["top1"], run.find_best("top1"), from_epoch, color=color, marker=marker)
+        mark_best(
+            panels["top1"], run.find_best("ema_top1"), from_epoch, color=color, marker=marker, markerfacecolor="white"
+        )
+    finish_panels(panels, with_ema=any(run.find_curve("ema_top1") for run in runs))
     margin = max(0.5, 0.02 * (last - from_epoch))
     panels["top1"].set_xlim(from_epoch - margin, last + margin)
-    add_legend(figure, [legend_text(run) for run in runs])
+    add_legend(figure, [describe_best(run) for run in runs])
     return figure
 
 
@@ -255,14 +255,14 @@ def draw_curve(axes: Axes, curve: dict[int, float], from_epoch: int, **style: An
         axes.plot(*zip(*points, strict=True), linewidth=1.4, marker="." if len(points) == 1 else "", **style)
 
 
-def mark(axes: Axes, point: tuple[int, float] | None, from_epoch: int, **style: Any) -> None:
+def mark_best(axes: Axes, point: tuple[int, float] | None, from_epoch: int, **style: Any) -> None:
     """Marks the best epoch, where there is one and it is drawn."""
     if point is not None and point[0] >= from_epoch:
         axes.plot(*point, linestyle="", markersize=7, zorder=3, **style)
 
 
 def finish_panels(panels: dict[str, Axes], with_ema: bool) -> None:
-    """Titles, grids and epochs."""
+    """Adds titles and grids, and whole epochs on the horizontal axes."""
     for quantity, axes in panels.items():
         how = ": EMA dashed, best epochs marked" if with_ema else ": best epochs marked"
         axes.set_title(PANELS[quantity] + (how if quantity == "top1" else ""), fontsize=11)
@@ -274,22 +274,28 @@ def finish_panels(panels: dict[str, Axes], with_ema: bool) -> None:
         panels[quantity].set_xlabel("epoch")
 
 
-def legend_text(run: Run) -> str:
+def describe_best(run: Run) -> str:
     """A run's name and the best it reached."""
     half = LONGEST_NAME // 2
     name = run.label if len(run.label) <= LONGEST_NAME else f"{run.label[:half]}…{run.label[-half:]}"
-    best = [(kind, run.best(quantity)) for kind, quantity in (("", "top1"), ("EMA ", "ema_top1"))]
+    best = [(kind, run.find_best(quantity)) for kind, quantity in (("", "top1"), ("EMA ", "ema_top1"))]
     shown = [f"{kind}{point[1]:.2f} % at epoch {point[0]}" for kind, point in best if point is not None]
     return f"{name}: {', '.join(shown)}"
 
 
 def add_legend(figure: Figure, texts: list[str]) -> None:
-    """A line for each run, below the panels, in two columns where they fit; the figure grows by its height."""
-    styles = list(zip(COLORS, MARKERS, strict=True))[: len(texts)]
-    handles = [Line2D([], [], color=color, marker=marker) for color, marker in styles]
-    look = {"loc": "outside lower center", "frameon": False, "title": "best top-1", "fontsize": 10}
+    """Adds a line for each run below the panels, in two columns where they fit; the figure grows by its height."""
+    handles = [Line2D([], [], color=color, marker=marker) for color, marker in SERIES[: len(texts)]]
     for columns in (2, 1):
-        legend = figure.legend(handles, list(map(str, range(len(texts)))), ncols=columns, **look)
+        legend = figure.legend(
+            handles,
+            list(map(str, range(len(texts)))),
+            ncols=columns,
+            loc="outside lower center",
+            frameon=False,
+            title="best top-1",
+            fontsize=10,
+        )
         for written, text in zip(legend.get_texts(), texts, strict=True):
             written.set(text=text, parse_math=False)  # a name may hold $, or begin with the _ that hides a label
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
@@ -298,31 +304,31 @@ def add_legend(figure: Figure, texts: list[str]) -> None:
     figure.set_figheight(PANELS_HEIGHT + ROW_HEIGHT * math.ceil(len(texts) / columns))
 
 
-def table(runs: list[Run]) -> str:
-    """What each run reached, for a person."""
+def format_table(runs: list[Run]) -> str:
+    """A table of what each run reached."""
     longest = max(len(label) for label in ["run", *(run.label for run in runs)])
     heads = ("epochs", "best top-1", "at epoch", "last top-1", "best EMA", "at epoch", "images/s")
     lines = [f"{'run':{longest}}  {'  '.join(heads)}"]
     for run in runs:
-        top1, speeds = run.curve("top1"), run.curve("images_per_second").values()
-        cells = [f"{len(run.epochs)}", *best_cells(run, "top1"), f"{list(top1.values())[-1]:.2f} %"]
-        cells += [*best_cells(run, "ema_top1"), f"{statistics.median(speeds):,.0f}" if speeds else "-"]
+        top1, speeds = run.find_curve("top1"), run.find_curve("images_per_second").values()
+        cells = [f"{len(run.epochs)}", *format_best(run, "top1"), f"{list(top1.values())[-1]:.2f} %"]
+        cells += [*format_best(run, "ema_top1"), f"{statistics.median(speeds):,.0f}" if speeds else "-"]
         padded = [f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True)]
         lines.append(f"{run.label:{longest}}  {'  '.join(padded)}")
     return "\n".join(lines)
 
 
-def best_cells(run: Run, quantity: str) -> tuple[str, str]:
+def format_best(run: Run, quantity: str) -> tuple[str, str]:
     """The highest value and its epoch."""
-    point = run.best(quantity)
+    point = run.find_best(quantity)
     return ("-", "-") if point is None else (f"{point[1]:.2f} %", str(point[0]))
 
 
-def non_finite(runs: list[Run]) -> list[str]:
-    """A line for each curve with gaps, since the picture cannot show what is not finite."""
+def list_gaps(runs: list[Run]) -> list[str]:
+    """A line for each curve with values that are not finite, which the picture cannot show."""
     lines = []
     for run, quantity in itertools.product(runs, PANELS):
-        epochs = [epoch for epoch, value in run.curve(quantity).items() if not math.isfinite(value)]
+        epochs = [epoch for epoch, value in run.find_curve(quantity).items() if not math.isfinite(value)]
         if epochs:
             lines.append(f"{run.label}: {PANELS[quantity]} not finite in {len(epochs)} epochs, first in {epochs[0]}")
     return lines

@@ -1,9 +1,9 @@
-"""Says what is in image files: python tools/predict.py --weights FOLDER_OR_REPO IMAGE... [--overlay DIR]."""
+"""Predicts the classes of image files: python tools/predict.py --weights FOLDER_OR_REPO IMAGE... [--overlay DIR]."""
 
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from s3a.analysis.attribution import attribute, check_explicable
-from s3a.analysis.overlay import draw, prepare
+from s3a.analysis.overlay import draw_overlay, prepare_image
 from s3a.data.decode import choose_mode, read_image
 from s3a.support.command_line import print_error, run_command
 from s3a.weights.pretrained import load_pretrained
@@ -57,33 +57,42 @@ class Prediction:
     probability: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The most probable classes of an image file, the first one first, and the picture drawn of it, if any."""
+
+    image: Path
+    predictions: list[Prediction]
+    overlay: Path | None
+
+
 def main(options: Options) -> None:
     """Predicts image by image. One that cannot be read is an error of its own, and the others are predicted."""
     model = load_pretrained(options.weights, options.revision)
-    names = label_names(model)
+    names = find_label_names(model)
     config = resolve_model_data_config(model)
     mode, steps = choose_mode(config["input_size"][0]), create_transform(**config, is_training=False).transforms
-    pictures = picture_paths(options.images, options.overlay) if options.overlay else [None] * len(options.images)
+    pictures = name_pictures(options.images, options.overlay) if options.overlay else [None] * len(options.images)
     if options.overlay:
         check_explicable(model)
         make_folder(options.overlay)
 
-    results, unreadable = [], False
+    results, has_unreadable = [], False
     for path, picture in zip(options.images, pictures, strict=True):
         try:
             image = read_image(path, mode)
         except (ValueError, OSError) as error:
             print_error(error)
-            unreadable = True
+            has_unreadable = True
             continue
-        logits = look(model, image, steps, names, path.name, picture)
-        result = {"image": str(path), "predictions": predictions(logits, names, options.top)}
-        results.append({**result, **({"overlay": str(picture)} if picture else {})})
+        logits = predict_logits(model, image, steps, names, path.name, picture)
+        results.append(Result(image=path, predictions=rank_classes(logits, names, options.top), overlay=picture))
         if not options.json:
-            print(told(results[-1]))
+            print(format_result(results[-1]))
     if options.json:
-        print(json.dumps(results, indent=2, default=asdict))
-    if unreadable:
+        rows = [{key: value for key, value in asdict(each).items() if value is not None} for each in results]
+        print(json.dumps(rows, indent=2, default=str))
+    if has_unreadable:
         sys.exit(2)
 
 
@@ -95,7 +104,7 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"--overlay {folder} cannot be made ({error.strerror}): give another folder") from error
 
 
-def label_names(model: nn.Module) -> list[str]:
+def find_label_names(model: nn.Module) -> list[str]:
     """The names of the classes, from the weights' config.json; "class 7" where it has none.
 
     Raises:
@@ -113,8 +122,8 @@ def label_names(model: nn.Module) -> list[str]:
     return [str(name) for name in names]
 
 
-def picture_paths(images: Sequence[Path], folder: Path) -> list[Path]:
-    """A PNG for each image, numbered where names meet; ValueError where one would replace an image."""
+def name_pictures(images: Sequence[Path], folder: Path) -> list[Path]:
+    """A PNG for each image, numbered where several have one name; ValueError where one would replace an image."""
     paths: list[Path] = []
     for image in images:
         path, number = folder / f"{image.stem}.png", 1
@@ -128,32 +137,38 @@ def picture_paths(images: Sequence[Path], folder: Path) -> list[Path]:
     return paths
 
 
-def look(
-    model: nn.Module, image: Image.Image, steps: Sequence[Any], names: list[str], name: str, picture: Path | None
+def predict_logits(
+    model: nn.Module,
+    image: Image.Image,
+    steps: Sequence[Callable[[Any], Any]],
+    names: list[str],
+    name: str,
+    picture: Path | None,
 ) -> Tensor:
-    """The logits of an image, [classes]; draws into `picture` where they came from."""
-    prepared, view = prepare(image, steps)
+    """The logits of an image, [classes]; draws into the file `picture`, if one is given, where the model looked."""
+    prepared, view = prepare_image(image, steps)
     if picture is None:
         with torch.inference_mode():
             return model(prepared[None])[0]
     attribution = attribute(model, prepared[None])
-    (best,) = predictions(attribution.logits, names, 1)
-    draw(image, view, attribution, f"{best.label}: {100 * best.probability:.1f} %", name).savefig(picture)
+    (best,) = rank_classes(attribution.logits, names, 1)
+    title = f"{best.label}: {100 * best.probability:.1f} %"
+    draw_overlay(image, view, attribution, title, name).savefig(picture)
     return attribution.logits
 
 
-def predictions(logits: Tensor, names: list[str], most: int) -> list[Prediction]:
+def rank_classes(logits: Tensor, names: list[str], most: int) -> list[Prediction]:
     """The most probable classes, the first one first."""
     top = logits.double().softmax(-1).topk(min(most, len(names)))
     indices, probabilities = top.indices.tolist(), top.values.tolist()
     return [Prediction(names[index], index, value) for index, value in zip(indices, probabilities, strict=True)]
 
 
-def told(result: dict[str, Any]) -> str:
-    """A result for a person."""
-    lines = [f"{100 * each.probability:7.2f} %  {each.label}" for each in result["predictions"]]
-    where = [f"   drawn in {result['overlay']}"] if "overlay" in result else []
-    return "\n".join([result["image"], *lines, *where])
+def format_result(result: Result) -> str:
+    """A result as lines of text."""
+    lines = [f"{100 * each.probability:7.2f} %  {each.label}" for each in result.predictions]
+    where = [f"   drawn in {result.overlay}"] if result.overlay else []
+    return "\n".join([str(result.image), *lines, *where])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Draws what one token sees in both kinds of sparse scan: python tools/visualise.py --output docs/scan.png."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,8 @@ from PIL import Image
 
 from s3a.geometry import FIXED, Neighborhood, Scan, sparse_scan
 from s3a.support.command_line import run_command
+from s3a.support.palette import ANCHOR, INK, PAPER, QUERY, SEEN_BY_ANCHORS, SEEN_BY_QUERY, SOFT_INK, TOKEN
 
-# Okabe and Ito's colours, which every kind of colour vision tells apart.
-QUERY, ANCHOR, WINDOW, OWN = "#D55E00", "#0072B2", "#56B4E9", "#E69F00"
-INK, SOFT_INK, TOKEN, PAPER = "#1F2328", "#59636E", "#ECEEF1", "#FFFFFF"
 FIGURE_WIDTH, DPI = 9.0, 200  # inches, and pixels per inch: twice the width of a README
 ABOVE, BELOW, MARGIN, GAP, HIGHEST = 1.5, 0.85, 0.25, 0.34, 6.0  # inches around and between panels, and of a panel
 STORY = "First every token looks at its window. Then it looks at its anchors, which pass on what they saw."
@@ -49,28 +48,28 @@ class Sight:
     Attributes:
         query: its (row, column).
         anchors: [anchors, 2] int64, the (row, column) tokens that it sees in the anchor pass.
-        times: [height, width] int64, how many of the anchors saw each token in the local pass.
-        own: the rows and the columns that the query saw in the local pass.
+        anchor_counts: [height, width] int64, how many of the anchors see each token in the local pass.
+        window: the rows and the columns that the query itself sees in the local pass.
     """
 
     query: tuple[int, int]
     anchors: np.ndarray
-    times: np.ndarray
-    own: tuple[np.ndarray, np.ndarray]
+    anchor_counts: np.ndarray
+    window: tuple[np.ndarray, np.ndarray]
 
 
 def main(options: Options) -> None:
     """Draws and writes."""
     if options.output.suffix != ".png":
         raise ValueError(f"output is {str(options.output)!r}: its name must end in .png")
-    figure = draw(options)
+    figure = draw_scans(options)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    save(figure, options.output)
+    save_small(figure, options.output)
     print(f"wrote {options.output}")
 
 
-def query_of(options: Options) -> tuple[int, int]:
-    """The query's row and column; ValueError for a map or a query that there cannot be."""
+def find_query(options: Options) -> tuple[int, int]:
+    """The query's row and column; ValueError for an empty map, or a query outside it."""
     if min(options.height, options.width) < 1:
         raise ValueError(f"the map is {options.height} x {options.width} tokens: height and width must be positive")
     row = options.height * 3 // 8 if options.row is None else options.row
@@ -81,21 +80,21 @@ def query_of(options: Options) -> tuple[int, int]:
     return row, column
 
 
-def look(scan: Scan, row: int, column: int, height: int, width: int) -> Sight:
+def find_sight(scan: Scan, row: int, column: int, height: int, width: int) -> Sight:
     """What the query at (row, column) sees. Where a scan has no anchor pass, the query is its only anchor."""
-    itself = Neighborhood(1)
+    itself = Neighborhood((1, 1))
     local, anchor = (*scan, itself, itself)[:2]
     rows, columns = anchor.keys(row, column, height, width)
-    row_times, column_times = np.zeros(height, dtype=np.int64), np.zeros(width, dtype=np.int64)
+    row_counts, column_counts = np.zeros(height, dtype=np.int64), np.zeros(width, dtype=np.int64)
     for anchor_row in rows:
-        row_times[local.keys(anchor_row, column, height, width)[0]] += 1
+        row_counts[local.keys(anchor_row, column, height, width)[0]] += 1
     for anchor_column in columns:
-        column_times[local.keys(row, anchor_column, height, width)[1]] += 1
+        column_counts[local.keys(row, anchor_column, height, width)[1]] += 1
     return Sight(
         query=(row, column),
         anchors=np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2),
-        times=np.outer(row_times, column_times),
-        own=local.keys(row, column, height, width),
+        anchor_counts=np.outer(row_counts, column_counts),
+        window=local.keys(row, column, height, width),
     )
 
 
@@ -104,9 +103,9 @@ def look(scan: Scan, row: int, column: int, height: int, width: int) -> Sight:
 # --------------------------------------------------------------------------------------------------------
 
 
-def draw(options: Options) -> Figure:
+def draw_scans(options: Options) -> Figure:
     """A panel for each kind of scan, side by side."""
-    height, width, query = options.height, options.width, query_of(options)
+    height, width, query = options.height, options.width, find_query(options)
     slot = (FIGURE_WIDTH - 2 * MARGIN - GAP) / 2
     token = min(slot / width, HIGHEST / height)  # inches
     paper = np.array([FIGURE_WIDTH, ABOVE + height * token + BELOW])
@@ -117,7 +116,7 @@ def draw(options: Options) -> Figure:
         corner, extent = (MARGIN + index * (slot + GAP), BELOW), (width * token, height * token)
         axes = figure.add_axes((*(corner / paper), *(extent / paper)), xlim=(0, width), ylim=(height, 0))
         axes.set_axis_off()
-        sight = look(scan, *query, height, width)
+        sight = find_sight(scan, *query, height, width)
         draw_map(axes, sight, 72 * token)
         write_panel(axes, f'fixed="{fixed}"', scan, sight)
 
@@ -125,72 +124,100 @@ def draw(options: Options) -> Figure:
     heights = {"title": 1 - 0.34 / paper[1], "story": 1 - 0.68 / paper[1], "legend": 0.13 / paper[1]}
     figure.text(left, heights["title"], "What one token sees", size=17, weight="bold", color=INK, va="center")
     figure.text(left, heights["story"], STORY, size=11.5, color=SOFT_INK, va="center")
-    style = {"ncol": 4, "frameon": False, "fontsize": 11, "labelcolor": INK, "borderpad": 0}
-    spacing = {"handlelength": 1.4, "handletextpad": 0.5, "columnspacing": 1.8}
-    figure.legend(handles=legend(), loc="lower left", bbox_to_anchor=(left, heights["legend"]), **style, **spacing)
+    figure.legend(
+        handles=make_legend_handles(),
+        loc="lower left",
+        bbox_to_anchor=(left, heights["legend"]),
+        ncol=4,
+        frameon=False,
+        fontsize=11,
+        labelcolor=INK,
+        borderpad=0,
+        handlelength=1.4,
+        handletextpad=0.5,
+        columnspacing=1.8,
+    )
     return figure
 
 
 def draw_map(axes: Axes, sight: Sight, token: float) -> None:
-    """The tokens, tinted by who saw them, and the query's rays to its anchors; `token` is one's side in points."""
-    height, width = sight.times.shape
-    colors = tinted(WINDOW, 1 - 0.62 ** sight.times[..., None])
-    colors[np.ix_(*sight.own)] = tinted(OWN, 0.6)
-    axes.imshow(colors, extent=(0, width, height, 0), aspect="auto", interpolation="nearest")
-    rows = [[(0, row), (width, row)] for row in range(height + 1)]
-    columns = [[(column, 0), (column, height)] for column in range(width + 1)]
-    axes.add_collection(LineCollection([*rows, *columns], colors=PAPER, linewidths=min(0.14 * token, 1.5)))
+    """Draws the tokens, tinted by what saw them, and rays from the query to its anchors.
 
-    own_rows, own_columns = sight.own
-    corner = (own_columns[0], own_rows[0])
+    Args:
+        token: the side of a token, in points.
+    """
+    height, width = sight.anchor_counts.shape
+    colors = tint_token(SEEN_BY_ANCHORS, 1 - 0.62 ** sight.anchor_counts[..., None])
+    colors[np.ix_(*sight.window)] = tint_token(SEEN_BY_QUERY, 0.6)
+    axes.imshow(colors, extent=(0, width, height, 0), aspect="auto", interpolation="nearest")
+    across = [[(0, row), (width, row)] for row in range(height + 1)]
+    down = [[(column, 0), (column, height)] for column in range(width + 1)]
+    axes.add_collection(LineCollection([*across, *down], colors=PAPER, linewidths=min(0.14 * token, 1.5)))
+
+    rows_seen, columns_seen = sight.window
+    corner = (columns_seen[0], rows_seen[0])
     axes.add_patch(
-        Rectangle(corner, len(own_columns), len(own_rows), fill=False, edgecolor=OWN, linewidth=1.8, zorder=2)
+        Rectangle(
+            corner, len(columns_seen), len(rows_seen), fill=False, edgecolor=SEEN_BY_QUERY, linewidth=1.8, zorder=2
+        )
     )
     query, anchors = np.array(sight.query)[::-1] + 0.5, sight.anchors[:, ::-1] + 0.5
     rays = [(query, anchor) for anchor in anchors]
     alpha = min(0.25, 20 / len(rays))
     axes.add_collection(LineCollection(rays, colors=ANCHOR, linewidths=0.6, alpha=alpha, zorder=3))
     apart = token * min(height, width) / len(rays) ** 0.5
-    axes.scatter(*anchors.T, s=min(4.5, 0.3 * apart) ** 2, color=ANCHOR, edgecolor=PAPER, linewidth=0.5, zorder=4)
-    axes.scatter(*query, s=100, color=QUERY, edgecolor=PAPER, linewidth=1.3, zorder=5)
+    axes.scatter(
+        anchors[:, 0],
+        anchors[:, 1],
+        s=min(4.5, 0.3 * apart) ** 2,
+        color=ANCHOR,
+        edgecolor=PAPER,
+        linewidth=0.5,
+        zorder=4,
+    )
+    axes.scatter(query[0], query[1], s=100, color=QUERY, edgecolor=PAPER, linewidth=1.3, zorder=5)
 
 
 def write_panel(axes: Axes, title: str, scan: Scan, sight: Sight) -> None:
-    """What the scan is, above its map; what it costs and what it sees, below."""
-    height, width = sight.times.shape
+    """Writes the scan's name and passes above its map, and what it costs and sees below."""
+    height, width = sight.anchor_counts.shape
     passes = ", then ".join(f"kernel {step.kernel_size[0]}, dilation {step.dilation[0]}" for step in scan)
     keys = " + ".join(f"{step.count_pairs(height, width) / (height * width):,.0f}" for step in scan)
-    seen = np.count_nonzero(sight.times) / sight.times.size
-    where = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    code = {"family": "monospace", "weight": "bold", "size": 13, "color": INK}
-    axes.annotate(title, (0, 1), (0, 24), va="bottom", **code, **where)
-    axes.annotate(passes, (0, 1), (0, 5), va="bottom", size=11, color=SOFT_INK, **where)
+    seen = np.count_nonzero(sight.anchor_counts) / sight.anchor_counts.size
+    write = partial(axes.annotate, xycoords="axes fraction", textcoords="offset points")
+    write(title, (0, 1), (0, 24), va="bottom", family="monospace", weight="bold", size=13, color=INK)
+    write(passes, (0, 1), (0, 5), va="bottom", size=11, color=SOFT_INK)
     summary = f"{keys} of {height * width:,} keys reach {seen:.0%} of the map"
-    axes.annotate(summary, (0, 0), (0, -6), va="top", size=11, color=INK, **where)
+    write(summary, (0, 0), (0, -6), va="top", size=11, color=INK)
 
 
-def legend() -> list[Line2D | Patch]:
-    """What the marks mean."""
+def make_legend_handles() -> list[Line2D | Patch]:
+    """A handle with its meaning for each kind of mark."""
     return [
         Line2D([], [], marker="o", linestyle="", color=QUERY, markersize=9, label="query"),
         Line2D([], [], marker="o", linestyle="", color=ANCHOR, markersize=5.5, label="its anchors of interest"),
-        Patch(facecolor=tinted(WINDOW, 0.45), label="what the anchors saw"),
-        Patch(facecolor=tinted(OWN, 0.6), edgecolor=OWN, linewidth=1.5, label="what the query saw"),
+        Patch(facecolor=tuple(tint_token(SEEN_BY_ANCHORS, 0.45)), label="what the anchors saw"),
+        Patch(
+            facecolor=tuple(tint_token(SEEN_BY_QUERY, 0.6)),
+            edgecolor=SEEN_BY_QUERY,
+            linewidth=1.5,
+            label="what the query saw",
+        ),
     ]
 
 
-def tinted(color: str, share: float | np.ndarray) -> np.ndarray:
+def tint_token(color: str, share: float | np.ndarray) -> np.ndarray:
     """The colour of a token with a share of another colour in it."""
     return share * np.array(to_rgb(color)) + (1 - share) * np.array(to_rgb(TOKEN))
 
 
-def save(figure: Figure, output: Path) -> None:
+def save_small(figure: Figure, output: Path) -> None:
     """Writes the figure as a PNG of at most 256 colours, a third of the size of all of them."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    palette = {"colors": 256, "method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
-    picture.quantize(**palette).save(output, optimize=True)
+    indexed = picture.quantize(colors=256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    indexed.save(output, optimize=True)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ ITSELF = Neighborhood((1, 1))  # stands for a pass that a scan leaves out
 
 @dataclass(frozen=True, eq=False)
 class ScanRelevance:
-    """What all blocks with one scan contributed.
+    """The relevance of anchors and tokens, summed over all blocks with one scan.
 
     Attributes:
         local, anchor: the scan's passes.

@@ -23,7 +23,7 @@ PUBLISHED_SCAN = "alternate"
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A model, with a scan or a size that is not its own where these are given."""
+    """A model, with another scan or size than its own where these are given."""
 
     model: str
     scan: str | None = None
@@ -31,7 +31,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         size = None if self.size is None else f"size {self.size}"
         return " ".join(part for part in (self.model, self.scan, size) if part is not None)
 
@@ -64,7 +64,7 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return self.candidate.label
 
     def make_recipe(self, runs: Path, seed: int) -> Recipe:

@@ -100,13 +100,13 @@ class Results:
         return sorted({row["image_size"] for row in self.growth})
 
     def write(self, folder: Path) -> None:
-        """Writes the file anew, whole."""
+        """Writes the file, which a reader finds whole at any time."""
         self.command = " ".join(["python", *sys.argv])
         write_whole(folder / RESULTS_NAME, json.dumps(asdict(self), indent=2, default=str) + "\n")
 
 
 def open_results(folder: Path, timing: dict[str, object], device: torch.device) -> Results:
-    """The result in a folder to go on with, or a new one, which takes the place of one with other times.
+    """The result in a folder to go on with, or an empty one, which replaces a result of other timing options.
 
     Raises:
         ValueError: where the folder cannot be written, the file is no result, or its times are another machine's.

@@ -113,7 +113,7 @@ def find_free_memory(device: torch.device) -> float:
 def prepare_inference(
     recipe: Recipe, label_names: list[str], batch_size: int, side: int, device: torch.device
 ) -> tuple[Call, Held]:
-    """One forward, and what it holds before it begins."""
+    """A call of one forward, and what there is in memory before it."""
     model, images, _ = make_model_and_batch(recipe, label_names, batch_size, side, device)
     model.eval()
 
@@ -127,7 +127,7 @@ def prepare_inference(
 def prepare_training(
     recipe: Recipe, label_names: list[str], batch_size: int, side: int, device: torch.device
 ) -> tuple[Call, Held]:
-    """One forward, backward and AdamW step, and what they hold before they begin."""
+    """A call of one forward, backward and AdamW step, and what there is in memory before it."""
     model, images, labels = make_model_and_batch(recipe, label_names, batch_size, side, device)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)

@@ -26,7 +26,7 @@ BatchKey = tuple[int, int]
 
 
 class Batch(NamedTuple):
-    """What a process computes on at once."""
+    """The images and labels of one forward of a process."""
 
     images: Tensor
     """[n, channels, height, width] float32"""
@@ -114,7 +114,7 @@ class EvalBatches(Dataset[Batch]):
 
 
 def stack_batch(images: list[Tensor], labels: list[int], indices: list[int], unreadable: list[str]) -> Batch:
-    """One Batch of lists of equal length."""
+    """Makes a Batch of lists of equal length."""
     return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices), [*dict.fromkeys(unreadable)])
 
 

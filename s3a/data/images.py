@@ -13,7 +13,7 @@ from s3a.data.decode import EncodedImage
 
 
 class DataError(ValueError):
-    """A fault of the images that was met while reading them, and that their owner must mend."""
+    """A fault in the data that was found while reading it, and that its owner must mend."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Images(ABC):
 
     @abstractmethod
     def name_of(self, index: int) -> str:
-        """What a person finds a row by: its path, or its number."""
+        """What messages call a row, so that a person finds it: its path, or its number."""
 
     @abstractmethod
     def shuffle_rows(self, shuffle: Shuffle) -> np.ndarray:
@@ -56,7 +56,7 @@ class Images(ABC):
     def read(
         self, indices: np.ndarray, shuffle: Shuffle | None, list_upcoming: Callable[[], np.ndarray]
     ) -> list[Iterator[Row]]:
-        """For each of the rows: the row itself, and then its substitutes, for the case that it cannot be decoded.
+        """For each of the rows: the row itself, followed by its substitutes if it cannot be decoded.
 
         Args:
             indices: rows of the split, [n] int64.
@@ -71,7 +71,7 @@ class MapImages(Images):
 
     @abstractmethod
     def read_rows(self, indices: list[int]) -> list[Row]:
-        """The rows of these numbers."""
+        """Reads the rows with these numbers."""
 
     def shuffle_rows(self, shuffle: Shuffle) -> np.ndarray:
         return shuffle_whole_split(self.num_images, shuffle)

@@ -16,7 +16,7 @@ from s3a.data.slices import EvalSlices, Slices
 
 
 class Schedule(Sampler[BatchKey]):
-    """The keys of the micro-batches that are iterated next. Workers live through epochs, and learn each from its keys.
+    """Which micro-batches are loaded next. Workers outlive an epoch, and learn the next one from these keys.
 
     Attributes:
         epoch: the epoch to iterate.

@@ -27,13 +27,13 @@ def make_images(
     class_names: list[str],
     split: str,
 ) -> DatasetImages:
-    """A split of decoded images, of encoded ones, or of paths."""
+    """Makes a split of decoded images, of encoded ones, or of paths."""
     features = Features(image=datasets.Image(), label=ClassLabel(names=class_names))
     return DatasetImages(Dataset.from_dict({"image": images, "label": labels}, features), split)
 
 
 def hash_content(parts: Iterable[object]) -> str:
-    """The fingerprint of what tells one set of images from another."""
+    """A hash of all that tells one set of images from another."""
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
@@ -70,7 +70,7 @@ def load_fashion_mnist(data_dir: Path | None) -> ImageData:
 
 
 def find_idx(folder: Path, stem: str) -> Path:
-    """An idx file, compressed or not; FileNotFoundError with where to get it."""
+    """An idx file, compressed or not; FileNotFoundError that says where to get it."""
     for name in (f"{stem}-ubyte.gz", f"{stem}-ubyte"):
         if (folder / name).is_file():
             return folder / name

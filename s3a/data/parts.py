@@ -41,7 +41,7 @@ class Parts:
 
     @property
     def num_rows(self) -> int:
-        """Of the whole split."""
+        """The number of rows of the whole split."""
         return int(self.starts[-1])
 
     def find_parts(self, rows: np.ndarray) -> np.ndarray:

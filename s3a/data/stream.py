@@ -112,7 +112,7 @@ class Walk:
         return shuffle == self.shuffle and bool((self.num_wanted[unique] >= counts).all())
 
     def take(self, rows: np.ndarray) -> list[list[Row]]:
-        """For each of the rows: the row and its substitutes. Walks on until it has come by all of them."""
+        """For each of the rows: the row and its substitutes. Reads on until all of them are kept."""
         candidates = self._find_candidates(rows)
         for row in candidates.reshape(-1).tolist():
             while row not in self.kept:
@@ -145,7 +145,7 @@ class Walk:
         self.kept[row.index] = row
 
     def _read_useful_rows(self) -> Iterator[Row]:
-        """The rows that are of use, as they are stored."""
+        """Reads the rows that will be taken, or may be substitutes, in the order they are stored in."""
         parts = self.images.parts
         for part in shuffle_parts(len(parts), self.shuffle).tolist():
             start, end = parts.starts[part : part + 2].tolist()

@@ -16,7 +16,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 
-from s3a.data import DatasetImages, Images, TrainLoader
+from s3a.data import DatasetImages, EvalLoader, ImageData, Images, TrainLoader
 from s3a.data.batches import Transform
 
 NUM_CLASSES = 3
@@ -85,6 +85,10 @@ def write_tar(path: Path, numbers: range, broken: tuple[int, ...] = ()) -> None:
                 tar.addfile(member, io.BytesIO(content))
 
 
+SHARDS = [("parquet", "parquet"), ("webdataset", "tar")]
+"""The sources that are folders of shards, and the kind that each of them reads."""
+
+
 def write_shards(folder: Path, kind: str, num_train: int, num_val: int, broken: tuple[int, ...] = ()) -> Path:
     """Both splits in uneven shards of a kind, "parquet" or "tar"; the numbers of val follow those of train."""
     write = write_parquet if kind == "parquet" else write_tar
@@ -124,3 +128,25 @@ def read_steps(
 def list_indices(steps: list[tuple[Tensor, Tensor, Tensor, list[str]]]) -> list[int]:
     """The rows that the steps of `read_steps` have, in their order."""
     return torch.cat([indices for _, _, indices, _ in steps]).tolist()
+
+
+def read_split(images: Images, transform: Transform = show_number) -> tuple[Tensor, Tensor, list[str]]:
+    """Everything a split shows, in order: image tensors, labels, unreadable names."""
+    batches = list(EvalLoader(images, transform, channels=3, batch_size=8))
+    names = [name for batch in batches for name in batch.unreadable]
+    return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches]), names
+
+
+def check_numbers(data: ImageData, num_train: int, num_val: int) -> None:
+    """Both splits hold the images that this module writes, in its order; the numbers of val follow those of train."""
+    for images, start, count in ((data.train, 0, num_train), (data.val, num_train, num_val)):
+        pixels, labels, unreadable = read_split(images)
+        assert images.num_images == count
+        assert pixels.flatten().tolist() == [*range(start, start + count)]
+        assert labels.tolist() == [number % NUM_CLASSES for number in range(start, start + count)]
+        assert not unreadable
+
+
+def convert_to_tensor(image: Image.Image) -> Tensor:
+    """A transform that keeps the pixels as they are."""
+    return torch.from_numpy(np.asarray(image).copy())

@@ -365,7 +365,7 @@ def test_what_cannot_be_measured_is_refused(command: Command, tmp_path, argument
 def test_a_missing_gpu_is_said(command: Command, monkeypatch, tmp_path, benchmark):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = command("benchmark", benchmark, "--device", "cuda", "--output", tmp_path / "result.json")
-    check_refused(result, "--device is cuda", "no GPU is at hand")
+    check_refused(result, "--device is cuda", "there is no GPU")
     assert not list(tmp_path.iterdir())
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from s3a.support.palette import SERIES
 from s3a.training.run_folder import EpochMetrics, write_metrics
 
 plot_runs = SimpleNamespace(**runpy.run_path(str(TOOLS / "plot_runs.py")))
@@ -84,19 +85,19 @@ def test_both_formats_say_the_same(tmp_path):
     theirs = write_lines(tmp_path / "theirs.txt", deit_lines(top1, ema_top1))
     first, second = read(ours, theirs)
     for run in (first, second):
-        assert list(run.curve("top1").items()) == [(1, 10.0), (2, 62.5), (3, 50.0)]
-        assert list(run.curve("ema_top1").items()) == [(1, 0.5), (2, 40.0), (3, 75.0)]
-        assert list(run.curve("train_loss").values()) == [4, 3, 2.5]
-        assert list(run.curve("val_loss").values()) == [3, 2.5, 2.2]
-        assert list(run.curve("learning_rate").values()) == [1e-3, 5e-4, 1e-3 / 3]
-    assert list(first.curve("images_per_second").values()) == [1001, 1002, 1003]
-    assert second.curve("images_per_second") == {}
+        assert list(run.find_curve("top1").items()) == [(1, 10.0), (2, 62.5), (3, 50.0)]
+        assert list(run.find_curve("ema_top1").items()) == [(1, 0.5), (2, 40.0), (3, 75.0)]
+        assert list(run.find_curve("train_loss").values()) == [4, 3, 2.5]
+        assert list(run.find_curve("val_loss").values()) == [3, 2.5, 2.2]
+        assert list(run.find_curve("learning_rate").values()) == [1e-3, 5e-4, 1e-3 / 3]
+    assert list(first.find_curve("images_per_second").values()) == [1001, 1002, 1003]
+    assert second.find_curve("images_per_second") == {}
 
 
 @pytest.mark.parametrize("key", ["test_ema_acc1", "ema_acc1", "test_acc1_ema", "ema_test_acc1"])
 def test_ema_goes_by_many_names(tmp_path, key):
     (run,) = read(write_lines(tmp_path / "log.txt", deit_lines([1.0, 2.0], [3.0, 4.0], key)))
-    assert run.curve("ema_top1") == {1: 3.0, 2: 4.0}
+    assert run.find_curve("ema_top1") == {1: 3.0, 2: 4.0}
 
 
 def test_a_log_may_hold_other_text(tmp_path):
@@ -112,13 +113,13 @@ def test_a_log_may_hold_other_text(tmp_path):
     ]
     path = write_lines(tmp_path / "log.txt", [*noise, first, *noise, f"  {second}", *noise])
     (run,) = read(path)
-    assert run.curve("top1") == {1: 10.0, 2: 20.0}
+    assert run.find_curve("top1") == {1: 10.0, 2: 20.0}
 
 
 def test_what_was_logged_again_after_a_resume_counts(tmp_path):
     before, again = deit_lines([10.0, 20.0, 30.0]), deit_lines([0.0, 25.0, 35.0, 45.0])
     (run,) = read(write_lines(tmp_path / "log.txt", [before[0], before[2], *again[1:]]))
-    assert list(run.curve("top1").items()) == [(1, 10.0), (2, 25.0), (3, 35.0), (4, 45.0)]
+    assert list(run.find_curve("top1").items()) == [(1, 10.0), (2, 25.0), (3, 35.0), (4, 45.0)]
 
 
 def test_epochs_without_a_validation_loss_are_left_out_of_its_curve(tmp_path):
@@ -126,14 +127,14 @@ def test_epochs_without_a_validation_loss_are_left_out_of_its_curve(tmp_path):
     del entries[1]["test_loss"]
     entries[2]["test_loss"] = None
     (run,) = read(write_lines(tmp_path / "log.txt", list(map(json.dumps, entries))))
-    assert list(run.curve("val_loss")) == [1]
-    assert list(run.curve("top1")) == [1, 2, 3]
+    assert list(run.find_curve("val_loss")) == [1]
+    assert list(run.find_curve("top1")) == [1, 2, 3]
 
 
 def test_means_of_float32_may_exceed_the_whole(tmp_path):
     """As the authors' logs have them: 0.10000000230789184 % of 50,000 images."""
     (run,) = read(write_lines(tmp_path / "log.txt", deit_lines([100.00000230789184])))
-    assert run.curve("top1")[1] == pytest.approx(100)
+    assert run.find_curve("top1")[1] == pytest.approx(100)
 
 
 def test_runs_are_named_by_their_folders(tmp_path, monkeypatch):
@@ -165,7 +166,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
 def test_panels_show_the_curves(tmp_path):
     long = our_run(tmp_path / "long", [10.0, 50.0, 40.0, 50.0], [5.0, 20.0, 60.0, 30.0])
     short = write_lines(tmp_path / "short.txt", deit_lines([20.0, 30.0]))
-    figure = plot_runs.draw(read(long, short))
+    figure = plot_runs.draw_runs(read(long, short))
     values = {
         "training loss": [[4, 3, 2.5, 2.2], [4, 3]],
         "validation loss": [[3, 2.5, 2.2, 2], [3, 2.5]],
@@ -190,7 +191,7 @@ def test_panels_show_the_curves(tmp_path):
 def test_the_legend_names_the_best_epochs(tmp_path):
     our_run(tmp_path / "with_ema", [10.0, 50.125, 40.0], [5.0, 20.0, 60.5])
     our_run(tmp_path / "_plain$x^$", [99.5])
-    figure = plot_runs.draw(read(tmp_path / "with_ema", tmp_path / "_plain$x^$"))
+    figure = plot_runs.draw_runs(read(tmp_path / "with_ema", tmp_path / "_plain$x^$"))
     (legend,) = figure.legends
     texts = [text.get_text() for text in legend.get_texts()]
     assert texts == ["with_ema: 50.12 % at epoch 2, EMA 60.50 % at epoch 3", "_plain$x^$: 99.50 % at epoch 1"]
@@ -209,7 +210,7 @@ def test_eight_runs_leave_room_for_each_other(tmp_path, name, columns, with_ema)
     for index in range(8):
         top1 = [50.0 + index + epoch for epoch in range(1 + 3 * index)]
         our_run(tmp_path / name.format(index), top1, top1 if with_ema else None)
-    figure = plot_runs.draw(read(*sorted(tmp_path.iterdir())))
+    figure = plot_runs.draw_runs(read(*sorted(tmp_path.iterdir())))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -227,7 +228,7 @@ def test_eight_runs_leave_room_for_each_other(tmp_path, name, columns, with_ema)
 
 
 def test_a_single_epoch_is_seen(tmp_path):
-    figure = plot_runs.draw(read(our_run(tmp_path / "run", [10.0], [20.0])))
+    figure = plot_runs.draw_runs(read(our_run(tmp_path / "run", [10.0], [20.0])))
     FigureCanvasAgg(figure).draw()
     for axes in figure.axes:
         assert all(line.get_marker() not in ("", "None") for line in axes.lines)
@@ -239,7 +240,7 @@ def test_a_single_epoch_is_seen(tmp_path):
 def test_late_epochs_alone(tmp_path):
     long = our_run(tmp_path / "long", [90.0, 50.0, 60.0, 55.0])
     short = our_run(tmp_path / "short", [10.0, 20.0])
-    figure = plot_runs.draw(read(long, short), from_epoch=3)
+    figure = plot_runs.draw_runs(read(long, short), from_epoch=3)
     for axes in figure.axes:
         (line,) = curves(axes)
         assert list(line.get_xdata()) == [3, 4]
@@ -272,7 +273,7 @@ def test_the_command_draws_and_says_what_each_run_reached(command: Command, tmp_
     pixels = np.asarray(Image.open(picture).convert("RGB"))
     assert pixels.shape[1] == 1650
     assert 900 < pixels.shape[0] < 1300
-    for color in plot_runs.COLORS[:2]:
+    for color, _ in SERIES[:2]:
         assert (np.abs(pixels - 255 * np.array(to_rgb(color))).max(-1) < 2).sum() > 1000
     assert picture.stat().st_size < 300_000
 

@@ -1,4 +1,4 @@
-"""tools/visualise.py: the picture of a scan."""
+"""The picture of a scan: what one token sees, against dense masks."""
 
 import runpy
 from pathlib import Path
@@ -23,17 +23,17 @@ visualise = SimpleNamespace(**runpy.run_path(str(TOOLS / "visualise.py")))
     ("height", "width", "row", "column"), [(56, 56, 21, 35), (30, 23, 0, 22), (9, 20, 8, 3), (7, 5, 6, 1)]
 )
 def test_sight_equals_the_dense_masks(fixed: str, height: int, width: int, row: int, column: int) -> None:
-    sight = visualise.look(sparse_scan(height, width, 7, fixed), row, column, height, width)
+    sight = visualise.find_sight(sparse_scan(height, width, 7, fixed), row, column, height, width)
     passes = [*golden.scan_table(height, width, fixed), (1, 1), (1, 1)][:2]
     local, anchor = (golden.dense_mask(height, width, *step) for step in passes)
     anchors = anchor[row * width + column]
     assert sorted(map(tuple, sight.anchors.tolist())) == list(
         map(tuple, anchors.view(height, width).nonzero().tolist())
     )
-    assert np.array_equal(sight.times, local[anchors].sum(0).view(height, width))
-    own = torch.zeros(height, width, dtype=torch.bool)
-    own[np.ix_(*sight.own)] = True
-    assert torch.equal(own.flatten(), local[row * width + column])
+    assert np.array_equal(sight.anchor_counts, local[anchors].sum(0).view(height, width))
+    window = torch.zeros(height, width, dtype=torch.bool)
+    window[np.ix_(*sight.window)] = True
+    assert torch.equal(window.flatten(), local[row * width + column])
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_sight_equals_the_dense_masks(fixed: str, height: int, width: int, row: 
     ],
 )
 def test_picture_names_the_passes(side: int, lines: list[str]) -> None:
-    figure = visualise.draw(visualise.Options(output=Path("scan.png"), height=side, width=side))
+    figure = visualise.draw_scans(visualise.Options(output=Path("scan.png"), height=side, width=side))
     texts = [text.get_text() for text in figure.findobj(Text)]
     assert [text for text in texts if text.startswith("kernel")] == lines
     assert texts.count('fixed="window"') == texts.count('fixed="anchors"') == 1
@@ -59,7 +59,7 @@ def test_picture_shows_the_query_in_its_place(command: Command, tmp_path: Path) 
     assert (status, out, err) == (0, f"wrote {options.output}\n", "")
 
     picture = np.asarray(Image.open(options.output).convert("RGB")) / 255
-    for axes in visualise.draw(options).axes:
+    for axes in visualise.draw_scans(options).axes:
         column, row = axes.transData.transform((3.5, 25.5)).round().astype(int)
         assert np.allclose(picture[picture.shape[0] - 1 - row, column], to_rgb(visualise.QUERY), atol=0.02)
     assert np.allclose(picture[0, 0], 1)
