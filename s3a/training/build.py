@@ -50,7 +50,7 @@ class Run:
         shell: the model without memory, neither compiled nor spread over processes: weights are saved in a copy of it.
         model: as it is trained; compiled, and wrapped for several processes.
         ema: timm's moving average of the weights.
-        requests: to stop, noted by this process.
+        requests: notes that this process is asked to stop.
     """
 
     recipe: Recipe
@@ -103,7 +103,7 @@ def build_run(recipe: Recipe, task_type: type[Task] = Classification, requests: 
     trace.
 
     Args:
-        requests: to stop, which are noted already; None for new ones, which note nothing yet.
+        requests: the context that notes requests to stop, entered; None for one that notes no signals.
 
     Raises:
         ValueError, FileNotFoundError: for a recipe that cannot run here.

@@ -61,12 +61,13 @@ def claim_folder(recipe: Recipe) -> AcquireReturnProxy:
         A context that unlocks the folder at its end; the end of the process, of whatever kind, unlocks it too.
 
     Raises:
-        ValueError: where the folder cannot be made, or is in use.
+        ValueError: where the folder cannot be made, is in use, or holds something else (`check_folder`).
     """
     folder = recipe.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock").acquire(timeout=0)
+        check_folder(recipe)  # again: while data was loaded, another run may have begun here and ended
         if not list_checkpoints(folder / CHECKPOINT_FOLDER):
             write_whole(folder / RECIPE_NAME, recipe.to_json())
     except Timeout as error:

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from helpers.small_runs import read_metrics, train_changed
 from PIL import Image
 
-from s3a.training import trainer
+from s3a.training import build, trainer
 from s3a.training.run_folder import EpochMetrics, Panel, draw_curves, list_origins, write_metrics
 
 
@@ -58,6 +58,22 @@ def test_a_run_has_one_process_at_a_time(recipe, monkeypatch):
     assert f"ValueError: {folder} is being trained by another process" in tried[0].stderr
     assert json.loads((folder / "recipe.json").read_text())["batch_size"] == 16
     assert len(read_metrics(train_changed(recipe))) == 2, "the lock ends with the run"
+
+
+def test_a_run_that_came_and_went_while_data_was_loaded_is_left_alone(recipe, monkeypatch):
+    load = build.load_data
+
+    def load_slowly(*arguments, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "load_data", load)
+            train_changed(recipe, epochs=1)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(build, "load_data", load_slowly)
+    with pytest.raises(ValueError, match=r"--epochs 1 \(now 2\)"):
+        train_changed(recipe)
+    assert len(read_metrics(recipe.output_dir)) == 1
 
 
 # --------------------------------------------------------------------------------------------------------
