@@ -7,8 +7,7 @@ Three ideas, each on top of the one before:
 - a *scan* is a tuple of passes, attended one after the other (`sparse_scan` returns the two of S3A, or what an ablation
   leaves of them).
 
-Everything is numpy on purpose: geometry must not depend on the device, the dtype or the tracing mode
-that torch happens to be in.
+Everything is numpy on purpose: geometry must not depend on torch's device, dtype or mode (inference, tracing).
 """
 
 from dataclasses import dataclass
@@ -63,6 +62,14 @@ class AxisWindows:
     In this order every window is a contiguous range of places that stays inside its group, so a dilated
     neighborhood is a dense one on a permuted axis.
 
+    Example: 8 tokens, dilation 2, a kernel of 3. The groups are the even and the odd tokens:
+
+        place       0 1 2 3 4 5 6 7
+        position    0 2 4 6 1 3 5 7
+        group       0 0 0 0 1 1 1 1
+        start       0 0 1 1 4 4 5 5     The windows of a group's first and last token are moved inwards.
+        stop        3 3 4 4 7 7 8 8
+
     Attributes (all int64):
         position: [length] the token at each place.
         group: [length] the dilation group (the residue of the position) of each place.
@@ -85,8 +92,8 @@ class AxisWindows:
 def find_axis_windows(length: int, kernel_size: int, dilation: int) -> AxisWindows:
     """The windows of an axis, by NATTEN's rule: full size, shifted inwards at the borders, never cut.
 
-    Only the tokens with the same residue modulo the dilation count. A group with fewer tokens than the
-    kernel is seen whole.
+    A window only holds tokens with the same residue modulo the dilation. In a group with fewer tokens than the
+    kernel, every token sees the whole group.
     """
     token = np.arange(length)
     position = token[np.lexsort((token, token % dilation))]
@@ -209,7 +216,7 @@ class ScanPattern:
         return self.fixed[block % len(self.fixed)]
 
 
-# The published alternation, and what tests its parts: one kind of scan alone, one pass alone, no sparsity.
+# The published alternation, and its ablations: one kind of scan alone, one pass alone, no sparsity.
 SCAN_PATTERNS = {
     "alternate": ScanPattern(FIXED, "both"),
     "window-first": ScanPattern(("window",), "both"),

@@ -1,4 +1,4 @@
-"""Errors that several parts of the library word, or have to tell apart."""
+"""Errors that several rooms raise or catch."""
 
 import errno
 from collections.abc import Iterable
