@@ -58,7 +58,8 @@ def load_aoti(path: Path) -> Predictor:
 def write_onnx(program: ExportedProgram, path: Path) -> None:
     """Writes an ONNX graph from `images` to `logits`, with the weights inside."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # conversions of opsets that it does not need
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         graph = torch.onnx.export(
             program, (), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
         )

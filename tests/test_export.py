@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.exported import TINY, make_trained
+from helpers.exported import TINY, make_confident
 from torch import nn
 
 from s3a import export as exports
@@ -53,7 +53,7 @@ def check_alone(model: nn.Module, path: Path, format: str, sizes: tuple[int, ...
 
 @pytest.mark.parametrize(("format", "options"), [("pt2", {}), ("onnx", TINY)])
 def test_any_batch(tmp_path: Path, format: str, options: dict):
-    model, path = make_trained(**options), tmp_path / f"model{FORMATS[format].suffix}"
+    model, path = make_confident(**options), tmp_path / f"model{FORMATS[format].suffix}"
     assert export(model, path, format, height=64, width=48, dynamic_batch=True) < 1e-4
     check_alone(model, path, format, (1, 7), (64, 48))
     assert [each.name for each in tmp_path.iterdir() if each.suffix != ".npz"] == [path.name]
@@ -61,8 +61,8 @@ def test_any_batch(tmp_path: Path, format: str, options: dict):
 
 @pytest.mark.parametrize(("name", "format"), [("vvt_nano", "onnx"), ("svit_nano", "pt2")])
 def test_one_batch(tmp_path: Path, name: str, format: str):
-    """A fixed batch is verified, and taken, at its size alone."""
-    model, path = make_trained(name), tmp_path / f"model{FORMATS[format].suffix}"
+    """A file with a fixed batch is verified at that size, and refuses others."""
+    model, path = make_confident(name), tmp_path / f"model{FORMATS[format].suffix}"
     export(model, path, format, height=64, width=64, batch_size=3)
     check_alone(model, path, format, (3,), (64, 64))
     with pytest.raises(Exception, match=r"Got: 2 Expected: 3|size\(\)\[0\] == 3"):
@@ -70,7 +70,7 @@ def test_one_batch(tmp_path: Path, name: str, format: str):
 
 
 def test_compiled_packages(tmp_path: Path):
-    model, path = make_trained(**TINY), tmp_path / "model.pt2"
+    model, path = make_confident(**TINY), tmp_path / "model.pt2"
     assert export(model, path, "aoti", height=64, width=64, dynamic_batch=True) < 1e-4
     check_alone(model, path, "aoti", (1, 7), (64, 64))
 
@@ -79,7 +79,7 @@ def test_compiled_packages(tmp_path: Path):
 @pytest.mark.parametrize("format", ["pt2", "aoti", "onnx"])
 @pytest.mark.parametrize("name", ["ssvit_nano", "svit_nano", "vvt_nano"])
 def test_every_family_in_every_format(tmp_path: Path, name: str, format: str):
-    model, path = make_trained(name), tmp_path / f"model{FORMATS[format].suffix}"
+    model, path = make_confident(name), tmp_path / f"model{FORMATS[format].suffix}"
     export(model, path, format, height=64, width=96, dynamic_batch=True)
     check_alone(model, path, format, (1, 7), (64, 96))
 
@@ -89,7 +89,7 @@ def test_every_family_in_every_format(tmp_path: Path, name: str, format: str):
 )
 def test_quantized_programs(tmp_path: Path, scheme: str):
     """The same operators on the same codes, without torchao."""
-    model, path = quantize(make_trained(**TINY), scheme), tmp_path / "model.pt2"
+    model, path = quantize(make_confident(**TINY), scheme), tmp_path / "model.pt2"
     assert export(model, path, "pt2", height=64, width=64, dynamic_batch=True) == 0
     images = torch.randn(7, 3, 64, 64)
     (found,) = run_alone(path, "pt2", images)
@@ -117,8 +117,8 @@ def test_formats_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_wrong_outcomes_are_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """What is written is run again, and compared."""
-    model, path = make_trained(**TINY), tmp_path / "model.pt2"
+    """Each file is run and compared before it replaces an older one."""
+    model, path = make_confident(**TINY), tmp_path / "model.pt2"
     path.write_text("of old")
     right = FORMATS["pt2"]
     wrong = replace(right, load=lambda path: lambda images: right.load(path)(images) + 2e-3)
@@ -133,4 +133,4 @@ def test_wrong_outcomes_are_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_sizes_that_the_model_does_not_take(tmp_path: Path):
     with pytest.raises(ValueError, match="16 x 64 pixels"):
-        export(make_trained(**TINY), tmp_path / "model.pt2", "pt2", height=16, width=64)
+        export(make_confident(**TINY), tmp_path / "model.pt2", "pt2", height=16, width=64)

@@ -7,7 +7,7 @@ from torch import nn
 TINY = {"dims": (16,), "depths": (1,), "num_heads": (2,), "mlp_ratios": (2,), "layer_scale": (None,)}
 
 
-def make_trained(name: str = "ssvit_nano", **options: object) -> nn.Module:
+def make_confident(name: str = "ssvit_nano", **options: object) -> nn.Module:
     """A model whose logits are far apart."""
     model = timm.create_model(name, num_classes=5, **options).eval()
     for key, tensor in model.state_dict().items():

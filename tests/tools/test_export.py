@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from helpers.command_line import TOOLS, Command, check_refused
-from helpers.exported import TINY, make_trained
+from helpers.exported import TINY, make_confident
 
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    make_trained(**TINY).save_pretrained(tmp_path / "weights", data_config={"input_size": (3, 64, 64)})
+    make_confident(**TINY).save_pretrained(tmp_path / "weights", data_config={"input_size": (3, 64, 64)})
     return tmp_path / "weights"
 
 
@@ -45,8 +45,8 @@ def test_what_the_tool_refuses(command: Command, weights: Path, tmp_path: Path):
 
 
 def test_no_compiler(tmp_path: Path):
-    """In a process of its own: PyTorch remembers for good what it found of compilers."""
-    make_trained(**TINY).save_pretrained(tmp_path / "weights", data_config={"input_size": (3, 64, 64)})
+    """In a process of its own, because PyTorch looks for a compiler only once."""
+    make_confident(**TINY).save_pretrained(tmp_path / "weights", data_config={"input_size": (3, 64, 64)})
     tool, out = TOOLS / "export.py", tmp_path / "out"
     given = ["--weights", tmp_path / "weights", "--format", "aoti", "--output", out / "model.pt2"]
     environment = os.environ | {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
