@@ -1,7 +1,7 @@
 """Quantizes weights: `python recipes/quantize.py --weights FOLDER_OR_REPO --scheme NAME --output FOLDER [--data ...]`.
 
-Prints the layers chosen, and one table of the float and the quantized model: top-1, size, memory, latency, and how
-often both predict the same.
+Prints the quantized layers, and a table that compares the float and the quantized model: top-1, size, memory, latency,
+and how often both predict the same class.
 """
 
 import itertools
@@ -9,9 +9,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from s3a import compile_model
-from s3a.data import ImageData, Source, load_data
+from s3a.data import DataOptions, ImageData, Source, load_data
 from s3a.quantization.convert import choose_layers, quantize
 from s3a.quantization.schemes import check_float, check_scheme
 from s3a.support.command_line import run_command
@@ -44,7 +44,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(DataOptions):
     """Quantizes the linear layers of weights with torchao, and compares both models."""
 
     weights: str
@@ -53,29 +53,25 @@ class Options:
     """int8-weight-only, int8-dynamic, int4-weight-only, int8-activations-int4-weights, float8-weight-only or
     float8-dynamic."""
     output: Path
-    """Where to write the quantized weights folder."""
+    """The folder for the quantized weights."""
     layers: tuple[str, ...] = ("*",)
-    """Shell patterns of the names of linear layers to quantize, such as "stages.2.*" or "*.mlp.fc1"."""
+    """The linear layers to quantize: shell patterns of their names, such as "stages.2.*" or "*.mlp.fc1"."""
     skip: tuple[str, ...] = ()
-    """Patterns of those to leave, such as head."""
+    """Patterns of layers not to quantize, such as head."""
     data: Source | None = None
     """Where images come from to evaluate both models on; None evaluates neither."""
-    data_dir: Path | None = None
-    """The folder of an imagefolder (train/CLASS/*, val/CLASS/*), or of parquet or webdataset shards."""
-    dataset: str | None = None
-    """For hub: ORG/NAME or ORG/NAME:CONFIG."""
     revision: str | None = None
-    """Branch, tag or commit of the Hub repository."""
+    """Branch, tag or commit of the Hub repository with the weights."""
     batch_size: int = 64
-    """Images at a time, in the evaluation."""
+    """Images at a time in the evaluation."""
     num_workers: int = 0
-    """Processes that decode; 0 does it in the main process."""
+    """Processes that decode images; 0 decodes in the main process."""
     latency_batch: int = 4
-    """Images at a time, for latency and memory."""
+    """Images at a time for latency and memory."""
     turns: int = 9
     """Timed calls of each model; 0 times none and compiles nothing."""
     results: Path | None = None
-    """A JSON file for the table, the machine and the command."""
+    """A JSON file to write the table, the machine and the command to."""
 
     def __post_init__(self) -> None:
         check_scheme(self.scheme)
@@ -92,16 +88,17 @@ def main(options: Options) -> None:
     model = load_pretrained(options.weights, options.revision)
     check_float(model)
     layers, left = choose_layers(model, options.scheme, layers=options.layers, skip=options.skip)
-    data = load_data(options.data, options.data_dir, dataset=options.dataset) if options.data else None
+    data = None
+    if options.data:
+        data = load_data(options.data, options.data_dir, dataset=options.dataset, streaming=options.streaming)
     make_folder(options.output)
-    print(f"{options.scheme}: {len(layers)} linear layers: {grouped(layers)}")
+    print(f"{options.scheme}: {len(layers)} linear layers: {group_names(layers)}")
     if left:
-        print(f"left in bfloat16, for their inputs are not in whole groups: {grouped(left)}")
+        print(f"left in bfloat16, for their inputs are not in whole groups: {group_names(left)}")
     quantized = quantize(model, options.scheme, layers)
     save_folder(quantized, options.output, card=build_card(quantized))
-    models = {"float32": model, options.scheme: quantized}
-    rows = compare(options, models, data)
-    text = result_table(rows)
+    rows = compare(options, {"float32": model, options.scheme: quantized}, data)
+    text = format_results(rows)
     save_folder(quantized, options.output, card=f"{build_card(quantized)}\n## Quantization\n\n{text}\n")
     print(f"\n{text}\n\nwrote {options.output}")
     if options.results:
@@ -109,7 +106,7 @@ def main(options: Options) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the output folder; ValueError where there can be none, or other weights would be lost."""
+    """Creates the output folder; ValueError if that fails, or if it would replace float weights."""
     config = folder / CONFIG_NAME
     if config.is_file() and "quantization" not in json.loads(config.read_text(encoding="utf-8")):
         raise ValueError(f"--output {folder} holds weights that are not quantized: give another folder")
@@ -119,8 +116,8 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"--output {folder} cannot be made ({error.strerror}): give another folder") from error
 
 
-def grouped(names: list[str]) -> str:
-    """Names with their numbers written as ranges: `stages.0.blocks.0-2.attn.qkv`."""
+def group_names(names: list[str]) -> str:
+    """Names that differ in their last number as one, with the numbers as ranges: `stages.0.blocks.0-2.attn.qkv`."""
     kinds: dict[str, list[int]] = {}
     for name in names:
         parts = name.split(".")
@@ -129,13 +126,14 @@ def grouped(names: list[str]) -> str:
         if numbers:
             parts[numbers[-1]] = "{}"
         kinds.setdefault(".".join(parts), []).append(number)
-    return ", ".join(kind.format(ranges(numbers)) for kind, numbers in kinds.items())
+    return ", ".join(kind.format(format_ranges(numbers)) for kind, numbers in kinds.items())
 
 
-def ranges(numbers: list[int]) -> str:
-    """Rising numbers, runs of them as first and last: `0-2,5`."""
-    runs = [[n for _, n in run] for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+def format_ranges(numbers: list[int]) -> str:
+    """Rising numbers, those without gaps as first and last: 0, 1, 2 and 5 become `0-2,5`."""
+    by_gap = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ranges = [[number for _, number in group] for _, group in by_gap]
+    return ",".join(str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in ranges)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -144,9 +142,9 @@ def ranges(numbers: list[int]) -> str:
 
 
 def compare(options: Options, models: dict[str, nn.Module], data: ImageData | None) -> list[dict[str, Any]]:
-    """A row per model; what was not asked for is None."""
+    """A row of figures for each model; None for those that were not asked for."""
     places = [(options.weights, options.revision), (str(options.output), None)]
-    evaluated = [evaluation(model, data, options) for model in models.values()]
+    evaluated = [evaluate(model, data, options) for model in models.values()]
     latencies = measure_latency(models, options) if options.turns else {}
     size = resolve_model_data_config(next(iter(models.values())))["input_size"]
     rows = []
@@ -155,15 +153,15 @@ def compare(options: Options, models: dict[str, nn.Module], data: ImageData | No
             "model": name,
             "top1": top1,
             "agreement": None if classes is None else (classes == evaluated[0][1]).double().mean().item(),
-            "megabytes": file_size(models[name], weights, revision) / 1e6,
-            "memory_megabytes": peak_memory(weights, revision, (options.latency_batch, *size)),
+            "megabytes": count_bytes(models[name], weights) / 1e6,
+            "memory_megabytes": measure_peak_memory(weights, revision, (options.latency_batch, *size)),
         }
         rows.append(row | {f"{kind}_ms": latencies.get((name, kind)) for kind in ("compiled", "eager")})
     return rows
 
 
-def evaluation(model: nn.Module, data: ImageData | None, options: Options) -> tuple[float | None, Tensor | None]:
-    """Top-1 on the validation images, and the class predicted for each."""
+def evaluate(model: nn.Module, data: ImageData | None, options: Options) -> tuple[float | None, Tensor | None]:
+    """Top-1 on the validation images, and the predicted class of each; None without data."""
     if data is None:
         return None, None
     predicted: list[Tensor] = []
@@ -174,34 +172,30 @@ def evaluation(model: nn.Module, data: ImageData | None, options: Options) -> tu
 
 
 def measure_latency(models: dict[str, nn.Module], options: Options) -> dict[tuple[str, str], float]:
-    """Median milliseconds of a batch for each model, eager and compiled, all of them in turns."""
+    """Median milliseconds of a batch for each model, eager and compiled, timed in turns."""
     device = next(models[options.scheme].parameters()).device
     size = resolve_model_data_config(models[options.scheme])["input_size"]
     images = torch.randn(options.latency_batch, *size, device=device)
     calls = {}
     for name, model in models.items():
-        calls[name, "eager"] = inference(model, images)
-        calls[name, "compiled"] = inference(compile_model(deepcopy(model)), images)
+        calls[name, "eager"] = partial(predict, model, images)
+        calls[name, "compiled"] = partial(predict, compile_model(deepcopy(model)), images)
     return {name: sample.median for name, sample in take_turns(calls, options.turns).items()}
 
 
-def inference(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    """A forward on the images."""
-
-    def infer() -> Tensor:
-        with torch.inference_mode():
-            return model(images)
-
-    return infer
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits."""
+    return model(images)
 
 
-def file_size(model: nn.Module, weights: str, revision: str | None) -> int:
-    """Bytes of the weights file; a repository's is that of the same model saved."""
+def count_bytes(model: nn.Module, weights: str) -> int:
+    """Bytes of the weights file of a folder; for a repository, those of the model's tensors."""
     path = Path(weights) / WEIGHTS_NAME
     return path.stat().st_size if path.is_file() else sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
-# A process of its own for each model: memory is not given back. Writing 5 to clear_refs forgets the imports' peak.
+# Each model has a process of its own, because processes do not return memory. Writing 5 to clear_refs resets the peak.
 PEAK_MEMORY = """
 import json, re, sys, torch, s3a, s3a.quantization.storage
 from pathlib import Path
@@ -220,10 +214,10 @@ print(torch.cuda.max_memory_allocated() if gpu else 1024 * (kilobytes("VmHWM") -
 """
 
 
-def peak_memory(weights: str, revision: str | None, shape: tuple[int, ...]) -> float | None:
-    """Megabytes of loading weights and an uncompiled forward, at the peak, on the GPU if there is one; None if unknown.
+def measure_peak_memory(weights: str, revision: str | None, shape: tuple[int, ...]) -> float | None:
+    """Megabytes at the peak of loading weights and one eager forward, on the GPU if there is one; None if unknown.
 
-    On a CPU it is what the process takes beyond its imports, which Linux alone tells.
+    On a CPU it is the memory of the process beyond that of its imports, which Linux alone reports.
     """
     if not (torch.cuda.is_available() or Path("/proc/self/clear_refs").exists()):
         return None
@@ -232,15 +226,14 @@ def peak_memory(weights: str, revision: str | None, shape: tuple[int, ...]) -> f
     return int(run.stdout.splitlines()[-1]) / 1e6
 
 
-def result_table(rows: list[dict[str, Any]]) -> str:
-    """The rows for a person, in Markdown."""
-    return format_table(
-        ["model", *COLUMNS.values()], [[row["model"], *(shown(key, row[key]) for key in COLUMNS)] for row in rows]
-    )
+def format_results(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table in Markdown."""
+    cells = [[row["model"], *(format_figure(key, row[key]) for key in COLUMNS)] for row in rows]
+    return format_table(["model", *COLUMNS.values()], cells)
 
 
-def shown(key: str, value: float | None) -> str:
-    """A figure for a person; "-" for one that was not measured."""
+def format_figure(key: str, value: float | None) -> str:
+    """A figure as text, "-" for one that was not measured."""
     if value is None:
         return "-"
     return f"{100 * value:.2f} %" if key in ("top1", "agreement") else f"{value:,.2f}"

@@ -1,14 +1,14 @@
-"""Models as files that run without this library: torch.export programs, AOTInductor packages, ONNX.
+"""Exports models to files that run without this library: torch.export programs, AOTInductor packages, ONNX.
 
-A program belongs to one image size, since plans do; its batch is fixed or open. All are made on the CPU, for it.
+A file is for images of one size, because plans are; its batch size is fixed or open. Files are made on the CPU, for it.
 """
 
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,77 +19,173 @@ from s3a.quantization.schemes import get_quantization
 from s3a.support.compiler import raise_compilation_errors
 from s3a.support.errors import unknown
 
-Format = Literal["pt2", "aoti", "onnx"]
-SUFFIXES: dict[str, str] = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
-NEEDS = {"pt2": (), "aoti": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 TOLERANCE = 1e-4  # of a logit, absolute and relative
-OPEN_BATCHES = (1, 7)  # sizes at which an open batch is verified
+OPEN_BATCHES = (1, 7)  # the sizes at which a file with an open batch is verified
 
-Run = Callable[[Tensor], Tensor]
+Predictor = Callable[[Tensor], Tensor]  # from images to logits, on the CPU
 
 
 class ExportError(ValueError):
-    """An exported model does not do what the model does."""
+    """The logits of an exported model differ from those of the model."""
 
 
-def check_format(format: str, path: Path) -> None:
-    """Raises ValueError for a format that is unknown or lacks a package here, and for a file of another ending."""
-    if format not in SUFFIXES:
-        raise unknown("format", format, SUFFIXES)
-    missing = [package for package in NEEDS[format] if find_spec(package) is None]
+# --------------------------------------------------------------------------------------------------------
+# Formats
+# --------------------------------------------------------------------------------------------------------
+
+
+def write_pt2(program: ExportedProgram, path: Path) -> None:
+    """Writes a program for `torch.export.load`."""
+    torch.export.save(program, path)
+
+
+def load_pt2(path: Path) -> Predictor:
+    """The model that such a file holds."""
+    return torch.export.load(path).module()
+
+
+def write_aoti(program: ExportedProgram, path: Path) -> None:
+    """Writes compiled code and weights for `torch._inductor.aoti_load_package` and for C++."""
+    with raise_compilation_errors(instead="use the format pt2, which needs no compiler"):
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def load_aoti(path: Path) -> Predictor:
+    """The model that such a file holds."""
+    return torch._inductor.aoti_load_package(str(path))
+
+
+def write_onnx(program: ExportedProgram, path: Path) -> None:
+    """Writes an ONNX graph from `images` to `logits`, with the weights inside."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # conversions of opsets that it does not need
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = torch.onnx.export(
+            program, (), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
+        )
+    assert graph is not None
+    graph.save(path, external_data=False)
+
+
+def load_onnx(path: Path) -> Predictor:
+    """The model that such a file holds, in ONNX Runtime."""
+    import onnxruntime  # noqa: PLC0415  an extra of the installation
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFormat:
+    """A kind of file.
+
+    Attributes:
+        suffix: how names of its files end.
+        packages: those that writing and verifying needs beside PyTorch.
+        write: writes a program to a path.
+        load: reads the model from a path again.
+        usage: how users run a file; "{capability}" stands for this processor's instructions.
+    """
+
+    suffix: str
+    packages: tuple[str, ...] = ()
+    write: Callable[[ExportedProgram, Path], None]
+    load: Callable[[Path], Predictor]
+    usage: str
+
+
+FORMATS: dict[str, ExportFormat] = {
+    "pt2": ExportFormat(
+        suffix=".pt2",
+        write=write_pt2,
+        load=load_pt2,
+        usage="torch.export.load(FILE).module()(images), with PyTorch alone",
+    ),
+    "aoti": ExportFormat(
+        suffix=".pt2",
+        write=write_aoti,
+        load=load_aoti,
+        usage="torch._inductor.aoti_load_package(FILE)(images), with PyTorch alone, or from C++; on processors that "
+        "have what this one has ({capability})",
+    ),
+    "onnx": ExportFormat(
+        suffix=".onnx",
+        packages=("onnx", "onnxscript", "onnxruntime"),
+        write=write_onnx,
+        load=load_onnx,
+        usage='onnxruntime.InferenceSession(FILE).run(None, {{"images": images}})',
+    ),
+}
+
+
+def check_format(format: str, path: Path) -> ExportFormat:
+    """The format of that name; ValueError if it is unknown, lacks a package here, or the file has another suffix."""
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    found = FORMATS[format]
+    missing = [package for package in found.packages if find_spec(package) is None]
     if missing:
         raise ValueError(f"format {format!r} needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    if path.suffix != SUFFIXES[format]:
-        raise ValueError(f"the file is {str(path)!r}: for {format!r} its name must end in {SUFFIXES[format]}")
+    if path.suffix != found.suffix:
+        raise ValueError(f"the file is {str(path)!r}: for {format!r} its name must end in {found.suffix}")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------
+# Export
+# --------------------------------------------------------------------------------------------------------
 
 
 def export(
     model: nn.Module,
     path: Path,
-    format: Format,
+    format: str,
     *,
     height: int,
     width: int,
     batch_size: int = 1,
     dynamic_batch: bool = False,
 ) -> float:
-    """Writes a model as a file of the format, runs what was written, and returns how far its logits are off at most.
+    """Writes a model to a file, runs the file, and returns the largest difference of its logits from the model's.
 
     Args:
         model: of float32; or quantized, for "pt2".
-        path: replaced where it exists, once the file is verified.
+        path: of the file; an older one is replaced once the new one is verified.
+        format: a key of FORMATS.
         height, width: of the images, in pixels.
-        batch_size: images at a time, if that is fixed.
-        dynamic_batch: any number of images at a time.
+        batch_size: images at a time.
+        dynamic_batch: whether the file takes any number of images at a time instead.
 
     Raises:
-        ValueError: for a format, size or model that cannot be exported; `ExportError` where the outcome is wrong.
-        CompilationError: where "aoti" finds no working compiler.
+        ValueError: for a format, size or model that cannot be exported; `ExportError` if the file's logits are wrong.
+        CompilationError: if "aoti" finds no working compiler.
     """
-    check_format(format, path)
-    if format != "pt2" and get_quantization(model):
+    target, quantization = check_format(format, path), get_quantization(model)
+    if format != "pt2" and quantization:
         raise ValueError(
-            f"the weights are quantized, by {model.quantization.scheme!r}: {format!r} takes float32 weights, "
+            f"the weights are quantized, by {quantization.scheme!r}: {format!r} takes float32 weights, "
             "and 'pt2' both; export the weights that they were made from"
         )
-    count_cost(model, height, width)  # says what is wrong with the size
+    count_cost(model, height, width)  # raises for a size that the model does not take
     sizes = OPEN_BATCHES if dynamic_batch else (batch_size,)
     shape = (count_channels(model), height, width)
     model = model.cpu().eval().requires_grad_(False)
-    program = trace(model, torch.randn(2 if dynamic_batch else batch_size, *shape), dynamic_batch)
+    program = export_program(model, torch.randn(2 if dynamic_batch else batch_size, *shape), dynamic_batch)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     try:
-        WRITE[format](program, partial)
-        difference = max(verify(model, load(partial, format), torch.randn(size, *shape)) for size in sizes)
+        target.write(program, partial)
+        difference = max(verify(model, target.load(partial), torch.randn(size, *shape)) for size in sizes)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return difference
 
 
-def trace(model: nn.Module, images: Tensor, dynamic_batch: bool) -> ExportedProgram:
-    """The model's program for images of that size."""
+def export_program(model: nn.Module, images: Tensor, dynamic_batch: bool) -> ExportedProgram:
+    """torch.export's program of a model for images of that size; with a dynamic batch, for any number of them."""
     dynamic = ({0: Dim("batch", min=1)},) if dynamic_batch else None
     with torch.no_grad():
         if get_quantization(model) is None:
@@ -99,48 +195,10 @@ def trace(model: nn.Module, images: Tensor, dynamic_batch: bool) -> ExportedProg
         return convert.export_program(model, images, dynamic_shapes=dynamic)
 
 
-def write_pt2(program: ExportedProgram, path: Path) -> None:
-    """A program for `torch.export.load`."""
-    torch.export.save(program, path)
-
-
-def write_aoti(program: ExportedProgram, path: Path) -> None:
-    """Compiled code and weights for `torch._inductor.aoti_load_package` and for C++."""
-    with raise_compilation_errors(instead="use the format pt2, which needs no compiler"):
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-
-
-def write_onnx(program: ExportedProgram, path: Path) -> None:
-    """An ONNX graph from `images` to `logits`, weights inside."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # opset conversions that it does not need
-    with warnings.catch_warnings(action="ignore"):
-        graph = torch.onnx.export(
-            program, (), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
-        )
-    graph.save(path, external_data=False)
-
-
-WRITE = {"pt2": write_pt2, "aoti": write_aoti, "onnx": write_onnx}
-
-
-def load(path: Path, format: Format) -> Run:
-    """What was written, as a function of images; on the CPU."""
-    if format == "pt2":
-        return torch.export.load(path).module()
-    if format == "aoti":
-        return torch._inductor.aoti_load_package(str(path))
-    import onnxruntime  # noqa: PLC0415  an extra of the installation
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
 @torch.no_grad()
-def verify(model: nn.Module, run: Run, images: Tensor) -> float:
-    """How far an exported model is off on some images, at most; ExportError where that is too far."""
-    right, found = model(images), run(images)
+def verify(model: nn.Module, exported: Predictor, images: Tensor) -> float:
+    """The largest difference of an exported model's logits on some images; ExportError if it is beyond TOLERANCE."""
+    right, found = model(images), exported(images)
     if found.shape != right.shape:
         raise ExportError(f"the exported model gives {tuple(found.shape)}: the model itself gives {tuple(right.shape)}")
     difference = (found - right).abs().max().item()

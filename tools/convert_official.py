@@ -1,4 +1,4 @@
-"""Turns an official checkpoint into a weights folder: convert_official.py SOURCE.pth --model NAME --output FOLDER."""
+"""Converts an official checkpoint: python tools/convert_official.py SOURCE.pth --model NAME --output FOLDER."""
 
 import sys
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ from s3a.weights.official import KeyTable, convert_state, read_checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Converts an official checkpoint into a weights folder, every key accounted for."""
+    """Converts an official checkpoint into a weights folder; every key must be known on both sides."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE.pth")]
     """The official checkpoint: a state dict, bare or under "model"."""
     model: str
-    """Which model it holds the weights of, such as ssvit_tiny."""
+    """The model that the weights are of, such as ssvit_tiny."""
     output: Path
     """The folder to write; created where it does not exist."""
 
 
 def main(options: Options) -> None:
-    """Reads, converts and writes."""
-    table = key_table(options.model)
+    """Reads the checkpoint, converts it and writes the folder."""
+    table = find_key_table(options.model)
     model = convert(read_checkpoint(options.source), options.model, table)
     save_folder(model, options.output)
 
@@ -42,15 +42,15 @@ def main(options: Options) -> None:
     )
 
 
-def key_tables() -> dict[str, KeyTable]:
-    """For every model that has official checkpoints, its family's table of their keys."""
+def list_key_tables() -> dict[str, KeyTable]:
+    """The names of all models with official checkpoints, each with its family's table of their keys."""
     modules = {name: sys.modules[timm.model_entrypoint(name).__module__] for name in timm.list_models()}
     return {name: module.OFFICIAL_KEYS for name, module in modules.items() if hasattr(module, "OFFICIAL_KEYS")}
 
 
-def key_table(name: str) -> KeyTable:
-    """The model's table; ValueError where there is no such model, or no official checkpoint of it."""
-    tables = key_tables()
+def find_key_table(name: str) -> KeyTable:
+    """The table of a model's family; ValueError for an unknown model, or one without official checkpoints."""
+    tables = list_key_tables()
     if name in tables:
         return tables[name]
     if timm.is_model(name):
@@ -61,24 +61,24 @@ def key_table(name: str) -> KeyTable:
 
 
 def convert(state: dict[str, Tensor], name: str, table: KeyTable) -> nn.Module:
-    """The named model with the weights of the official state dict, and with its number of classes.
+    """The model of that name with the weights of an official state dict, and with as many classes.
 
     Raises:
-        ValueError: for the weights of something else; where another model fits, it is named.
+        ValueError: if the weights are of another model; it is named if it is known.
     """
-    model = build(name, state, table)
+    model = build_on_meta(name, state, table)
     try:
         converted = convert_state(state, model, table)
     except ValueError as error:
-        fitting = [other for other, its_table in key_tables().items() if fits(state, other, its_table)]
+        fitting = [other for other, its_table in list_key_tables().items() if fits(state, other, its_table)]
         remedy = f": it fits {' and '.join(fitting)}; pass --model {fitting[0]}" if fitting else f" ({error})"
         raise ValueError(f"the checkpoint does not fit {name}{remedy}") from error
     model.load_state_dict(converted, assign=True)
     return model.eval()
 
 
-def build(name: str, state: dict[str, Tensor], table: KeyTable) -> nn.Module:
-    """The model without memory for its weights, with as many classes as the state dict's classifier."""
+def build_on_meta(name: str, state: dict[str, Tensor], table: KeyTable) -> nn.Module:
+    """The model without memory for its weights, with as many classes as an official state dict has."""
     classifier = f"{timm.get_pretrained_cfg(name).classifier}.weight"
     known = (key for key in state if table.knows(key) and not table.drops(key))
     key = next((key for key in known if table.rename(key) == classifier), None)
@@ -87,11 +87,11 @@ def build(name: str, state: dict[str, Tensor], table: KeyTable) -> nn.Module:
 
 
 def fits(state: dict[str, Tensor], name: str, table: KeyTable) -> bool:
-    """Whether the state dict holds the model's weights."""
+    """Whether an official state dict holds the weights of that model."""
     if not all(map(table.knows, state)):
         return False
     try:
-        convert_state(state, build(name, state, table), table)
+        convert_state(state, build_on_meta(name, state, table), table)
     except ValueError:
         return False
     return True

@@ -1,13 +1,15 @@
-"""What the model families share: stages of residual blocks, and timm's model contract around them.
+"""The base of all model families: stages of residual blocks, and timm's model contract around them.
 
 Shapes: images [batch, in_chans, height, width], tokens [batch, height, width, dim] channels-last inside,
 maps of `features_only` and `forward_intermediates` [batch, dim, height, width].
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
+from einops import rearrange
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerScale, trunc_normal_
 from timm.models import build_model_with_cfg
@@ -26,22 +28,34 @@ POOLINGS = ("avg", "")
 BackboneT = TypeVar("BackboneT", bound="Backbone")
 
 
+class Attention(Protocol):
+    """What a block needs of its attention, a module on tokens [batch, height, width, dim]."""
+
+    dim: int
+
+    def plan(self, x: Tensor) -> Any:
+        """Everything that it needs to know of the map of tokens x; None if that is nothing."""
+
+    def __call__(self, x: Tensor, plan: Any) -> Tensor:
+        """Attends between the tokens x, by what `plan(x)` returned."""
+
+
 class ResidualBlock(Region):
-    """Attention and a feed-forward network, both residual, behind a residual position encoding if one is given.
+    """Attention and a feed-forward network, both residual; a residual position encoding may come first.
 
     Args:
-        attn: has `dim`, `plan(x)` for what it needs to know of a map (or None), and takes tokens and that plan.
+        attn: the attention, a module.
         mlp: the feed-forward network.
-        norm1, norm2: in front of either.
-        drop_path: stochastic depth of both branches.
+        norm1, norm2: the norms in front of attn and mlp.
+        drop_path: rate of stochastic depth of both branches.
         pos_conv: the position encoding.
-        layer_scale: the initial value of both scales; None for no layer scale.
+        layer_scale: the initial value of both layer scales; None for no layer scale.
     """
 
     def __init__(
         self,
         *,
-        attn: nn.Module,
+        attn: Attention,
         mlp: nn.Module,
         norm1: nn.Module,
         norm2: nn.Module,
@@ -59,40 +73,48 @@ class ResidualBlock(Region):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(attn.dim, layer_scale)
         self.drop_path = DropPath(drop_path)
 
-    def draw_kept(self, x: Tensor) -> Tensor:
-        """Stochastic depth for one forward: [2, batch, 1, 1, 1], the factor of either branch of every image."""
+    def draw_branch_scales(self, x: Tensor) -> Tensor:
+        """Stochastic depth for one forward: [2, batch, 1, 1, 1], a factor for each branch of each image, 0 if dropped.
+
+        At rate 0.5 and for two images, [[0, 2], [2, 2]] drops the attention of the first image alone.
+        """
         return torch.stack([self.drop_path(x.new_ones(x.shape[0], 1, 1, 1)) for _ in range(2)])
 
-    def forward(self, x: Tensor, plan: Any = None, kept: Tensor | None = None) -> Tensor:
-        """Transforms tokens. `plan` is what `attn.plan` returns, `kept` what `draw_kept` does; None keeps both."""
+    def forward(self, x: Tensor, plan: Any = None, branch_scales: Tensor | None = None) -> Tensor:
+        """Transforms tokens.
+
+        Args:
+            plan: what `attn.plan` returned.
+            branch_scales: what `draw_branch_scales` returned; None drops nothing.
+        """
         if self.pos_conv is not None:
             x = x + self.pos_conv(x)
         attended = self.ls1(self.attn(self.norm1(x), plan))
-        x = x + (attended if kept is None else kept[0] * attended)
-        fed = self.ls2(self.feed(x))
-        return x + (fed if kept is None else kept[1] * fed)
+        x = x + (attended if branch_scales is None else branch_scales[0] * attended)
+        fed = self.ls2(self.feed_forward(x))
+        return x + (fed if branch_scales is None else branch_scales[1] * fed)
 
-    def feed(self, x: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor) -> Tensor:
         """The feed-forward network behind its norm."""
         return self.mlp(self.norm2(x))
 
 
 @register_notrace_module  # plans depend on the map's size, which torch.fx does not know
 class Stage(nn.Module):
-    """Blocks of one width on one map.
+    """A sequence of blocks of one width on one map.
 
-    Plans and stochastic depth come from outside the blocks: so all that do the same run the same code.
+    Blocks get their plans and the factors of stochastic depth as arguments: so equal blocks share compiled code.
 
     Args:
-        downsample: in front of the blocks; for the first stage, whose map the stem makes, an identity.
-        blocks: of one width.
+        downsample: in front of the blocks; an identity in the first stage, whose map comes from the stem.
+        blocks: of one width, one at least.
         norm: behind the blocks.
     """
 
-    def __init__(self, downsample: nn.Module, blocks: list[ResidualBlock], norm: nn.Module | None = None) -> None:
+    def __init__(self, downsample: nn.Module, blocks: Sequence[ResidualBlock], norm: nn.Module | None = None) -> None:
         super().__init__()
         self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = cast("Sequence[ResidualBlock]", nn.ModuleList(blocks))
         self.norm = nn.Identity() if norm is None else norm
         self.grad_checkpointing = False
 
@@ -101,25 +123,25 @@ class Stage(nn.Module):
         drops = self.training and any(block.drop_path.drop_prob for block in self.blocks)
         for block in self.blocks:
             plan = block.attn.plan(x)
-            kept = block.draw_kept(x) if drops else None
+            branch_scales = block.draw_branch_scales(x) if drops else None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, plan, kept, use_reentrant=False)
+                x = checkpoint(block, x, plan, branch_scales, use_reentrant=False)
             else:
-                x = block(x, plan, kept)
+                x = block(x, plan, branch_scales)
         return self.norm(x)
 
 
 class Backbone(PretrainedMixin):
-    """A stem, stages and a classifier, with timm's model contract.
+    """A network of a stem, stages and a classifier, with timm's model contract.
 
-    Any input from 32 x 32 pixels up, square or not. A family's constructor makes the stem and the stages of a
-    table of sizes, hands them over, and initialises all weights.
+    Takes images of any size from 32 x 32 pixels, square or not. A family's constructor builds the stem and the stages
+    by its table of sizes, and initialises all weights.
 
     Args:
-        stem: images to tokens of a quarter of their size (rounded up).
-        stages: each halves the map but the first.
+        stem: turns images into tokens, a quarter as many a side (rounded up).
+        stages: each but the first halves the map.
         head_hidden_size: width of a pointwise layer in front of the pooling; None for no such layer.
-        num_classes: classes of the head; 0 for none.
+        num_classes: classes of the head; 0 for no classifier.
         in_chans: channels of the images.
         global_pool: "avg", or "" to keep the map.
         drop_rate: dropout in front of the classifier.
@@ -132,7 +154,7 @@ class Backbone(PretrainedMixin):
         self,
         *,
         stem: nn.Module,
-        stages: list[Stage],
+        stages: Sequence[Stage],
         head_hidden_size: int | None,
         num_classes: int,
         in_chans: int,
@@ -147,41 +169,40 @@ class Backbone(PretrainedMixin):
             {"num_chs": dim, "reduction": 4 * 2**index, "module": f"stages.{index}"} for index, dim in enumerate(dims)
         ]
         self.stem = stem
-        self.stages = nn.ModuleList(stages)
-        self._no_split_modules = [type(stages[0].blocks[0]).__name__]  # read by Accelerate: what FSDP shards apart
+        self.stages = cast("Sequence[Stage]", nn.ModuleList(stages))
+        self._no_split_modules = [type(stages[0].blocks[0]).__name__]  # for Accelerate: FSDP shards each one apart
 
-        self.proj = Pointwise(self.num_features, head_hidden_size) if head_hidden_size else nn.Identity()
-        self.norm = nn.BatchNorm2d(head_hidden_size) if head_hidden_size else nn.Identity()
-        self.act = nn.SiLU() if head_hidden_size else nn.Identity()
+        self.proj: nn.Module = Pointwise(dims[-1], head_hidden_size) if head_hidden_size else nn.Identity()
+        self.norm: nn.Module = nn.BatchNorm2d(head_hidden_size) if head_hidden_size else nn.Identity()
+        self.act: nn.Module = nn.SiLU() if head_hidden_size else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head_pruned = False
         self.reset_classifier(num_classes, global_pool)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Nothing beyond the biases and 1-d parameters that every optimizer factory leaves out."""
+        """Names of parameters without weight decay: none beside 1-d ones, which optimizer factories exempt anyway."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups for layer-wise learning rates: the stem, then stages (coarse) or blocks."""
+        """Patterns that sort parameters into groups for layer-wise learning rates: the stem, then stages or blocks."""
         norms = [(rf"^stages\.({index})\.norm", (len(stage.blocks) - 1,)) for index, stage in enumerate(self.stages)]
         fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), *norms]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades a second forward of every block for its activations, in training."""
+        """Whether training computes the activations of blocks again for the backward, instead of keeping them."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def set_drop_path(self, rate: float) -> None:
-        """Another stochastic depth of the last block, and of the others in proportion."""
-        depths = tuple(len(stage.blocks) for stage in self.stages)
-        for stage, rates in zip(self.stages, drop_path_rates(rate, depths), strict=True):
-            for block, own in zip(stage.blocks, rates, strict=True):
-                block.drop_path.drop_prob = own
+        """Sets the rate of stochastic depth of the last block, and those of the others in proportion."""
+        blocks = list(chain.from_iterable(stage.blocks for stage in self.stages))
+        for block, own_rate in zip(blocks, spread_drop_path(rate, (len(blocks),))[0], strict=True):
+            block.drop_path.drop_prob = own_rate
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -189,7 +210,7 @@ class Backbone(PretrainedMixin):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head with fresh weights (none for 0 classes), and another pooling if given."""
+        """Replaces the head by one with fresh weights (none for 0 classes), and the pooling if one is given."""
         if global_pool is not None:
             if global_pool not in POOLINGS:
                 raise unknown("global_pool", global_pool, POOLINGS)
@@ -199,9 +220,10 @@ class Backbone(PretrainedMixin):
         if self.head_pruned:
             raise ValueError("the head was pruned: build the model anew for another classifier")
         self.num_classes = num_classes
-        weight = next(self.stages.parameters())
-        like = {"device": weight.device, "dtype": weight.dtype}
-        self.head = nn.Linear(self.head_hidden_size, num_classes, **like) if num_classes else nn.Identity()
+        self.head: nn.Module = nn.Identity()
+        if num_classes:
+            weight = next(self.stages[0].parameters())
+            self.head = nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
         self.head.apply(init_linear)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -234,15 +256,14 @@ class Backbone(PretrainedMixin):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps that stages end with, before the next one halves them.
+        """The maps at the end of stages, as [batch, dim, height, width] and with the last tokens in front.
 
         Args:
-            indices: which stages; an int for the last so many, None for all.
-            norm: accepted for timm's sake; no norm follows the stages, and those that end with one of their own
-                always apply it.
-            stop_early: do not run the stages after the last index.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: return the maps alone, not (last tokens, maps).
+            indices: of the stages; an int for that many of the last ones, None for all.
+            norm: without effect, for timm's sake: no norm follows the stages, and a norm inside of one always runs.
+            stop_early: whether to leave out the stages after the last index.
+            output_fmt: "NCHW", or "NHWC" for [batch, height, width, dim].
+            intermediates_only: whether to return the maps alone, not (last tokens, maps).
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise unknown("output_fmt", output_fmt, ("NCHW", "NHWC"))
@@ -253,13 +274,13 @@ class Backbone(PretrainedMixin):
         for index, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
             if index in taken:
-                maps.append(x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x)
+                maps.append(rearrange(x, "b h w d -> b d h w") if output_fmt == "NCHW" else x)
         return maps if intermediates_only else (x, maps)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops the stages that `indices` do not need, and the head; returns the indices kept."""
+        """Removes the stages after the last index, and the head; returns the indices as timm resolves them."""
         taken, last = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[: last + 1]
         if prune_head:
@@ -271,7 +292,7 @@ class Backbone(PretrainedMixin):
 
 @register_notrace_function
 def check_images(x: Tensor, in_chans: int) -> None:
-    """Raises ValueError for images that the network cannot take."""
+    """Raises ValueError for images with a shape that the network cannot take."""
     if x.ndim != 4 or x.shape[1] != in_chans or x.shape[0] == 0:
         raise ValueError(
             f"images have shape {tuple(x.shape)}: they must be [batch, {in_chans}, height, width], one at least; "
@@ -287,7 +308,7 @@ def check_images(x: Tensor, in_chans: int) -> None:
 def check_arguments(
     dims: tuple[int, ...], tables: dict[str, tuple[Any, ...]], *, in_chans: int, drop_rate: float, drop_path_rate: float
 ) -> None:
-    """Raises ValueError unless every table of sizes has an entry for every stage, and the rest lies in its range."""
+    """Raises ValueError if a table of sizes lacks an entry for a stage, or a number is out of its range."""
     if in_chans < 1 or not 0 <= drop_rate <= 1 or not 0 <= drop_path_rate <= 1:
         raise ValueError(
             f"in_chans is {in_chans}, drop_rate {drop_rate}, drop_path_rate {drop_path_rate}: "
@@ -302,29 +323,32 @@ def check_arguments(
         )
 
 
-def drop_path_rates(last: float, depths: tuple[int, ...]) -> list[list[float]]:
-    """Stochastic depth of every block of every stage: linear over all blocks, from 0 at the first to `last`."""
+def spread_drop_path(last: float, depths: tuple[int, ...]) -> list[list[float]]:
+    """Rates of stochastic depth, stage by stage: linear over all blocks, from 0 at the first one to `last`.
+
+    `spread_drop_path(0.4, (2, 3))` is `[[0, 0.1], [0.2, 0.3, 0.4]]`, up to rounding.
+    """
     total = sum(depths)
     rates = iter([last * index / max(total - 1, 1) for index in range(total)])
     return [[next(rates) for _ in range(depth)] for depth in depths]
 
 
 def init_linear(module: nn.Module) -> None:
-    """Linear layers: truncated normal weights of std 0.02, zero biases."""
+    """Initialises a linear layer: truncated normal weights of std 0.02, zero biases."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-def create(
+def create_backbone(
     family: type[BackboneT],
     name: str,
     pretrained: bool,
     checkpoint_filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
     **model_args: Any,
 ) -> BackboneT:
-    """timm's factory, for a family's model of any number of stages."""
+    """A model of a family, made by timm's factory; its arguments say how many stages it has."""
     return build_model_with_cfg(
         family,
         name,
@@ -335,8 +359,8 @@ def create(
     )
 
 
-def default_cfg(**changes: Any) -> dict[str, Any]:
-    """timm's description of the published preprocessing; no weights are hosted."""
+def make_default_cfg(**changes: Any) -> dict[str, Any]:
+    """timm's description of a model: its preprocessing as published, but for the changes; without hosted weights."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),

@@ -16,16 +16,16 @@ from s3a.models.backbone import (
     ResidualBlock,
     Stage,
     check_arguments,
-    create,
-    default_cfg,
-    drop_path_rates,
+    create_backbone,
     init_linear,
+    make_default_cfg,
+    spread_drop_path,
 )
 from s3a.nn.layers import ConvFFN, DepthwiseConv, Downsample, Stem
 from s3a.nn.s3a import S3A
 from s3a.weights.official import KeyTable, filter_official
 
-# Layer scale starts at 1e-6 in the stages where it is a number. The published drop path rate is each size's default.
+# Stages whose layer scale is a number start it there. The drop path rates are the published ones.
 SIZES: dict[str, dict[str, Any]] = {
     "ssvit_nano": {
         "dims": (32, 64, 128),
@@ -82,7 +82,7 @@ CITATION = """\
 
 
 class ScanBlock(ResidualBlock):
-    """Depthwise position encoding, S3A, ConvFFN; all residual."""
+    """A block of SSViT: depthwise position encoding, S3A, ConvFFN; all residual."""
 
     def __init__(self, attn: S3A, mlp_ratio: float, drop_path: float, layer_scale: float | None) -> None:
         dim = attn.dim
@@ -100,25 +100,25 @@ class ScanBlock(ResidualBlock):
 class SSViT(Backbone):
     """The Sparse Scan Vision Transformer, with timm's model contract.
 
-    Any input from 32 x 32 pixels up, square or not. As published, even blocks of every stage fix the window and odd
-    ones the anchors; other scans are for ablations, and have the same parameters.
+    Takes images of any size from 32 x 32 pixels, square or not. As published, even blocks of every stage fix the window
+    and odd ones the anchors; other scans are for ablations, and have the same parameters.
 
     Args:
-        num_classes: classes of the head; 0 for none.
+        num_classes: classes of the head; 0 for no classifier.
         in_chans: channels of the images.
         global_pool: "avg", or "" to keep the map.
-        dims, depths, num_heads, mlp_ratios: per stage.
-        layer_scale: per stage, the initial value, or None for no layer scale.
+        dims, depths, num_heads, mlp_ratios: a number for each stage.
+        layer_scale: for each stage its initial value, or None for no layer scale.
         size: of the scans (`geometry.sparse_scan`).
-        scan: which blocks run which of them, a key of `geometry.SCAN_PATTERNS`.
+        scan: which block runs which scan, a key of `geometry.SCAN_PATTERNS`.
         head_hidden_size: width of the pointwise layer in front of the classifier.
         drop_rate: dropout in front of the classifier.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
+        drop_path_rate: rate of stochastic depth of the last block; rises linearly from 0 at the first.
         backend: of every attention; see `S3A`.
 
     Raises:
-        ValueError: for anything a table of sizes cannot mean (see `S3A`), and in `forward` for images below
-            32 pixels or with other channels.
+        ValueError: for sizes that make no network (see `S3A`), and in `forward` for images of less than 32 pixels or
+            with other channels.
     """
 
     citation = CITATION
@@ -145,7 +145,7 @@ class SSViT(Backbone):
         check_arguments(dims, tables, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         rule = find_scan_pattern(scan)
         stages = []
-        for index, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths), strict=True)):
+        for index, (dim, rates) in enumerate(zip(dims, spread_drop_path(drop_path_rate, depths), strict=True)):
             blocks = [
                 ScanBlock(
                     S3A(
@@ -176,14 +176,15 @@ class SSViT(Backbone):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal weights of std 0.02, zero biases; norms and layer scales as they are built."""
+    """Initialises a linear layer or convolution: truncated normal weights of std 0.02, zero biases."""
     init_linear(module)
     if isinstance(module, nn.Conv2d):
         trunc_normal_(module.weight, std=0.02)
+        assert module.bias is not None
         nn.init.zeros_(module.bias)
 
 
-# Official checkpoints: their key and ours.
+# Keys of official checkpoints, and which keys of ours they become.
 OFFICIAL_KEYS = KeyTable(
     renamed=(
         (r"patch_embed\.proj\.(\d+)\.(.+)", r"stem.\1.\2"),
@@ -201,47 +202,47 @@ OFFICIAL_KEYS = KeyTable(
 checkpoint_filter_fn = partial(filter_official, table=OFFICIAL_KEYS)
 
 
-def ssvit(name: str, pretrained: bool, **model_args: Any) -> SSViT:
-    """One row of the table."""
-    return create(SSViT, name, pretrained, checkpoint_filter_fn, **{**SIZES[name], **model_args})
+def create_ssvit(name: str, pretrained: bool, **model_args: Any) -> SSViT:
+    """The SSViT of a row of the table of sizes; arguments override the row."""
+    return create_backbone(SSViT, name, pretrained, checkpoint_filter_fn, **{**SIZES[name], **model_args})
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "ssvit_nano": default_cfg(input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0),
-        "ssvit_tiny": default_cfg(),
-        "ssvit_small": default_cfg(),
-        "ssvit_base": default_cfg(),
-        "ssvit_large": default_cfg(),
+        "ssvit_nano": make_default_cfg(input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0),
+        "ssvit_tiny": make_default_cfg(),
+        "ssvit_small": make_default_cfg(),
+        "ssvit_base": make_default_cfg(),
+        "ssvit_large": make_default_cfg(),
     }
 )
 
 
 @register_model
 def ssvit_nano(pretrained: bool = False, **model_args: Any) -> SSViT:
-    """For images of 32 to 96 pixels: three stages, size 3."""
-    return ssvit("ssvit_nano", pretrained, **model_args)
+    """A small SSViT for images of 32 to 96 pixels: three stages, scans of size 3."""
+    return create_ssvit("ssvit_nano", pretrained, **model_args)
 
 
 @register_model
 def ssvit_tiny(pretrained: bool = False, **model_args: Any) -> SSViT:
-    """15 M parameters; 83.0 % top-1 published."""
-    return ssvit("ssvit_tiny", pretrained, **model_args)
+    """SSViT-T of the paper; `s3a.published` has its figures."""
+    return create_ssvit("ssvit_tiny", pretrained, **model_args)
 
 
 @register_model
 def ssvit_small(pretrained: bool = False, **model_args: Any) -> SSViT:
-    """27 M parameters; 84.4 % top-1 published."""
-    return ssvit("ssvit_small", pretrained, **model_args)
+    """SSViT-S of the paper; `s3a.published` has its figures."""
+    return create_ssvit("ssvit_small", pretrained, **model_args)
 
 
 @register_model
 def ssvit_base(pretrained: bool = False, **model_args: Any) -> SSViT:
-    """57 M parameters; 85.3 % top-1 published."""
-    return ssvit("ssvit_base", pretrained, **model_args)
+    """SSViT-B of the paper; `s3a.published` has its figures."""
+    return create_ssvit("ssvit_base", pretrained, **model_args)
 
 
 @register_model
 def ssvit_large(pretrained: bool = False, **model_args: Any) -> SSViT:
-    """100 M parameters; 85.7 % top-1 published."""
-    return ssvit("ssvit_large", pretrained, **model_args)
+    """SSViT-L of the paper; `s3a.published` has its figures."""
+    return create_ssvit("ssvit_large", pretrained, **model_args)

@@ -1,7 +1,8 @@
 """SViT: "Vision Transformer with Super Token Sampling" (arXiv 2211.11167; official code: hhb072/STViT).
 
-Shapes: images [batch, in_chans, height, width], tokens [batch, height, width, dim] channels-last inside. In super
-token attention the map is cut into rows x columns cells of `pixels` tokens, with one super token each.
+Shapes: images [batch, in_chans, height, width], tokens [batch, height, width, dim] channels-last inside. Super token
+attention cuts the map into rows x columns cells of `pixels` tokens each, and every cell has one super token: a map of
+4 x 4 tokens with cells of 2 x 2 has 2 x 2 super tokens, and 4 pixels in each cell.
 """
 
 from functools import partial
@@ -9,15 +10,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from s3a.geometry import parse_pair
-from s3a.models.backbone import Backbone, ResidualBlock, Stage, check_arguments, create, default_cfg, drop_path_rates
+from s3a.models.backbone import (
+    Backbone,
+    ResidualBlock,
+    Stage,
+    check_arguments,
+    create_backbone,
+    make_default_cfg,
+    spread_drop_path,
+)
 from s3a.nn.layers import ConvFFN, DepthwiseConv, Downsample, Pointwise, Stem
 from s3a.weights.official import KeyTable, filter_official
 
-# Layer scale starts at 1e-6 in the stages where it is a number. The published drop path rate is each size's default.
+# Stages whose layer scale is a number start it there. The drop path rates are the published ones.
 SIZES: dict[str, dict[str, Any]] = {
     "svit_nano": {
         "dims": (32, 64, 128),
@@ -64,43 +74,35 @@ CITATION = """\
   url     = {https://arxiv.org/abs/2211.11167}
 }"""
 
-# From a pixel's cell to the nine super tokens that it sees.
+# From a cell to itself and its eight neighbours, whose super tokens its pixels see.
 OFFSETS = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1))
 
 
-def to_cells(x: Tensor, height: int, width: int) -> Tensor:
-    """Cells of height x width tokens: [batch, rows, columns, pixels, dim]; zeros fill the last row and column."""
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % width, 0, -x.shape[1] % height))
-    return x.unflatten(2, (-1, width)).unflatten(1, (-1, height)).transpose(2, 3).flatten(3, 4)
-
-
-def from_cells(cells: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `to_cells`, but for the zeros: [batch, rows * height, columns * width, dim]."""
-    return cells.unflatten(3, (height, width)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
 def shift(maps: Tensor, rows: int, columns: int) -> Tensor:
-    """Moves [batch, rows, columns, ...] down and right; what leaves the map is lost, and zeros enter."""
+    """Maps [batch, rows, columns, ...] moved down and right, with zeros in the places that become free."""
     return F.pad(maps, (0, 0, columns, -columns, rows, -rows))
 
 
 def unfold(supers: Tensor) -> Tensor:
-    """The nine super tokens around every cell, zeros outside of the map: [batch, rows, columns, 9, dim]."""
+    """The super tokens of every cell and its neighbours, zeros outside of the map: [batch, rows, columns, 9, dim]."""
     return torch.stack([shift(supers, -row, -column) for row, column in OFFSETS], dim=3)
 
 
 def fold(parts: Tensor) -> Tensor:
-    """Adds up what the cells hold for each super token, the transpose of `unfold`: [batch, rows, columns, dim]."""
+    """The sum of what all cells hold for each super token, the transpose of `unfold`: [batch, rows, columns, dim]."""
     moved = [shift(part, row, column) for part, (row, column) in zip(parts.unbind(3), OFFSETS, strict=True)]
     return torch.stack(moved).sum(0)
 
 
 def associate(cells: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of every pixel belongs to each of its nine super tokens, which start as the means of the cells.
+    """How much of every pixel belongs to each of the nine super tokens that it sees, which start as means of cells.
+
+    Args:
+        cells: [batch, rows, columns, pixels, dim].
 
     Returns:
-        affinity: [batch, rows, columns, pixels, 9]; adds up to 1 for every pixel.
-        mass: [batch, rows, columns, 1], the affinities that every super token collects.
+        affinity: [batch, rows, columns, pixels, 9], with a sum of 1 for every pixel.
+        mass: [batch, rows, columns, 1], the sum of all affinities to every super token.
     """
     around = unfold(cells.mean(3))
     affinity = (cells @ around.mT * cells.shape[-1] ** -0.5).softmax(-1)
@@ -108,14 +110,14 @@ def associate(cells: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SuperTokenAttention(nn.Module):
-    """Super token attention: pixels are pooled to super tokens, these attend to each other, and are spread again.
+    """Super token attention: pools pixels into super tokens, lets these attend to each other, and spreads the result.
 
-    A pixel only knows the 3 x 3 super tokens around its cell, so the association is sparse: nine numbers a pixel.
+    A pixel sees the super tokens of its cell and its neighbours alone, so the association is nine numbers a pixel.
 
     Args:
         dim: channels of a token.
         num_heads: attention heads between super tokens.
-        super_token_size: tokens of a cell, an int or a (row, column) pair; 1 for attention between all tokens.
+        super_token_size: tokens of a cell a side, an int or a (height, width) pair; 1 for attention between all tokens.
 
     Shape:
         [batch, height, width, dim] to the same.
@@ -134,27 +136,29 @@ class SuperTokenAttention(nn.Module):
         self.proj = Pointwise(dim, dim)
 
     def plan(self, x: Tensor) -> None:
-        """Nothing needs to be known of the map beforehand."""
+        """None: super token attention needs to know nothing of the map."""
 
     def forward(self, x: Tensor, plan: None = None) -> Tensor:
         if self.super_token_size == (1, 1):
             return self.attend(x)
-        cells = to_cells(x, *self.super_token_size)
+        h, w = self.super_token_size
+        padded = F.pad(x, (0, 0, 0, -x.shape[2] % w, 0, -x.shape[1] % h))  # whole cells
+        cells = rearrange(padded, "b (rows h) (columns w) d -> b rows columns (h w) d", h=h, w=w)
         affinity, mass = associate(cells.detach())
         supers = fold(affinity.mT @ cells) / (mass + 1e-12)  # [batch, rows, columns, dim]
         cells = affinity @ unfold(self.attend(supers))
-        return from_cells(cells, *self.super_token_size)[:, : x.shape[1], : x.shape[2]]
+        spread = rearrange(cells, "b rows columns (h w) d -> b (rows h) (columns w) d", h=h, w=w)
+        return spread[:, : x.shape[1], : x.shape[2]]
 
     def attend(self, x: Tensor) -> Tensor:
         """Multi-head self-attention between all tokens of [batch, height, width, dim]."""
-        heads = self.qkv(x).flatten(1, 2).unflatten(2, (self.num_heads, 3, -1))  # [batch, tokens, heads, 3, head_dim]
-        query, key, value = heads.transpose(1, 2).unbind(3)  # [batch, heads, tokens, head_dim]
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(attended.transpose(1, 2).reshape(x.shape))
+        heads = rearrange(self.qkv(x), "b h w (heads three d) -> three b heads (h w) d", three=3, heads=self.num_heads)
+        attended = F.scaled_dot_product_attention(*heads.unbind())
+        return self.proj(rearrange(attended, "b heads (h w) d -> b h w (heads d)", h=x.shape[1]))
 
 
 class SuperTokenBlock(ResidualBlock):
-    """Depthwise position encoding, super token attention, ConvFFN behind a BatchNorm; all residual."""
+    """A block of SViT: depthwise position encoding, super token attention, ConvFFN behind a BatchNorm; all residual."""
 
     def __init__(
         self, attn: SuperTokenAttention, mlp_ratio: float, drop_path: float, layer_scale: float | None
@@ -170,30 +174,31 @@ class SuperTokenBlock(ResidualBlock):
             layer_scale=layer_scale,
         )
 
-    def feed(self, x: Tensor) -> Tensor:
-        return self.mlp(self.norm2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    def feed_forward(self, x: Tensor) -> Tensor:
+        normed = self.norm2(rearrange(x, "b h w d -> b d h w"))
+        return self.mlp(rearrange(normed, "b d h w -> b h w d"))
 
 
 class SViT(Backbone):
     """The Super Token Vision Transformer, with timm's model contract.
 
-    Any input from 32 x 32 pixels up, square or not.
+    Takes images of any size from 32 x 32 pixels, square or not.
 
     Args:
-        num_classes: classes of the head; 0 for none.
+        num_classes: classes of the head; 0 for no classifier.
         in_chans: channels of the images.
         global_pool: "avg", or "" to keep the map.
-        dims, depths, num_heads: per stage.
-        super_token_sizes: per stage, the tokens of a super token's cell; see `SuperTokenAttention`.
-        mlp_ratio: hidden width of the feed-forward networks, in dims.
-        layer_scale: per stage, the initial value, or None for no layer scale.
+        dims, depths, num_heads: a number for each stage.
+        super_token_sizes: for each stage, the tokens of a cell a side; see `SuperTokenAttention`.
+        mlp_ratio: hidden width of the feed-forward networks, as a multiple of the dim.
+        layer_scale: for each stage its initial value, or None for no layer scale.
         head_hidden_size: width of the pointwise layer in front of the classifier.
         drop_rate: dropout in front of the classifier.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
+        drop_path_rate: rate of stochastic depth of the last block; rises linearly from 0 at the first.
 
     Raises:
-        ValueError: for anything a table of sizes cannot mean (see `SuperTokenAttention`), and in `forward` for
-            images below 32 pixels or with other channels.
+        ValueError: for sizes that make no network (see `SuperTokenAttention`), and in `forward` for images of less than
+            32 pixels or with other channels.
     """
 
     citation = CITATION
@@ -222,7 +227,7 @@ class SViT(Backbone):
         }
         check_arguments(dims, tables, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         stages = []
-        for index, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths), strict=True)):
+        for index, (dim, rates) in enumerate(zip(dims, spread_drop_path(drop_path_rate, depths), strict=True)):
             blocks = [
                 SuperTokenBlock(
                     SuperTokenAttention(dim, num_heads[index], super_token_size=super_token_sizes[index]),
@@ -244,7 +249,7 @@ class SViT(Backbone):
         )
 
 
-# Official checkpoints: their key and ours.
+# Keys of official checkpoints, and which keys of ours they become.
 OFFICIAL_KEYS = KeyTable(
     renamed=(
         (r"patch_embed\.proj\.(\d+)\.(.+)", r"stem.\1.\2"),
@@ -270,40 +275,40 @@ OFFICIAL_KEYS = KeyTable(
 checkpoint_filter_fn = partial(filter_official, table=OFFICIAL_KEYS)
 
 
-def svit(name: str, pretrained: bool, **model_args: Any) -> SViT:
-    """One row of the table."""
-    return create(SViT, name, pretrained, checkpoint_filter_fn, **{**SIZES[name], **model_args})
+def create_svit(name: str, pretrained: bool, **model_args: Any) -> SViT:
+    """The SViT of a row of the table of sizes; arguments override the row."""
+    return create_backbone(SViT, name, pretrained, checkpoint_filter_fn, **{**SIZES[name], **model_args})
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "svit_nano": default_cfg(input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0),
-        "svit_small": default_cfg(),
-        "svit_base": default_cfg(),
-        "svit_large": default_cfg(),
+        "svit_nano": make_default_cfg(input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0),
+        "svit_small": make_default_cfg(),
+        "svit_base": make_default_cfg(),
+        "svit_large": make_default_cfg(),
     }
 )
 
 
 @register_model
 def svit_nano(pretrained: bool = False, **model_args: Any) -> SViT:
-    """For images of 32 to 96 pixels: three stages; parameters and cost near `ssvit_nano`'s."""
-    return svit("svit_nano", pretrained, **model_args)
+    """A small SViT for images of 32 to 96 pixels: three stages, at about the cost of `ssvit_nano`."""
+    return create_svit("svit_nano", pretrained, **model_args)
 
 
 @register_model
 def svit_small(pretrained: bool = False, **model_args: Any) -> SViT:
-    """25 M parameters; 83.6 % top-1 published."""
-    return svit("svit_small", pretrained, **model_args)
+    """SViT-S of the paper; `s3a.published` has its figures."""
+    return create_svit("svit_small", pretrained, **model_args)
 
 
 @register_model
 def svit_base(pretrained: bool = False, **model_args: Any) -> SViT:
-    """52 M parameters; 84.8 % top-1 published."""
-    return svit("svit_base", pretrained, **model_args)
+    """SViT-B of the paper; `s3a.published` has its figures."""
+    return create_svit("svit_base", pretrained, **model_args)
 
 
 @register_model
 def svit_large(pretrained: bool = False, **model_args: Any) -> SViT:
-    """95 M parameters; 85.3 % top-1 published."""
-    return svit("svit_large", pretrained, **model_args)
+    """SViT-L of the paper; `s3a.published` has its figures."""
+    return create_svit("svit_large", pretrained, **model_args)

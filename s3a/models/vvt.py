@@ -12,6 +12,7 @@ from math import pi
 from typing import Any
 
 import torch
+from einops import rearrange
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -20,17 +21,17 @@ from s3a.models.backbone import (
     ResidualBlock,
     Stage,
     check_arguments,
-    create,
-    default_cfg,
-    drop_path_rates,
+    create_backbone,
     init_linear,
+    make_default_cfg,
+    spread_drop_path,
 )
 from s3a.nn.layers import DepthwiseConv, Pointwise, Region
 from s3a.support.caches import cache_results
 from s3a.support.compiler import make_plain_tensors
 from s3a.weights.official import KeyTable, filter_official
 
-# The published drop path rate is each size's default.
+# The drop path rates are the published ones.
 SIZES: dict[str, dict[str, Any]] = {
     "vvt_nano": {
         "dims": (32, 64, 160),
@@ -79,41 +80,43 @@ CITATION = """\
   url     = {https://arxiv.org/abs/2206.10552}
 }"""
 
-SMALLEST, LARGEST = 1e-4, 1e4  # magnitudes that attention keeps its numbers between
+SMALLEST, LARGEST = 1e-4, 1e4  # magnitudes that attention clamps its numbers to
 
 
 @cache_results(maxsize=256)
 def build_vicinity(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """How a token's place weighs its features: [tokens, 4, 1], the cosine and sine of its row and column angle.
+    """The weights of every token's place: [tokens, 4, 1], the cosine and sine of its row angle and its column angle.
 
-    The row angle is pi / 2 * row / height, the column angle pi / 2 * column / width. The product of two tokens'
-    weights is then cos(da) + cos(db) of their angles' differences: 2 for the same place, and less the farther apart.
-    Built at the first call for its arguments, looked up at the next.
+    The row angle is pi / 2 * row / height, the column angle pi / 2 * column / width. The dot product of two tokens'
+    weights is then cos(da) + cos(db) of the differences of their angles: 2 for the same place, less the farther apart.
+    On a map of 4 x 4, one row apart gives cos(pi / 8) + 1 = 1.92, three rows and three columns 2 cos(3 pi / 8) = 0.77.
+    Built at the first call for its arguments, and cached.
     """
     with make_plain_tensors():
         rows = torch.arange(height, dtype=torch.float64)[:, None].expand(-1, width) / height
         columns = torch.arange(width, dtype=torch.float64).expand(height, -1) / width
         angles = pi / 2 * torch.stack([rows, columns], dim=-1)  # [height, width, 2]
         weights = torch.stack([angles.cos(), angles.sin()], dim=-1)  # [height, width, 2, 2]
-        return weights.reshape(-1, 4, 1).to(device=device, dtype=dtype)
+        weights = rearrange(weights, "h w angle part -> (h w) (angle part) 1")
+        return weights.to(device=device, dtype=dtype)
 
 
 @torch.compiler.assume_constant_result
-def vicinity(*arguments: Any) -> Tensor:
-    """`build_vicinity`, whose result a tracer takes as a constant."""
+def look_up_vicinity(*arguments: Any) -> Tensor:
+    """The result of `build_vicinity`, which tracers treat as a constant."""
     return build_vicinity(*arguments)
 
 
 def clamp_magnitude(x: Tensor) -> Tensor:
-    """Clamps absolute values to [1e-4, 1e4] and keeps signs; zeros stay zero."""
+    """The numbers with their absolute values clamped to [1e-4, 1e4]; signs stay, and zeros stay zero."""
     return x.sign() * x.abs().clamp(SMALLEST, LARGEST)
 
 
 class VicinityAttention(nn.Module):
-    """Linear attention that weighs keys by cos(da) + cos(db), so that near ones count more.
+    """Linear attention that weighs keys by cos(da) + cos(db), so that near keys count more than distant ones.
 
-    Time and memory grow with the tokens, not with their square: the weight of a pair is a product of what either
-    token brings (`build_vicinity`), so keys and values are summed up once for all queries.
+    Time and memory grow with the number of tokens, not with its square: the weight of a pair is a product of the
+    weights of both tokens (`build_vicinity`), so one sum over keys and values serves all queries.
 
     Args:
         dim: channels of a token.
@@ -145,34 +148,41 @@ class VicinityAttention(nn.Module):
         )
 
     def plan(self, x: Tensor) -> Tensor:
-        """The weights of the places of x's map; cached for the process."""
-        # they belong to one map size, also where a tracer would vary it
+        """The weights of all places on x's map; cached for the process."""
+        # as plain integers, so that a tracer cannot leave the size of the map open
         height, width = operator.index(x.shape[1]), operator.index(x.shape[2])
-        return vicinity(height, width, x.device, torch.promote_types(x.dtype, torch.float32))
-
-    def split(self, x: Tensor) -> Tensor:
-        """[batch, height, width, channels] to [batch, heads, tokens, head_dim]."""
-        return x.flatten(1, 2).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-
-    def place(self, x: Tensor, plan: Tensor) -> Tensor:
-        """Four copies of each head's features, weighed by place: [batch, heads, tokens, 4 * head_dim]."""
-        return (self.split(x).unsqueeze(3) * plan).flatten(3).to(x.dtype)
+        return look_up_vicinity(height, width, x.device, torch.promote_types(x.dtype, torch.float32))
 
     def forward(self, x: Tensor, plan: Tensor | None = None) -> Tensor:
-        """Attends. `plan` is what `self.plan(x)` returns; None looks it up."""
+        """Attends between all tokens.
+
+        Args:
+            plan: what `self.plan(x)` returned; None looks it up.
+        """
         plan = self.plan(x) if plan is None else plan
-        query, key = self.place(self.q_proj(x).relu(), plan), self.place(self.k_proj(x).relu(), plan)
-        value = self.split(self.v_proj(x))
+        query = weigh_by_place(self.split_heads(self.q_proj(x).relu()), plan)
+        key = weigh_by_place(self.split_heads(self.k_proj(x).relu()), plan)
+        value = self.split_heads(self.v_proj(x))
         context = clamp_magnitude(key.mT @ value)  # [batch, heads, 4 * head_dim, head_dim]
-        # the sum is positive, so this clamps its reciprocal too, also where half precision overflows
+        # the total is positive, so clamping it clamps its reciprocal, also where half precision overflows
         total = (query @ key.sum(2).unsqueeze(3) + 1e-4).clamp(SMALLEST, LARGEST)  # [batch, heads, tokens, 1]
         attended = clamp_magnitude(clamp_magnitude(query @ context) / total)  # [batch, heads, tokens, head_dim]
-        out = clamp_magnitude(self.out_proj(attended.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3])))
+        attended = rearrange(attended, "b heads (h w) d -> b h w (heads d)", h=x.shape[1])
+        out = clamp_magnitude(self.out_proj(attended))
         return clamp_magnitude(out + out * self.gate(x.mean((1, 2)))[:, None, None])
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Tokens [batch, height, width, channels] as [batch, heads, tokens, head_dim]."""
+        return rearrange(x, "b h w (heads d) -> b heads (h w) d", heads=self.num_heads)
+
+
+def weigh_by_place(x: Tensor, weights: Tensor) -> Tensor:
+    """Four copies of each head's features, weighed by place: [batch, heads, tokens, 4 * head_dim]."""
+    return (x.unsqueeze(3) * weights).flatten(3).to(x.dtype)
 
 
 class DepthwiseFFN(nn.Module):
-    """A pointwise expansion, a depthwise convolution, a pointwise projection."""
+    """A feed-forward network: pointwise expansion, depthwise convolution, GELU, pointwise projection."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -186,7 +196,7 @@ class DepthwiseFFN(nn.Module):
 
 
 class VicinityBlock(ResidualBlock):
-    """Vicinity attention, DepthwiseFFN; both residual."""
+    """A block of VVT: vicinity attention, DepthwiseFFN; both residual."""
 
     def __init__(self, attn: VicinityAttention, mlp_ratio: float, drop_path: float) -> None:
         dim = attn.dim
@@ -200,7 +210,7 @@ class VicinityBlock(ResidualBlock):
 
 
 class PatchEmbed(Region):
-    """Overlapping patches of images [batch, channels, height, width] to tokens, LayerNorm; sizes rounded up."""
+    """Turns overlapping patches of images [batch, channels, height, width] into normed tokens; sizes are rounded up."""
 
     def __init__(self, in_chans: int, dim: int, *, kernel_size: int, stride: int) -> None:
         super().__init__()
@@ -213,7 +223,7 @@ class PatchEmbed(Region):
 
 
 class PatchMerging(PatchEmbed):
-    """The same on tokens: halves the map and changes their width."""
+    """The same for tokens: halves their map and changes their width."""
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__(dim, out_dim, kernel_size=3, stride=2)
@@ -225,21 +235,21 @@ class PatchMerging(PatchEmbed):
 class VVT(Backbone):
     """The Vicinity Vision Transformer, with timm's model contract.
 
-    Any input from 32 x 32 pixels up, square or not. Every stage ends with a LayerNorm, so that its map is the
-    normalised one.
+    Takes images of any size from 32 x 32 pixels, square or not. Every stage ends with a LayerNorm, so its map is
+    normalised.
 
     Args:
-        num_classes: classes of the head; 0 for none.
+        num_classes: classes of the head; 0 for no classifier.
         in_chans: channels of the images.
         global_pool: "avg", or "" to keep the map.
-        dims, depths, num_heads, mlp_ratios: per stage.
+        dims, depths, num_heads, mlp_ratios: a number for each stage.
         reduction: of the channels of queries, keys and values.
         drop_rate: dropout in front of the classifier.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
+        drop_path_rate: rate of stochastic depth of the last block; rises linearly from 0 at the first.
 
     Raises:
-        ValueError: for anything a table of sizes cannot mean (see `VicinityAttention`), and in `forward` for
-            images below 32 pixels or with other channels.
+        ValueError: for sizes that make no network (see `VicinityAttention`), and in `forward` for images of less than
+            32 pixels or with other channels.
     """
 
     citation = CITATION
@@ -261,7 +271,7 @@ class VVT(Backbone):
         tables = {"depths": depths, "num_heads": num_heads, "mlp_ratios": mlp_ratios}
         check_arguments(dims, tables, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         stages = []
-        for index, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths), strict=True)):
+        for index, (dim, rates) in enumerate(zip(dims, spread_drop_path(drop_path_rate, depths), strict=True)):
             blocks = [
                 VicinityBlock(
                     VicinityAttention(dim, num_heads[index], reduction=reduction),
@@ -285,77 +295,78 @@ class VVT(Backbone):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Linear layers truncated normal of std 0.02, convolutions normal by their fan-out; zero biases."""
+    """Initialises a linear layer by a truncated normal of std 0.02, a convolution by its fan-out; zero biases."""
     init_linear(module)
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, std=(2 * module.groups / module.weight[:, 0].numel()) ** 0.5)
+        assert module.bias is not None
         nn.init.zeros_(module.bias)
 
 
-def stage_key(ours: str) -> Callable[[re.Match[str]], str]:
-    """Our key for an official one of a stage, which are counted from 1 there."""
+def rename_stage(ours: str) -> Callable[[re.Match[str]], str]:
+    """A function from the match of an official key to ours, for `re.sub`; official stages are counted from 1."""
     return lambda match: match.expand(ours.replace("STAGE", str(int(match[1]) - 1)))
 
 
-# Official checkpoints: their key and ours.
+# Keys of official checkpoints, and which keys of ours they become.
 OFFICIAL_KEYS = KeyTable(
     renamed=(
         (r"patch_embed1\.(.+)", r"stem.\1"),
-        (r"patch_embed(\d+)\.(.+)", stage_key(r"stages.STAGE.downsample.\2")),
-        (r"block(\d+)\.(\d+)\.(norm[12]\..+)", stage_key(r"stages.STAGE.blocks.\2.\3")),
-        (r"block(\d+)\.(\d+)\.attn\.([qkv]_proj|out_proj)\.(.+)", stage_key(r"stages.STAGE.blocks.\2.attn.\3.\4")),
-        (r"block(\d+)\.(\d+)\.attn\.se_fc\.(.+)", stage_key(r"stages.STAGE.blocks.\2.attn.gate.\3")),
-        (r"block(\d+)\.(\d+)\.mlp\.(fc[12]\..+)", stage_key(r"stages.STAGE.blocks.\2.mlp.\3")),
-        (r"block(\d+)\.(\d+)\.mlp\.dwconv\.dwconv\.(.+)", stage_key(r"stages.STAGE.blocks.\2.mlp.dwconv.\3")),
-        (r"norm(\d+)\.(.+)", stage_key(r"stages.STAGE.norm.\2")),
+        (r"patch_embed(\d+)\.(.+)", rename_stage(r"stages.STAGE.downsample.\2")),
+        (r"block(\d+)\.(\d+)\.(norm[12]\..+)", rename_stage(r"stages.STAGE.blocks.\2.\3")),
+        (r"block(\d+)\.(\d+)\.attn\.([qkv]_proj|out_proj)\.(.+)", rename_stage(r"stages.STAGE.blocks.\2.attn.\3.\4")),
+        (r"block(\d+)\.(\d+)\.attn\.se_fc\.(.+)", rename_stage(r"stages.STAGE.blocks.\2.attn.gate.\3")),
+        (r"block(\d+)\.(\d+)\.mlp\.(fc[12]\..+)", rename_stage(r"stages.STAGE.blocks.\2.mlp.\3")),
+        (r"block(\d+)\.(\d+)\.mlp\.dwconv\.dwconv\.(.+)", rename_stage(r"stages.STAGE.blocks.\2.mlp.dwconv.\3")),
+        (r"norm(\d+)\.(.+)", rename_stage(r"stages.STAGE.norm.\2")),
         (r"(head\..+)", r"\1"),
     ),
 )
 checkpoint_filter_fn = partial(filter_official, table=OFFICIAL_KEYS)
 
 
-def vvt(name: str, pretrained: bool, **model_args: Any) -> VVT:
-    """One row of the table."""
-    return create(VVT, name, pretrained, checkpoint_filter_fn, **{**SIZES[name], **model_args})
+def create_vvt(name: str, pretrained: bool, **model_args: Any) -> VVT:
+    """The VVT of a row of the table of sizes; arguments override the row."""
+    return create_backbone(VVT, name, pretrained, checkpoint_filter_fn, **{**SIZES[name], **model_args})
 
 
-vvt_cfg = partial(default_cfg, first_conv="stem.proj", license="apache-2.0")
+make_vvt_cfg = partial(make_default_cfg, first_conv="stem.proj", license="apache-2.0")
 default_cfgs = generate_default_cfgs(
     {
-        "vvt_nano": vvt_cfg(input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0),
-        "vvt_tiny": vvt_cfg(),
-        "vvt_small": vvt_cfg(),
-        "vvt_medium": vvt_cfg(),
-        "vvt_large": vvt_cfg(),
+        "vvt_nano": make_vvt_cfg(input_size=(3, 64, 64), pool_size=(4, 4), crop_pct=1.0),
+        "vvt_tiny": make_vvt_cfg(),
+        "vvt_small": make_vvt_cfg(),
+        "vvt_medium": make_vvt_cfg(),
+        "vvt_large": make_vvt_cfg(),
     }
 )
 
 
 @register_model
 def vvt_nano(pretrained: bool = False, **model_args: Any) -> VVT:
-    """For images of 32 to 96 pixels: three stages; parameters and cost near `ssvit_nano`'s."""
-    return vvt("vvt_nano", pretrained, **model_args)
+    """A small VVT for images of 32 to 96 pixels: three stages, at about the cost of `ssvit_nano`."""
+    return create_vvt("vvt_nano", pretrained, **model_args)
 
 
 @register_model
 def vvt_tiny(pretrained: bool = False, **model_args: Any) -> VVT:
-    """13 M parameters; 79.2 % top-1 published."""
-    return vvt("vvt_tiny", pretrained, **model_args)
+    """VVT-T of the paper; `s3a.published` has its figures."""
+    return create_vvt("vvt_tiny", pretrained, **model_args)
 
 
 @register_model
 def vvt_small(pretrained: bool = False, **model_args: Any) -> VVT:
-    """25 M parameters; 82.6 % top-1 published."""
-    return vvt("vvt_small", pretrained, **model_args)
+    """VVT-S of the paper; `s3a.published` has its figures."""
+    return create_vvt("vvt_small", pretrained, **model_args)
 
 
 @register_model
 def vvt_medium(pretrained: bool = False, **model_args: Any) -> VVT:
-    """48 M parameters; 83.8 % top-1 published."""
-    return vvt("vvt_medium", pretrained, **model_args)
+    """VVT-M of the paper; `s3a.published` has its figures."""
+    return create_vvt("vvt_medium", pretrained, **model_args)
 
 
 @register_model
 def vvt_large(pretrained: bool = False, **model_args: Any) -> VVT:
-    """62 M parameters; 84.1 % top-1 published."""
-    return vvt("vvt_large", pretrained, **model_args)
+    """VVT-L of the paper; `s3a.published` has its figures."""
+    return create_vvt("vvt_large", pretrained, **model_args)

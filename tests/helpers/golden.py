@@ -1,6 +1,6 @@
-"""What is right: numbers that the official implementations produced, and the operator's rules spelled out slowly.
+"""The references of the tests: outputs of the official implementations, and the operator's rules spelled out slowly.
 
-The recorded outputs lie in `data/`; their weights and inputs follow from a fixed rule, `fill` and `images`. The
+The recorded outputs lie in `tests/golden`; their weights and inputs follow from a fixed rule, `fill` and `images`. The
 rules are written from the papers' prose with loops and dense masks, and share nothing with the library.
 """
 
@@ -95,7 +95,7 @@ def official_state(size: str, family: str = "ssvit") -> dict[str, Tensor]:
 
 
 def recorded(name: str) -> dict[str, Tensor]:
-    """The tensors of a file in `data/`."""
+    """The tensors of a file in `tests/golden`."""
     return load_file(DATA / f"{name}.safetensors")
 
 
@@ -108,13 +108,13 @@ def neighborhood_case(index: int) -> tuple[list[Tensor], Tensor]:
 
 
 def error(ours: Tensor, right: Tensor) -> float:
-    """The largest difference, in standard deviations of what is right."""
+    """The largest difference, in standard deviations of the right values."""
     assert ours.shape == right.shape
     return ((ours.double() - right.double()).abs().max() / right.double().std(correction=0)).item()
 
 
-class Sizes(TorchDispatchMode):
-    """Notes how many elements each result has that is computed under it."""
+class SizeRecorder(TorchDispatchMode):
+    """Records the number of elements of every tensor that is computed inside its `with` block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,8 +127,8 @@ class Sizes(TorchDispatchMode):
 
 
 def count_largest(call: Callable[[], Any]) -> int:
-    """The elements of the largest tensor that a call makes; on the meta device it costs nothing to ask."""
-    with Sizes() as sizes:
+    """The number of elements of the largest tensor that a call computes; free of cost on the meta device."""
+    with SizeRecorder() as sizes:
         call()
     return max(sizes.elements)
 

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on loopback, as far as its clients ask: repositories in memory, downloads and commits.
+"""A Hugging Face Hub on loopback, as far as its clients need one: repositories in memory, downloads and commits.
 
 `HUB` is started by `conftest.py` before anything imports huggingface_hub, which reads its address only then. So no
 test can reach the real one.
@@ -60,7 +60,7 @@ class Hub:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Listens, on the same port as ever."""
+        """Starts listening, always on the same port."""
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         self.port = self.server.server_port
@@ -73,7 +73,7 @@ class Hub:
 
     @contextmanager
     def down(self) -> Iterator[None]:
-        """Nobody listens inside."""
+        """Refuses connections inside of the `with` block."""
         self.stop()
         try:
             yield
@@ -81,16 +81,16 @@ class Hub:
             self.start()
 
     def clear(self) -> None:
-        """As at the start."""
+        """Forgets all repositories and requests."""
         self.repositories, self.requests, self.failing = {}, [], None
 
     def publish(self, repo: str, files: dict[str, bytes], branch: str = "main", **rights: bool) -> str:
-        """Commits files to a repository, which is made where it does not exist; returns the commit."""
+        """Commits files to a repository, created if it does not exist; returns the commit."""
         repository = self.repositories.setdefault(repo, Repository(**rights))
         return repository.commit(files, branch)
 
     def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
-        """What a branch holds."""
+        """The files of a branch."""
         repository = self.repositories[repo]
         return repository.commits[repository.branches[branch]]
 
@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing on stderr."""
 
     def respond(self) -> None:
-        """Routes the request and sends what came of it."""
+        """Answers a request."""
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -142,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def route(self, path: str, body: bytes) -> tuple[bytes, dict[str, str]]:
-        """Finds the endpoint; returns its content and headers."""
+        """The content and headers of the endpoint that a request is for."""
         if self.hub.failing:
             raise RefusalError(self.hub.failing)
         if self.command == "POST":

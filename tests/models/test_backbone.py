@@ -79,7 +79,7 @@ def test_stochastic_depth(name: str):
         if block.pos_conv is not None:
             tokens = tokens + block.pos_conv(tokens)
         tokens = tokens + attn_factor * block.attn(block.norm1(tokens))
-        return stage.norm(tokens + mlp_factor * block.feed(tokens))
+        return stage.norm(tokens + mlp_factor * block.feed_forward(tokens))
 
     x = torch.randn(1, 8, 8, 32).expand(64, -1, -1, -1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Quantized models do nearly the same as float ones, and training learns to live with the rounding."""
+"""Quantized models do nearly the same as float ones, and training can simulate the rounding."""
 
 import dataclasses
 import shutil
@@ -146,7 +146,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def test_a_run_leaves_quantized_weights(recipe: Recipe):
-    """All of its folders; what it trains is float. Gone back an epoch, it ends with the same bytes."""
+    """All of its folders are quantized, its checkpoints float. Resumed an epoch earlier, it writes the same bytes."""
     run = train(recipe)
     for name in ("model", "best", "ema", "ema-best"):
         assert SSViT.from_pretrained(run / name).quantization.scheme == "int8-dynamic"

@@ -31,7 +31,7 @@ def test_compiled(tmp_path: Path, graphs, scheme: str):
 
 
 def test_products_of_bytes():
-    """oneDNN's, and by hand in whole numbers."""
+    """oneDNN's product equals one in whole numbers."""
     codes = torch.randint(0, 256, (5, 16), dtype=torch.uint8)
     weight, scale = torch.randint(-127, 128, (7, 16), dtype=torch.int8), torch.rand(7)
     right = (codes.long() - 128) @ weight.long().T * scale.double()
@@ -39,7 +39,7 @@ def test_products_of_bytes():
 
 
 def test_products_of_bytes_follow_their_weight():
-    """Whose layout is kept as long as it stays the same, and only then."""
+    """The layout of a weight is kept as long as the weight stays the same, and no longer."""
     codes, scale = torch.randint(0, 256, (5, 16), dtype=torch.uint8), torch.rand(7)
     weight, other = (torch.randint(-127, 128, (7, 16), dtype=torch.int8) for _ in range(2))
     before = int8.multiply_bytes(codes, weight, scale)

@@ -1,4 +1,4 @@
-"""recipes/quantize.py: one table, whose every figure is found again by other means."""
+"""recipes/quantize.py: every figure of its table is checked by other means."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def predict(folder: Path, pictures: Path) -> tuple[list[int], list[int]]:
 
 
 def test_the_command(monkeypatch, capsys, graphs, weights: Path, tmp_path: Path):
-    """One table, whose every figure is found again by other means."""
+    """Every figure of its table is checked by other means."""
     images, output, results = make_image_folder(tmp_path / "images"), tmp_path / "out", tmp_path / "results.json"
     given = ("--weights", weights, "--scheme", "int8-activations-int4-weights", "--output", output, "--turns", 1)
     more = ("--data", "imagefolder", "--data-dir", images, "--skip", "head", "--latency-batch", 2, "--results", results)

@@ -102,7 +102,7 @@ def test_round_trip_of_the_others(tmp_path: Path, name: str, family: type):
 
 
 def test_loaded_models_train(folder: Path):
-    """No tensor of theirs is bound to a file, to the meta device or to inference."""
+    """None of their tensors is bound to a file, on the meta device or for inference alone."""
     model = SSViT.from_pretrained(folder).train()
     model(torch.randn(2, 3, 40, 56)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -346,7 +346,7 @@ def test_config_without_an_entry(folder: Path, key: str):
     ],
 )
 def test_configs_that_no_model_has(folder: Path, changes: dict, words: str):
-    """Nothing of a config chooses another file to load."""
+    """No entry of a config can choose another file to load."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"config\.json") as raised:

@@ -26,7 +26,7 @@ NANO = "lizards/nano"
 
 
 def make_model(**options: object) -> SSViT:
-    """A nano with random statistics, so that a buffer that is lost is seen."""
+    """A nano with random statistics, so that a lost buffer shows."""
     model = timm.create_model("ssvit_nano", num_classes=len(LABELS), **options)
     for name, buffer in model.named_buffers():
         if "running" in name:
@@ -57,8 +57,8 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
     assert all(torch.equal(tensor, others[key]) for key, tensor in state.items())
 
 
-def asked(hub: Hub) -> list[str]:
-    """What was asked since the last time."""
+def take_requests(hub: Hub) -> list[str]:
+    """The requests since the last call."""
     requests, hub.requests = hub.requests, []
     return requests
 
@@ -86,18 +86,18 @@ def test_one_repository_serves_three_libraries(hub: Hub, commit: str, folder: Pa
 
 def test_what_is_cached_is_not_asked_for_again(hub: Hub, commit: str):
     SSViT.from_pretrained(NANO)
-    loads = [request for request in asked(hub) if request.startswith("GET")]
+    loads = [request for request in take_requests(hub) if request.startswith("GET")]
     assert loads == [f"GET /{NANO}/resolve/main/config.json", f"GET /{NANO}/resolve/{commit}/model.safetensors"]
     SSViT.from_pretrained(NANO, revision=commit)
-    assert asked(hub) == []
+    assert take_requests(hub) == []
     SSViT.from_pretrained(NANO, local_files_only=True)
-    assert asked(hub) == []
+    assert take_requests(hub) == []
     SSViT.from_pretrained(NANO)
-    assert asked(hub) == [f"HEAD /{NANO}/resolve/main/config.json"]
+    assert take_requests(hub) == [f"HEAD /{NANO}/resolve/main/config.json"]
 
 
 def test_revisions(hub: Hub, commit: str, folder: Path):
-    """A branch is followed, a commit is not left, and a cache keeps both."""
+    """A branch gives its newest commit, a commit itself, and the cache keeps both."""
     first = SSViT.from_pretrained(folder)
     other = make_model()
     other.save_pretrained(folder)
@@ -107,9 +107,9 @@ def test_revisions(hub: Hub, commit: str, folder: Path):
         assert_same(SSViT.from_pretrained(NANO, revision), right)
     hub.publish(NANO, hub.repositories[NANO].commits[commit])
     assert_same(SSViT.from_pretrained(NANO), first)
-    asked(hub)
+    take_requests(hub)
     assert_same(SSViT.from_pretrained(NANO, newer), other)
-    assert asked(hub) == []
+    assert take_requests(hub) == []
 
 
 def test_both_files_are_of_one_commit(hub: Hub, commit: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -156,8 +156,8 @@ def test_a_folder_has_no_revisions(folder: Path):
 # --------------------------------------------------------------------------------------------------------
 
 
-def refusal(repo: str = NANO, **options: object) -> str:
-    """The one line with which a repository is refused."""
+def get_refusal(repo: str = NANO, **options: object) -> str:
+    """The error for a repository, checked to be one line."""
     with pytest.raises(FileNotFoundError) as raised:
         SSViT.from_pretrained(repo, **options)
     line = str(raised.value)
@@ -172,33 +172,36 @@ def test_every_refusal_says_why_and_what_helps(hub: Hub, commit: str, folder: Pa
     hub.publish("lizards/empty", {"README.md": b"# Nothing yet\n"})
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(folder / "none"))
     said = [
-        (refusal("lizards/nanno"), "does not exist or is private: check the name"),
-        (refusal("lizards/nanno", token=TOKEN), "does not exist or is private: check the name"),
-        (refusal("lizards/gated"), "is gated: ask for access on its page"),
-        (refusal("lizards/gated", token=STRANGER), "is gated: ask for access on its page"),
-        (refusal(token="hf_expired"), "does not know the token"),
-        (refusal(token=True), "token=True finds no stored token"),
-        (refusal(revision="v2"), "has no revision 'v2': pass a branch, tag or commit"),
-        (refusal(revision="0" * 40), f"has no revision '{'0' * 40}': pass a branch, tag or commit"),
-        (refusal("lizards/pickled"), "has no model.safetensors at revision 'main': only safetensors"),
-        (refusal("lizards/empty"), "has no config.json at revision 'main'"),
-        (refusal(local_files_only=True), "not in the cache, and local_files_only=True forbids to ask the Hub: leave"),
-        (refusal("liz ards/nano"), "its name is not valid: it must be ORG/NAME"),
-        (refusal("nano"), "neither a local folder nor a Hub repository ORG/NAME"),
-        (refusal("lizards/nano/main"), "neither a local folder nor a Hub repository ORG/NAME"),
+        (get_refusal("lizards/nanno"), "does not exist or is private: check the name"),
+        (get_refusal("lizards/nanno", token=TOKEN), "does not exist or is private: check the name"),
+        (get_refusal("lizards/gated"), "is gated: ask for access on its page"),
+        (get_refusal("lizards/gated", token=STRANGER), "is gated: ask for access on its page"),
+        (get_refusal(token="hf_expired"), "does not know the token"),
+        (get_refusal(token=True), "token=True finds no stored token"),
+        (get_refusal(revision="v2"), "has no revision 'v2': pass a branch, tag or commit"),
+        (get_refusal(revision="0" * 40), f"has no revision '{'0' * 40}': pass a branch, tag or commit"),
+        (get_refusal("lizards/pickled"), "has no model.safetensors at revision 'main': only safetensors"),
+        (get_refusal("lizards/empty"), "has no config.json at revision 'main'"),
+        (
+            get_refusal(local_files_only=True),
+            "not in the cache, and local_files_only=True forbids to ask the Hub: leave",
+        ),
+        (get_refusal("liz ards/nano"), "its name is not valid: it must be ORG/NAME"),
+        (get_refusal("nano"), "neither a local folder nor a Hub repository ORG/NAME"),
+        (get_refusal("lizards/nano/main"), "neither a local folder nor a Hub repository ORG/NAME"),
     ]
     for line, reason in said:
         assert reason in line
 
 
 def test_a_cache_does_not_hide_what_the_hub_says(hub: Hub, commit: str):
-    """That a repository is gone or closed is an answer, not an outage; its commit can still be asked for."""
+    """A repository that is gone or gated is no outage, so the cache does not stand in; its commit still loads."""
     model = SSViT.from_pretrained(NANO)
     hub.repositories[NANO].gated = True
-    assert "is gated" in refusal()
-    assert "does not know the token" in refusal(token="hf_expired")
+    assert "is gated" in get_refusal()
+    assert "does not know the token" in get_refusal(token="hf_expired")
     del hub.repositories[NANO]
-    assert "does not exist or is private" in refusal()
+    assert "does not exist or is private" in get_refusal()
     assert_same(SSViT.from_pretrained(NANO, commit), model)
 
 
@@ -207,7 +210,7 @@ def test_a_disabled_repository(hub: Hub, commit: str, monkeypatch: pytest.Monkey
         raise RefusalError(403, message="Access to this resource is disabled.")
 
     monkeypatch.setattr(Handler, "resolve", disabled)
-    assert "is disabled by the Hub" in refusal()
+    assert "is disabled by the Hub" in get_refusal()
 
 
 def test_a_token_without_the_right(hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch):
@@ -215,20 +218,20 @@ def test_a_token_without_the_right(hub: Hub, commit: str, monkeypatch: pytest.Mo
         raise RefusalError(403, message="Your token is not fine-grained enough")
 
     monkeypatch.setattr(Handler, "resolve", forbidden)
-    assert "the token gives no right to that (403)" in refusal(token=TOKEN)
+    assert "the token gives no right to that (403)" in get_refusal(token=TOKEN)
 
 
 def test_what_is_no_hub(hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch):
-    """A proxy's login page, say: it answers everything, without a commit."""
+    """Such as a proxy's login page, which answers every request, but without a commit."""
     monkeypatch.setattr(Handler, "resolve", lambda *_: (b"<html>", {}))
-    assert "what answers is no Hub: check HF_ENDPOINT" in refusal()
+    assert "what answers is no Hub: check HF_ENDPOINT" in get_refusal()
 
 
 def test_no_network_and_nothing_cached(hub: Hub, commit: str):
-    """Said at once, not after minutes of trying again."""
+    """The error comes at once, not after minutes of retries."""
     with hub.down():
         started = time.perf_counter()
-        assert "config.json is not in the cache, and the Hub cannot be reached" in refusal()
+        assert "config.json is not in the cache, and the Hub cannot be reached" in get_refusal()
         assert time.perf_counter() - started < 5
 
 
@@ -237,20 +240,20 @@ def test_no_network_and_only_half_cached(hub: Hub, commit: str, tmp_path: Path):
     (cached,) = (tmp_path / "hub-cache").glob("models--*/snapshots/*/model.safetensors")
     cached.unlink()
     with hub.down():
-        assert "model.safetensors is not in the cache, and the Hub cannot be reached" in refusal()
+        assert "model.safetensors is not in the cache, and the Hub cannot be reached" in get_refusal()
 
 
 def test_no_network_and_a_warm_cache(hub: Hub, commit: str, caplog: pytest.LogCaptureFixture):
-    """Loaded from the cache, and said; a commit needs no network, so nothing is said."""
+    """Loaded from the cache with a warning; a commit needs no network, so it comes without one."""
     model = SSViT.from_pretrained(NANO)
     with hub.down():
         assert_same(SSViT.from_pretrained(NANO), model)
-        (warning,) = warnings(caplog)
+        (warning,) = list_warnings(caplog)
         assert "the Hub cannot be reached" in warning
         assert f"{NANO} is loaded from the cache, as of commit {commit}" in warning
         SSViT.from_pretrained(NANO, commit)
         SSViT.from_pretrained(NANO, local_files_only=True)
-    assert len(warnings(caplog)) == 1
+    assert len(list_warnings(caplog)) == 1
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -258,13 +261,13 @@ def test_an_overloaded_hub_and_a_warm_cache(hub: Hub, commit: str, status: int, 
     model = SSViT.from_pretrained(NANO)
     hub.failing = status
     assert_same(SSViT.from_pretrained(NANO), model)
-    (warning,) = warnings(caplog)
+    (warning,) = list_warnings(caplog)
     assert f"the Hub answers {status}" in warning
     assert f"as of commit {commit}" in warning
 
 
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the library says on stderr."""
+def list_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The library's warnings."""
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -284,20 +287,20 @@ def test_a_hub_that_is_overloaded_is_asked_again(hub: Hub, commit: str, monkeypa
 def test_a_hub_that_stays_overloaded(hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     hub.failing = 500
-    assert "config.json is not in the cache, and the Hub answers 500" in refusal()
+    assert "config.json is not in the cache, and the Hub answers 500" in get_refusal()
 
 
 def test_offline_mode(hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    """As the user wants it: the cache is used without a word."""
+    """The user chose it, so the cache is used without a warning."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub: unset it" in refusal()
+    assert "not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub: unset it" in get_refusal()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     SSViT.from_pretrained(NANO)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    asked(hub)
+    take_requests(hub)
     SSViT.from_pretrained(NANO)
-    assert asked(hub) == []
-    assert not warnings(caplog)
+    assert take_requests(hub) == []
+    assert not list_warnings(caplog)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +373,7 @@ def test_a_push_brings_a_card(hub: Hub, tmp_path: Path):
 
 
 def test_pushing_a_folder(hub: Hub, folder: Path):
-    """Strangers in it stay at home, and the folder stays as it is."""
+    """Other files in it are not published, and the folder is not changed."""
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# FOLDER_OR_REPO\n")
     (folder / "diary.txt").write_text("private")
     before = contents(folder)
@@ -386,7 +389,7 @@ def test_what_cannot_be_loaded_is_not_published(hub: Hub, folder: Path):
     shutil.copy(folder / "config.json", folder / "model.safetensors")
     with pytest.raises(ValueError, match="no whole safetensors file"):
         push_folder(folder, "lizards/new", token=TOKEN)
-    assert asked(hub) == []
+    assert take_requests(hub) == []
 
 
 def test_an_invalid_card_is_refused(hub: Hub):

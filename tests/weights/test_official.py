@@ -40,7 +40,7 @@ def official_empty(size: str, family: str = "ssvit") -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("family", "size"), OFFICIAL)
 def test_every_official_key_is_accounted_for(family: str, size: str):
-    """Ours, all of them, in our shapes; of theirs, only constants are left behind."""
+    """Every key of ours is filled, in our shape; of the official keys, only constants are dropped."""
     state, model, table = official_empty(size, family), empty(size, family), FAMILIES[family].OFFICIAL_KEYS
     converted = convert_state(state, model, table)
     expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
@@ -52,7 +52,7 @@ def test_every_official_key_is_accounted_for(family: str, size: str):
 
 @pytest.mark.parametrize(("family", "size"), OFFICIAL)
 def test_every_missing_official_key_is_named(family: str, size: str):
-    """Each key in turn, but one block stands for all."""
+    """Each key in turn, for the first block of each stage."""
     state, table = official_empty(size, family), FAMILIES[family].OFFICIAL_KEYS
     for key in state:
         if re.search(r"(blocks|block\d)\.[1-9]", key) or table.drops(key):
@@ -102,7 +102,7 @@ def test_surplus_official_keys_of_the_others_are_named(family: str, size: str, s
     ("key", "shape"), [("head.bias", (999,)), ("head.weight", (1024, 1000)), ("proj.weight", (1024, 512, 2, 1))]
 )
 def test_official_shapes_must_fit(key: str, shape: tuple[int, ...]):
-    """A transposed weight is no reshaped one."""
+    """A weight that is transposed does not pass as one with other axes of length 1."""
     state = {**official_empty("tiny"), key: torch.empty(shape)}
     with pytest.raises(ValueError, match=rf"shapes: {key} is"):
         convert_state(state, empty("tiny"), OFFICIAL_KEYS)
@@ -239,7 +239,7 @@ def test_read_checkpoint_refuses_other_contents(tmp_path: Path, content: object)
 
 @pytest.mark.parametrize("zipped", [True, False, None])
 def test_read_checkpoint_unpickles_no_objects(tmp_path: Path, zipped: bool | None):
-    """Whatever the pickle would run is not run; torch's two formats, and a plain pickle."""
+    """A pickle's code is not run, in both formats of torch and as a plain pickle."""
     path, touched = tmp_path / "a.pth", tmp_path / "touched"
     content = {"model": STATE, "extra": Malicious(touched)}
     if zipped is None:
@@ -254,7 +254,7 @@ def test_read_checkpoint_unpickles_no_objects(tmp_path: Path, zipped: bool | Non
 
 
 def test_read_checkpoint_forgets_what_it_allowed(tmp_path: Path):
-    """The allowance for trainers' options must not outlive the call."""
+    """The class of trainers' options is allowed for the call alone."""
     before = set(torch.serialization.get_safe_globals())
     torch.save(STATE, tmp_path / "a.pth")
     read_checkpoint(tmp_path / "a.pth")
