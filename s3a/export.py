@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from s3a.analysis.cost import count_channels, count_cost
 from s3a.quantization.schemes import get_quantization
 from s3a.support.compiler import raise_compilation_errors
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 
 TOLERANCE = 1e-4  # of a logit, absolute and relative
 OPEN_BATCHES = (1, 7)  # the sizes at which a file with an open batch is verified
@@ -123,7 +123,7 @@ FORMATS: dict[str, ExportFormat] = {
 def check_format(format: str, path: Path) -> ExportFormat:
     """The format of that name; ValueError if it is unknown, lacks a package here, or the file has another suffix."""
     if format not in FORMATS:
-        raise unknown("format", format, FORMATS)
+        raise make_unknown_error("format", format, FORMATS)
     found = FORMATS[format]
     missing = [package for package in found.packages if find_spec(package) is None]
     if missing:

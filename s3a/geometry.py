@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from s3a.support.caches import cache_results
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 
 Fixed: TypeAlias = Literal["window", "anchors"]
 FIXED: tuple[Fixed, ...] = ("window", "anchors")
@@ -183,9 +183,9 @@ def find_passes(
     With passes="dense" the one pass stands in the anchor pass' place: every token is an anchor.
     """
     if passes not in PASSES:
-        raise unknown("passes", passes, PASSES)
+        raise make_unknown_error("passes", passes, PASSES)
     if fixed not in FIXED:
-        raise unknown("fixed", fixed, FIXED)
+        raise make_unknown_error("fixed", fixed, FIXED)
     size = check_size(size)
     if passes == "dense":
         return None, Neighborhood(make_odd(max(height, width)))
@@ -230,5 +230,5 @@ SCAN_PATTERNS = {
 def find_scan_pattern(name: str) -> ScanPattern:
     """The pattern of that name in SCAN_PATTERNS; ValueError with the nearest name if there is none."""
     if name not in SCAN_PATTERNS:
-        raise unknown("scan", name, SCAN_PATTERNS)
+        raise make_unknown_error("scan", name, SCAN_PATTERNS)
     return SCAN_PATTERNS[name]

@@ -31,7 +31,7 @@ from s3a.geometry import FIXED, Neighborhood, Scan, sparse_scan
 from s3a.models.backbone import Backbone
 from s3a.published import PUBLISHED
 from s3a.support.command_line import run_command
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 from s3a.support.palette import BLUE, GREEN, ORANGE, PEER, VERMILLION
 from s3a.support.timing import Row, make_row, read_results, take_turns, write_result
 
@@ -313,7 +313,7 @@ def measure_models(options: Model) -> list[Row]:
     """A row per model: milliseconds a batch, images per second, memory, and the ratio to the peer."""
     for name in options.models:
         if not timm.is_model(name):
-            raise unknown("model", name, timm.list_models())
+            raise make_unknown_error("model", name, timm.list_models())
     calls, memory = {}, {}
     for name in options.models:
         calls[name] = make_model_call(options, name)

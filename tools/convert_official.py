@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor, nn
 
 from s3a.support.command_line import run_command
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 from s3a.weights.folder import save_folder
 from s3a.weights.official import KeyTable, convert_state, read_checkpoint
 
@@ -57,7 +57,7 @@ def find_key_table(name: str) -> KeyTable:
         raise ValueError(
             f"model {name!r} has no official checkpoints to convert: it must be one of {', '.join(tables)}"
         )
-    raise unknown("model", name, tables)
+    raise make_unknown_error("model", name, tables)
 
 
 def convert(state: dict[str, Tensor], name: str, table: KeyTable) -> nn.Module:

@@ -12,7 +12,7 @@ import tyro
 from s3a.analysis.cost import Cost, count_cost
 from s3a.published import PUBLISHED
 from s3a.support.command_line import run_command
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 
 LEGEND = """\
 layers: GMACs of convolutions and pointwise layers alone, in units of 2^30: the "FLOPs" of the SSViT paper
@@ -55,7 +55,7 @@ def list_own_models() -> list[str]:
 def build_on_meta(name: str) -> torch.nn.Module:
     """The model without memory for its weights; ValueError for an unknown name."""
     if not timm.is_model(name):
-        raise unknown("model", name, {*list_own_models(), *get_close_matches(name, timm.list_models(), n=1)})
+        raise make_unknown_error("model", name, {*list_own_models(), *get_close_matches(name, timm.list_models(), n=1)})
     with torch.device("meta"):
         return timm.create_model(name)
 

@@ -17,7 +17,7 @@ from s3a.attention.backends.blocks import BLOCK_SIZE
 from s3a.geometry import Neighborhood, Scan
 from s3a.support.caches import cache_results
 from s3a.support.compiler import make_plain_tensors
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 
 SMALL_MAP = 2 * BLOCK_SIZE  # tokens
 
@@ -106,7 +106,7 @@ def lay_out_scan(scan: Scan, height: int, width: int, device: torch.device, back
 def check_backend(name: str, operands: Operands) -> None:
     """Raises ValueError for an unknown backend, or one that cannot run the operands (says why, and what would)."""
     if name not in BACKENDS:
-        raise unknown("backend", name, BACKENDS)
+        raise make_unknown_error("backend", name, BACKENDS)
     reason = BACKENDS[name].why_not(operands)
     if reason is not None:
         raise ValueError(f'backend "{name}" cannot run this: {reason}; use backend="tiled", which can')

@@ -13,7 +13,7 @@ from torch import nn
 from s3a.analysis.cost import Cost, count_cost
 from s3a.geometry import find_scan_pattern
 from s3a.nn.s3a import S3A
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 from s3a.training.build import build_model, check_image_size
 from s3a.training.recipe import Recipe
 
@@ -87,7 +87,7 @@ def list_candidates(models: Iterable[str], scans: Iterable[str], sizes: Iterable
         raise ValueError("no model is given: name those to compare, such as ssvit_nano svit_nano vvt_nano")
     for name in models:
         if not timm.is_model(name):
-            raise unknown("model", name, timm.list_models())
+            raise make_unknown_error("model", name, timm.list_models())
     for scan in scans:
         find_scan_pattern(scan)
     for kind, given in (("model", models), ("--scan", scans), ("--size", sizes)):
@@ -119,7 +119,7 @@ def make_contenders(
     """
     labels = [candidate.label for candidate in candidates]
     if reference is not None and reference not in labels:
-        raise unknown("reference", reference, labels)
+        raise make_unknown_error("reference", reference, labels)
     costs = []
     for candidate in candidates:
         model = build_checked_model(

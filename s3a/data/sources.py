@@ -10,7 +10,7 @@ from s3a.data.images import ImageData
 from s3a.data.local import load_digits, load_fashion_mnist, load_image_folder
 from s3a.data.parquet import load_parquet
 from s3a.data.webdataset import load_webdataset
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 
 Source = Literal["digits", "fashion-mnist", "hub", "imagefolder", "parquet", "webdataset"]
 
@@ -71,7 +71,7 @@ def load_data(
         ValueError: for an unknown source, options that do not fit it, or images without usable labels.
     """
     if data not in SOURCES:
-        raise unknown("data", data, SOURCES)
+        raise make_unknown_error("data", data, SOURCES)
     rule = SOURCES[data]
     if data_dir is None and rule.data_dir and rule.needs_data_dir:
         raise ValueError(f"--data {data} needs --data-dir DIR, a folder with {rule.data_dir}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from s3a.nn.layers import Pointwise, Region
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 from s3a.weights.pretrained import PretrainedMixin
 
 MIN_IMAGE_SIZE = 32
@@ -213,7 +213,7 @@ class Backbone(PretrainedMixin):
         """Replaces the head by one with fresh weights (none for 0 classes), and the pooling if one is given."""
         if global_pool is not None:
             if global_pool not in POOLINGS:
-                raise unknown("global_pool", global_pool, POOLINGS)
+                raise make_unknown_error("global_pool", global_pool, POOLINGS)
             self.global_pool = global_pool
         if num_classes < 0:
             raise ValueError(f"num_classes is {num_classes}: it must be 0 (no classifier) or more")
@@ -266,7 +266,7 @@ class Backbone(PretrainedMixin):
             intermediates_only: whether to return the maps alone, not (last tokens, maps).
         """
         if output_fmt not in ("NCHW", "NHWC"):
-            raise unknown("output_fmt", output_fmt, ("NCHW", "NHWC"))
+            raise make_unknown_error("output_fmt", output_fmt, ("NCHW", "NHWC"))
         check_images(x, self.in_chans)
         taken, last = feature_take_indices(len(self.stages), indices)
         maps = []

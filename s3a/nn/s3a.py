@@ -14,7 +14,7 @@ from s3a.geometry import FIXED, PASSES, Fixed, Passes, Scan, check_size, sparse_
 from s3a.nn.layers import DepthwiseConv, Pointwise
 from s3a.nn.rotary import build_rotary_tables, rotate
 from s3a.support.caches import cache_results
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,11 +112,11 @@ class S3A(nn.Module):
                 "that are multiples of 4 (the rotary embedding needs pairs for rows and for columns)"
             )
         if fixed not in FIXED:
-            raise unknown("fixed", fixed, FIXED)
+            raise make_unknown_error("fixed", fixed, FIXED)
         if passes not in PASSES:
-            raise unknown("passes", passes, PASSES)
+            raise make_unknown_error("passes", passes, PASSES)
         if backend is not None and backend not in BACKENDS:
-            raise unknown("backend", backend, BACKENDS)
+            raise make_unknown_error("backend", backend, BACKENDS)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.size, self.fixed, self.passes, self.backend = check_size(size), fixed, passes, backend
         self.qkv = Pointwise(dim, 3 * dim)

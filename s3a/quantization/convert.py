@@ -23,7 +23,7 @@ from s3a.quantization.schemes import (
     mark_quantized,
     quiet_import,
 )
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 
 with quiet_import():
     from torchao.core.config import AOBaseConfig
@@ -85,7 +85,7 @@ def choose_layers(
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for pattern in (*layers, *skip):
         if not any(fnmatchcase(name, pattern) for name in linear):
-            raise unknown("layer pattern", pattern, linear)
+            raise make_unknown_error("layer pattern", pattern, linear)
     wanted = [name for name in linear if matches(name, layers) and not matches(name, skip)]
     group = SCHEMES[scheme].group_size or 1
     fitting = [name for name in wanted if linear[name].in_features % group == 0]
@@ -146,7 +146,7 @@ def check_layers(model: nn.Module, scheme: str, layers: Iterable[str], where: st
     known, _ = choose_layers(model, scheme)
     for name in layers:
         if name not in known:
-            raise unknown(f"{where}layer of scheme {scheme!r}", name, known)
+            raise make_unknown_error(f"{where}layer of scheme {scheme!r}", name, known)
 
 
 def cast_model(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 
 SchemeName = Literal[
     "int8-weight-only",
@@ -71,7 +71,7 @@ SCHEMES: dict[str, Scheme] = {
 def check_scheme(name: str) -> Scheme:
     """The scheme of that name; ValueError if it is unknown or cannot run on this machine."""
     if name not in SCHEMES:
-        raise unknown("scheme", name, SCHEMES)
+        raise make_unknown_error("scheme", name, SCHEMES)
     scheme = SCHEMES[name]
     needs = [find_missing_gpu(scheme.capability), *(find_missing_package(*package) for package in scheme.packages)]
     missing = [need for need in needs if need is not None]

@@ -28,7 +28,7 @@ from s3a.nn.compilation import compile_model
 from s3a.nn.s3a import S3A
 from s3a.quantization.convert import fake_quantize
 from s3a.quantization.schemes import check_float, check_trainable
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 from s3a.training.checkpoints import CheckpointClock
 from s3a.training.evaluation import make_eval_loader
 from s3a.training.processes import StopRequests, seed_step, set_cpu_threads
@@ -166,7 +166,7 @@ def build_run(recipe: Recipe, task_type: type[Task] = Classification, requests: 
 def check_names(recipe: Recipe) -> None:
     """Raises ValueError for a model, tracker or quantization scheme that is unknown, missing, or not trainable."""
     if not timm.is_model(recipe.model):
-        raise unknown("model", recipe.model, timm.list_models())
+        raise make_unknown_error("model", recipe.model, timm.list_models())
     installed = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
     if recipe.track is not None and not installed[recipe.track]():
         raise ValueError(f"--track is {recipe.track}, which is not installed: pip install {recipe.track}")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 from s3a.models import ssvit, svit, vvt
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 from s3a.training.recipe import Recipe
 
 SIZES = {**ssvit.SIZES, **svit.SIZES, **vvt.SIZES}
@@ -112,7 +112,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 def get_recipe(name: str) -> Recipe:
     """The recipe of that name; ValueError with the nearest one if there is none."""
     if name not in RECIPES:
-        raise unknown("recipe", name, RECIPES)
+        raise make_unknown_error("recipe", name, RECIPES)
     return RECIPES[name]()
 
 

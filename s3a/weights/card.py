@@ -14,7 +14,7 @@ from torch import nn
 
 from s3a.analysis.cost import count_cost
 from s3a.quantization.schemes import get_quantization
-from s3a.support.errors import unknown
+from s3a.support.errors import make_unknown_error
 
 Weights = Literal["last", "best", "ema", "ema-best"]
 TITLES: dict[Weights, str] = {
@@ -64,7 +64,7 @@ class TrainingFacts:
     def __post_init__(self) -> None:
         for kind in (self.weights, *self.scores):
             if kind not in get_args(Weights):
-                raise unknown("weights", kind, get_args(Weights))
+                raise make_unknown_error("weights", kind, get_args(Weights))
         if self.weights not in self.scores:
             raise ValueError(f"weights is {self.weights!r}: scores must hold its score, not only {list(self.scores)}")
 

@@ -20,7 +20,7 @@ from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import Tensor, nn
 
 from s3a.quantization.schemes import get_quantization
-from s3a.support.errors import DiskFullError, is_disk_full, unknown
+from s3a.support.errors import DiskFullError, is_disk_full, make_unknown_error
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -182,7 +182,7 @@ def check_config(path: Path, label: str) -> None:
     if missing:
         raise ValueError(f"{label} lacks {', '.join(missing)}: {REMEDY}")
     if not timm.is_model(config["architecture"]):
-        raise unknown(f"{label}: architecture", config["architecture"], timm.list_models())
+        raise make_unknown_error(f"{label}: architecture", config["architecture"], timm.list_models())
     classes = config["num_classes"]
     if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
         raise ValueError(f"{label}: num_classes is {classes!r}: it must be an integer of 0 or more; {REMEDY}")
