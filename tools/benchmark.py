@@ -67,8 +67,8 @@ class Operator(Common):
     """Channels of a head."""
     dtype: Dtype = "float32"
     """Of the tensors."""
-    backend: Literal["auto", "flex", "tiled"] = "auto"
-    """Who runs the passes."""
+    backend: str = "auto"
+    """Which backend executes the passes, by its name; auto is the automatic choice."""
     backward: bool = False
     """Time forward and backward."""
     compiled: bool = False

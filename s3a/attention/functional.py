@@ -72,7 +72,7 @@ def sparse_scan_attention(
         passes: "both", or for ablations "local" or "anchor" alone, or "dense" attention in their place.
         scale: factor of the scores; None is head_dim ** -0.5.
         backend: None chooses for each pass: flex on CUDA for maps of more than 256 tokens, tiled elsewhere
-            (`s3a.explain` says why); "flex", "tiled" or "reference" is used exactly, or ValueError.
+            (`s3a.explain` says why). One that is named ("flex", "tiled", "reference") is used exactly, or ValueError.
 
     Returns:
         The query's shape, dtype and device.

@@ -134,4 +134,8 @@ def explain_choice(num_tokens: int, operands: Operands) -> tuple[str, dict[str, 
         "tiled": "on CUDA the block mask runs in one kernel",
         "reference": "it is the oracle; its memory grows with pairs times head dim",
     }
-    return chosen, {name: reasons.get(name, "it is used only where it is named") for name in BACKENDS if name != chosen}
+    return chosen, {
+        name: backend.why_not(operands) or reasons.get(name, "it is used only where it is named")
+        for name, backend in BACKENDS.items()
+        if name != chosen
+    }

@@ -84,7 +84,7 @@ class S3A(nn.Module):
             the other way round. Networks alternate the two.
         passes: "both" as published; for ablations "local" or "anchor" alone, or "dense" attention.
         backend: None chooses for each pass: flex on CUDA for maps of more than 256 tokens, tiled elsewhere
-            (`s3a.explain` says why); "flex", "tiled" or "reference" is used exactly, or ValueError.
+            (`s3a.explain` says why). One that is named ("flex", "tiled", "reference") is used exactly, or ValueError.
 
     Shape:
         [batch, height, width, dim] to the same.

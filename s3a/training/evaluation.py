@@ -69,6 +69,7 @@ def evaluate(
 
     Raises:
         NonFiniteLossError: where a score is not finite, as that of a model that returns NaN.
+        ValueError: where the task has no score of the name that ranks epochs.
     """
     was_training = model.training
     model.eval()
@@ -89,6 +90,10 @@ def evaluate(
     model.train(was_training)
     *totals, counted = accelerator.reduce(sums, reduction="sum").tolist()
     scores = task.compute_scores(totals, int(counted))
+    if task.best not in scores:
+        raise ValueError(
+            f"{type(task).__name__}.best is {task.best!r}: it must be one of the scores, which are {', '.join(scores)}"
+        )
     for name, score in scores.items():
         if not math.isfinite(score):
             raise NonFiniteLossError(

@@ -190,7 +190,7 @@ class Recipe(DataOptions):
     @property
     def folder(self) -> Path:
         """Where the run is written."""
-        return self.output_dir or Path("runs") / self.run_name
+        return Path(self.output_dir or Path("runs") / self.run_name)
 
     def to_tracker(self) -> dict[str, int | float | str | bool]:
         """The fields that are set, as trackers take them: numbers, strings and booleans."""

@@ -53,7 +53,7 @@ from s3a.training.run_folder import (
 )
 from s3a.training.tasks.classification import Classification
 from s3a.training.tasks.task import Task
-from s3a.weights.card import TrainingFacts, build_card
+from s3a.weights.card import Score, TrainingFacts, build_card
 from s3a.weights.folder import save_folder
 from s3a.weights.pretrained import push_folder
 
@@ -403,6 +403,7 @@ def save(run: Run, progress: Progress) -> None:
         scaler = run.accelerator.scaler
         history = [metrics.to_line() for metrics in progress.history]
         state = {
+            "task": type(run.task).__name__,
             "data": summarize_data(run) | run.task.config,
             "recipe": run.recipe.to_json(),
             "progress": {**vars(progress), "history": history},
@@ -435,6 +436,12 @@ def resume(run: Run) -> Progress:
     state = read_newest(run.folder / CHECKPOINT_FOLDER, run.say)
     if state is None:
         return Progress()
+    task = state.get("task", Classification.__name__)  # the only one, when checkpoints did not name it
+    if task != type(run.task).__name__:
+        raise ValueError(
+            f"{run.folder} holds a run of the task {task}, and this one is {type(run.task).__name__}: give it its own "
+            "--output-dir"
+        )
     if state["data"] != summarize_data(run) | run.task.config:
         raise ValueError(
             f"the data is not that of the run in {run.folder}: it had {describe_data(state['data'])}, now there are "
@@ -537,17 +544,16 @@ def write_weights(run: Run, progress: Progress, name: str) -> None:
     )
 
 
-def collect_facts(run: Run, progress: Progress, name: str) -> TrainingFacts | None:
-    """What the model card of a weights folder tells of the training; None where the task has no scores for cards."""
+def collect_facts(run: Run, progress: Progress, name: str) -> TrainingFacts:
+    """How the weights of a folder were trained, for their model card."""
     scores = {}
     for folder, origin in list_origins(progress.history, run.task.best).items():
-        score = run.task.card_score(origin.metrics, origin.prefix)
-        if score is None:
-            return None
-        scores[WEIGHTS[folder]] = score
+        values = run.task.list_card_scores(origin.metrics.scores, origin.prefix)
+        scores[WEIGHTS[folder]] = Score(epoch=origin.metrics.epoch, values=values)
     options = json.loads(run.recipe.to_json())
     return TrainingFacts(
         name=run.recipe.run_name,
+        purpose=run.task.purpose,
         weights=WEIGHTS[name],
         scores=scores,
         dataset=run.recipe.dataset or run.recipe.data,

@@ -27,12 +27,39 @@ PLACEHOLDER = "FOLDER_OR_REPO"  # stands for the repository until the card is pu
 
 
 @dataclass(frozen=True, kw_only=True)
+class Purpose:
+    """What a model is for, as cards say it.
+
+    Attributes:
+        description: such as "An image classifier".
+        outputs: what the outputs of the head are called.
+        pipeline_tag: the Hub's name of the task; None where it has none.
+        metric: the Hub's name of the metric; None where it has none.
+        is_percentage: whether scores are fractions of 1, which people read in percent.
+    """
+
+    description: str
+    outputs: str
+    pipeline_tag: str | None = None
+    metric: str | None = None
+    is_percentage: bool = False
+
+
+CLASSIFIER = Purpose(
+    description="An image classifier",
+    outputs="classes",
+    pipeline_tag="image-classification",
+    metric="accuracy",
+    is_percentage=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Score:
-    """The accuracy of weights on the validation images. top1 and top5 are fractions of 1."""
+    """How weights scored on the validation images after an epoch: values by title, such as "top-1"."""
 
     epoch: int
-    top1: float
-    top5: float | None = None
+    values: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +68,7 @@ class TrainingFacts:
 
     Attributes:
         name: of the run, for the title.
+        purpose: what they are for.
         weights: which of the run's weights these are.
         scores: of these weights and of the run's others.
         dataset: its id on the Hub, or the name of the source, such as imagefolder.
@@ -53,6 +81,7 @@ class TrainingFacts:
     """
 
     name: str
+    purpose: Purpose = CLASSIFIER
     weights: Weights
     scores: Mapping[Weights, Score]
     dataset: str
@@ -83,13 +112,14 @@ def build_card(
     pretrained_cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     title = pretrained_cfg["architecture"] + (f" trained on {facts.name}" if facts else "")
     licence = pretrained_cfg.get("license") or "mit"  # this library's own, if timm knows none
-    intro = "An image classifier of timm's registry, trained or saved by s3a (Sparse Scan Self-Attention)."
-    parts = [f"---\n{format_metadata(model, facts, title, licence)}\n---", f"# {title}", intro]
-    parts += describe_model(model, data_config, licence)
+    purpose = facts.purpose if facts else CLASSIFIER
+    intro = f"{purpose.description} of timm's registry, trained or saved by s3a (Sparse Scan Self-Attention)."
+    parts = [f"---\n{format_metadata(model, purpose, facts, title, licence)}\n---", f"# {title}", intro]
+    parts += describe_model(model, purpose, data_config, licence)
     if facts:
         parts += ["## Results", format_scores(facts), "## Data", format_data(facts)]
         parts += ["## Recipe", format_table(["option", "value"], facts.recipe.items())]
-    parts += ["## Use", show_use(model)]
+    parts += ["## Use", show_use(model, purpose)]
     if citation := getattr(model, "citation", None):
         parts += ["## Citation", f"```bibtex\n{citation}\n```"]
     return "\n\n".join(parts) + "\n"
@@ -101,42 +131,41 @@ def insert_repository(card: Path, repo: str) -> None:
         card.write_text(card.read_text(encoding="utf-8").replace(PLACEHOLDER, repo), encoding="utf-8")
 
 
-def format_metadata(model: nn.Module, facts: TrainingFacts | None, title: str, licence: str) -> str:
-    """The YAML for the Hub. Scores are fractions of 1 there."""
-    metadata = ModelCardData(
-        license=licence,
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "transformers", "s3a"],
-    )
+def format_metadata(model: nn.Module, purpose: Purpose, facts: TrainingFacts | None, title: str, licence: str) -> str:
+    """The YAML for the Hub. Accuracies are fractions of 1 there."""
+    tag = purpose.pipeline_tag
+    tags = ["timm", *(["transformers"] if purpose is CLASSIFIER else []), "s3a"]
+    library = "timm"
     if get_quantization(model):  # neither timm nor transformers can load such weights
-        metadata.library_name, metadata.tags = "s3a", ["image-classification", "s3a", "torchao"]
+        tags, library = ["s3a", "torchao"], "s3a"
+    metadata = ModelCardData(
+        license=licence, library_name=library, pipeline_tag=tag, tags=[*([tag] if tag else []), *tags]
+    )
     if facts:
-        score = facts.scores[facts.weights]
-        values = {"top-1": score.top1, "top-5": score.top5}
-        metadata.datasets, metadata.metrics, metadata.model_name = [facts.dataset], ["accuracy"], title
+        metadata.datasets = [facts.dataset]
+    if facts and tag and purpose.metric:
+        metadata.metrics, metadata.model_name = [purpose.metric], title
         metadata.eval_results = [
             EvalResult(
-                task_type="image-classification",
+                task_type=tag,
                 dataset_type=facts.dataset,
                 dataset_name=facts.name,
                 dataset_split="validation",
-                metric_type="accuracy",
+                metric_type=purpose.metric,
                 metric_name=f"{name}, {TITLES[facts.weights]}",
                 metric_value=value,
             )
-            for name, value in values.items()
-            if value is not None
+            for name, value in facts.scores[facts.weights].values.items()
         ]
     return metadata.to_yaml()
 
 
-def describe_model(model: nn.Module, data_config: Mapping[str, Any], licence: str) -> list[str]:
+def describe_model(model: nn.Module, purpose: Purpose, data_config: Mapping[str, Any], licence: str) -> list[str]:
     """A table of what the model is and costs, and a note on both costs."""
     channels, height, width = data_config["input_size"]
     cost = count_cost(model, height, width)
     rows = {
-        "classes": f"{model.num_classes:,}",
+        purpose.outputs: f"{model.num_classes:,}",
         "image": f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}",
         "parameters": f"{cost.parameters:,}",
         "GMACs, layers alone": f"{cost.published_gmacs:.3g}",
@@ -154,12 +183,16 @@ def describe_model(model: nn.Module, data_config: Mapping[str, Any], licence: st
 
 def format_scores(facts: TrainingFacts) -> str:
     """A table of the scores; those of these weights in bold."""
+    titles = list(dict.fromkeys(title for score in facts.scores.values() for title in score.values))
     rows = []
     for kind, score in facts.scores.items():
         name = f"**{TITLES[kind]}: these weights**" if kind == facts.weights else TITLES[kind]
-        percents = ("" if share is None else f"{100 * share:.2f} %" for share in (score.top1, score.top5))
-        rows.append((name, score.epoch, *percents))
-    return format_table(["weights", "epoch", "top-1", "top-5"], rows)
+        values = {
+            title: f"{100 * value:.2f} %" if facts.purpose.is_percentage else f"{value:.4f}"
+            for title, value in score.values.items()
+        }
+        rows.append((name, score.epoch, *(values.get(title, "") for title in titles)))
+    return format_table(["weights", "epoch", *titles], rows)
 
 
 def format_data(facts: TrainingFacts) -> str:
@@ -173,20 +206,17 @@ def format_data(facts: TrainingFacts) -> str:
     return format_table(["", ""], rows.items())
 
 
-def show_use(model: nn.Module) -> str:
-    """Python code that loads the model with this library, timm and transformers."""
+def show_use(model: nn.Module, purpose: Purpose) -> str:
+    """Python code that loads the model with this library and timm, and a classifier with transformers too."""
     family = type(model).__name__ if hasattr(model, "from_pretrained") else None
     own = f'model = s3a.{family}.from_pretrained("{PLACEHOLDER}")\n' if family else ""
     if get_quantization(model):
         return f"```python\nimport s3a\n\n{own}```"
-    return f"""```python
-import s3a  # registers its models with timm
-import timm
-from transformers import pipeline
-
-{own}model = timm.create_model("hf-hub:{PLACEHOLDER}", pretrained=True)
-classify = pipeline("image-classification", model="{PLACEHOLDER}")
-```"""
+    lines = ["import s3a  # registers its models with timm", "import timm"]
+    lines += ["from transformers import pipeline"] if purpose is CLASSIFIER else []
+    lines += ["", f'{own}model = timm.create_model("hf-hub:{PLACEHOLDER}", pretrained=True)']
+    lines += [f'classify = pipeline("image-classification", model="{PLACEHOLDER}")'] if purpose is CLASSIFIER else []
+    return "\n".join(["```python", *lines, "```"])
 
 
 def format_table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:

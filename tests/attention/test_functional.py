@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.backends import list_backends
 from helpers.golden import (
     NEIGHBORHOODS,
     ablated_attention,
@@ -25,8 +26,7 @@ from s3a import neighborhood_attention, sparse_scan, sparse_scan_attention
 from s3a.attention.backends import BACKENDS, Operands
 from s3a.attention.plan import attend_plan, choose_backend, lay_out_scan, plan_scan
 
-ANY = Operands(torch.device("cpu"), torch.float64, head_dim=8, needs_grad=True)
-EAGER = [name for name, backend in BACKENDS.items() if backend.why_not(ANY) is None]
+EAGER = list_backends(torch.float64)
 
 # kernel size, dilation, batch, height, width
 CASES = [
@@ -100,7 +100,7 @@ def test_dense_mask(kernel_size, dilation, batch: int, height: int, width: int, 
     assert error(attended, expected) <= 1e-12
 
 
-@pytest.mark.parametrize("backend", EAGER)
+@pytest.mark.parametrize("backend", [name for name in EAGER if name in list_backends(torch.bfloat16)])
 def test_bfloat16(backend: str):
     inputs = draw(2, 13, 22, 2, 16, dtype=torch.bfloat16)
     attended = neighborhood_attention(*inputs, 5, 2, backend=backend)
@@ -334,7 +334,7 @@ def test_automatic_choice(device: str, dtype: torch.dtype, head_dim, needs_grad:
     assert choose_backend(num_tokens, Operands(torch.device(device), dtype, head_dim, needs_grad)) == chosen
 
 
-@pytest.mark.parametrize("backend", ["flex", "tiled", "reference"])
+@pytest.mark.parametrize("backend", list_backends(torch.bfloat16, needs_grad=False))
 @pytest.mark.parametrize("side", [2, 56])
 def test_explicit_choice_is_kept(backend: str, side: int):
     """Where the automatic choice is another: tiled on the small map, and on this device."""

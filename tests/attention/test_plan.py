@@ -7,12 +7,13 @@ import weakref
 
 import pytest
 import torch
+from helpers.backends import list_backends
 from helpers.golden import chained_attention, dense_mask, error, seen_keys
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s3a import Neighborhood, neighborhood_attention, sparse_scan, sparse_scan_attention
-from s3a.attention.backends import Operands
+from s3a.attention.backends import BACKENDS, Operands
 from s3a.attention.backends.blocks import BlockLayout, lay_out_blocks
 from s3a.attention.backends.reference import lay_out_keys
 from s3a.attention.backends.tiles import TileLayout, lay_out_tiles
@@ -174,7 +175,7 @@ def test_gathers_are_the_rule(kernel_size, dilation, height: int, width: int):
 # --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["flex", "tiled", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_plans_are_built_once(backend):
     plan = plan_scan(sparse_scan(14, 21), 14, 21, Operands(CPU, torch.float32, 32, needs_grad=False), backend)
     again = Operands(torch.device("cpu"), torch.bfloat16, 16, needs_grad=False)  # no layout depends on these
@@ -235,7 +236,7 @@ def test_cleared_caches_build_anew():
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode, torch.no_grad])
-@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("backend", list_backends(torch.float64))
 def test_plans_survive_the_mode_they_are_built_in(backend, mode):
     """An inference or fake tensor in the cache would break the training step that finds it there."""
     clear_caches()

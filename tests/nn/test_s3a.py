@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers.backends import list_backends
 from helpers.golden import dense_mask, error, masked_attention, scan_table
 from helpers.layers import conv, randomize, rotate_as_complex
 from torch import Tensor
@@ -28,7 +29,7 @@ def official_s3a(module: S3A, x: Tensor) -> Tensor:
     return conv(module.proj, attended + lepe).permute(0, 2, 3, 1)
 
 
-@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("backend", list_backends(torch.float64))
 @pytest.mark.parametrize("fixed", ["window", "anchors"])
 @pytest.mark.parametrize(
     ("height", "width", "dim", "num_heads", "size"), [(14, 19, 32, 2, 7), (8, 15, 48, 3, 3), (4, 6, 8, 2, 7)]

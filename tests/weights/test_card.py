@@ -1,5 +1,6 @@
 """Model cards: what people and the Hub read of a model, checked through the Hub's own parser."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import torch
 from huggingface_hub import ModelCard
 
 from s3a.analysis.cost import count_cost
-from s3a.weights.card import Score, TrainingFacts, build_card, insert_repository
+from s3a.weights.card import Purpose, Score, TrainingFacts, build_card, insert_repository
 
 FACTS = TrainingFacts(
     name="digits",
     weights="ema",
-    scores={"last": Score(epoch=28, top1=358 / 360, top5=1.0), "ema": Score(epoch=28, top1=359 / 360)},
+    scores={
+        "last": Score(epoch=28, values={"top-1": 358 / 360, "top-5": 1.0}),
+        "ema": Score(epoch=28, values={"top-1": 359 / 360}),
+    },
     dataset="digits",
     num_train=1437,
     num_val=360,
@@ -64,6 +68,23 @@ def test_people_read_the_card(model: torch.nn.Module):
     assert told["odd"] == ["a \\| b c"]
     assert told["licence"] == ["mit"]
     assert "arxiv.org/abs/2405.13335" in text
+
+
+def test_the_card_of_another_purpose(model: torch.nn.Module):
+    """Nothing of classes, accuracies or pipelines; scores as they are; data and recipe as ever."""
+    purpose = Purpose(description="A model of brightness", outputs="outputs")
+    scores = {"last": Score(epoch=2, values={"error": 1.23456})}
+    text = build_card(model, dataclasses.replace(FACTS, purpose=purpose, weights="last", scores=scores))
+    data, told = ModelCard(text).data, rows(text)
+    assert (data.pipeline_tag, data.eval_results, data.datasets) == (None, None, ["digits"])
+    assert data.tags == ["timm", "s3a"]
+    assert text.split("# ")[1].splitlines()[2].startswith("A model of brightness of timm's registry")
+    assert (told["weights"], told["**last epoch: these weights**"]) == (["epoch", "error"], ["2", "1.2346"])
+    assert told["training images"] == ["1,437"]
+    assert told["drop_path"] == ["0.1"]
+    assert not re.search("classif|accuracy|pipeline", text)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    compile(code, "card", "exec")
 
 
 def test_a_model_of_which_nothing_is_known(model: torch.nn.Module):

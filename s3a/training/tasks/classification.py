@@ -19,7 +19,7 @@ from s3a.data.batches import Transform
 from s3a.training.recipe import Recipe
 from s3a.training.run_folder import EpochMetrics, Panel, Prefix
 from s3a.training.tasks.task import Task, TimmModel, make_loss_panel, select_columns
-from s3a.weights.card import Score
+from s3a.weights.card import CLASSIFIER
 
 
 class Classification(Task):
@@ -27,6 +27,7 @@ class Classification(Task):
 
     best = "top1"
     title = "top-1"
+    purpose = CLASSIFIER
 
     def __init__(self, data: ImageData) -> None:
         super().__init__(data)
@@ -101,10 +102,9 @@ class Classification(Task):
     def config(self) -> dict[str, Any]:
         return {"label_names": self.label_names}
 
-    def card_score(self, metrics: EpochMetrics, prefix: Prefix) -> Score:
-        top1, top5 = (metrics.scores.get(f"{prefix}_{name}") for name in ("top1", "top5"))
-        assert top1 is not None
-        return Score(epoch=metrics.epoch, top1=top1, top5=top5)
+    def list_card_scores(self, scores: Mapping[str, float], prefix: Prefix) -> dict[str, float]:
+        titles = {f"{prefix}_top1": "top-1", f"{prefix}_top5": "top-5"}
+        return {title: scores[column] for column, title in titles.items() if column in scores}
 
     def check_weights(self, model: nn.Module, *, other_label_names: bool = False) -> None:
         """Raises ValueError where a model with loaded weights knows other classes than the data has.

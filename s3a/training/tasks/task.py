@@ -16,7 +16,7 @@ from s3a.data import Batch, ImageData
 from s3a.data.batches import Transform
 from s3a.training.recipe import Recipe
 from s3a.training.run_folder import EpochMetrics, Panel, Prefix
-from s3a.weights.card import Score
+from s3a.weights.card import Purpose
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 """Calls the model on a batch, which is on its device, and returns the mean loss: a scalar to go backward from."""
@@ -43,11 +43,13 @@ class Task(ABC):
         best: the score that ranks epochs; a larger one is better. The weights folders `best` and `ema-best` hold those
             of the epoch where it was the largest.
         title: what people call that score.
+        purpose: what model cards say of the model.
     """
 
     num_outputs: int
     best: str
     title: str
+    purpose = Purpose(description="A model", outputs="outputs")
 
     def __init__(self, data: ImageData) -> None:
         """For training and for evaluation; the recipe comes with the calls that need it."""
@@ -143,13 +145,14 @@ class Task(ABC):
         """Entries of `config.json` that say what the outputs mean; a run is resumed only where they are the same."""
         return {}
 
-    def card_score(self, metrics: EpochMetrics, prefix: Prefix) -> Score | None:
-        """What the model card prints of an epoch's scores; None for a card that tells nothing of the training.
+    def list_card_scores(self, scores: Mapping[str, float], prefix: Prefix) -> dict[str, float]:
+        """What the model card prints of an epoch's scores, by title; by default the one that ranks epochs.
 
         Args:
+            scores: by column of `metrics.jsonl`.
             prefix: of the columns to take: val, or ema for the moving average of the weights.
         """
-        return None
+        return {self.title: scores[f"{prefix}_{self.best}"]}
 
 
 def make_loss_panel(history: Sequence[EpochMetrics]) -> Panel:

@@ -112,7 +112,10 @@ def test_a_toy_task_trains_stops_resumes_and_keeps_its_best(recipe, monkeypatch,
     assert config["score"] == {"weights": "best", "epoch": best["epoch"], "accuracy": best["val_accuracy"]}
     assert "label_names" not in config
     assert s3a.SSViT.from_pretrained(folder / "best").num_classes == 1
-    assert (folder / "best" / "README.md").is_file()
+    card = (folder / "best" / "README.md").read_text()
+    assert f"| **best epoch: these weights** | {best['epoch']} | {best['val_accuracy']:.4f} |" in card
+    assert "| image_size | 32 |" in card
+    assert "classif" not in card
     assert (folder / "curves.png").is_file()
     assert f"val_error {lines[1]['val_error']:.4f}, val_accuracy {lines[1]['val_accuracy']:.4f}" in said
     assert "recipes/evaluate.py" not in said, "which is for classifiers"
@@ -141,6 +144,22 @@ def test_a_score_that_is_not_finite_stops_the_run(recipe, monkeypatch):
     monkeypatch.setattr(Brightness, "compute_scores", lambda *_: {"error": 0.1, "accuracy": float("nan")})
     with pytest.raises(NonFiniteLossError, match="the validation accuracy is nan"):
         train_changed(recipe, task=Brightness)
+
+
+def test_a_run_is_not_taken_over_by_another_task(recipe):
+    """Even one with the same scores, and even after its end."""
+    folder = train_changed(recipe, task=Brightness)
+    before = (folder / "model" / "model.safetensors").read_bytes()
+    other = type("Darkness", (Brightness,), {})
+    with pytest.raises(ValueError, match=r"holds a run of the task Brightness, and this one is Darkness: .*--output"):
+        train_changed(recipe, task=other)
+    assert (folder / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_a_best_score_that_is_none_is_named(recipe):
+    misspelt = type("Misspelt", (Brightness,), {"best": "acuracy"})
+    with pytest.raises(ValueError, match=r"Misspelt\.best is 'acuracy': .* which are error, accuracy"):
+        train_changed(recipe, task=misspelt)
 
 
 def test_the_base_of_tasks_can_not_be_trained(recipe):
