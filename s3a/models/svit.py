@@ -84,7 +84,10 @@ def shift(maps: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def unfold(supers: Tensor) -> Tensor:
-    """The super tokens of every cell and its neighbours, zeros outside of the map: [batch, rows, columns, 9, dim]."""
+    """The super tokens of every cell and its neighbours, zeros outside of the map: [batch, rows, columns, 9, dim].
+
+    On a map of 4 x 4 cells, cell (0, 0) gets five zeros and the super tokens of (0, 0), (0, 1), (1, 0) and (1, 1).
+    """
     return torch.stack([shift(supers, -row, -column) for row, column in OFFSETS], dim=3)
 
 

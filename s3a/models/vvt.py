@@ -160,9 +160,11 @@ class VicinityAttention(nn.Module):
             plan: what `self.plan(x)` returned; None looks it up.
         """
         plan = self.plan(x) if plan is None else plan
-        query = weigh_by_place(self.split_heads(self.q_proj(x).relu()), plan)
-        key = weigh_by_place(self.split_heads(self.k_proj(x).relu()), plan)
-        value = self.split_heads(self.v_proj(x))
+        query, key, value = (
+            rearrange(projected, "b h w (heads d) -> b heads (h w) d", heads=self.num_heads)
+            for projected in (self.q_proj(x).relu(), self.k_proj(x).relu(), self.v_proj(x))
+        )
+        query, key = weigh_by_place(query, plan), weigh_by_place(key, plan)
         context = clamp_magnitude(key.mT @ value)  # [batch, heads, 4 * head_dim, head_dim]
         # the total is positive, so clamping it clamps its reciprocal, also where half precision overflows
         total = (query @ key.sum(2).unsqueeze(3) + 1e-4).clamp(SMALLEST, LARGEST)  # [batch, heads, tokens, 1]
@@ -170,10 +172,6 @@ class VicinityAttention(nn.Module):
         attended = rearrange(attended, "b heads (h w) d -> b h w (heads d)", h=x.shape[1])
         out = clamp_magnitude(self.out_proj(attended))
         return clamp_magnitude(out + out * self.gate(x.mean((1, 2)))[:, None, None])
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """Tokens [batch, height, width, channels] as [batch, heads, tokens, head_dim]."""
-        return rearrange(x, "b h w (heads d) -> b heads (h w) d", heads=self.num_heads)
 
 
 def weigh_by_place(x: Tensor, weights: Tensor) -> Tensor:
