@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from s3a.attention.backends import Operands
@@ -99,8 +98,8 @@ def attend_scan(
     height, width, head_dim = (operator.index(query.shape[axis]) for axis in (1, 2, 4))
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     plan = plan_call(build_scan, arguments, height, width, query.device, query.dtype, head_dim, needs_grad, backend)
-    query, key, value = (rearrange(tensor, "b h w n d -> b (h w) n d") for tensor in (query, key, value))
-    return rearrange(attend_plan(query, key, value, plan, scale), "b (h w) n d -> b h w n d", h=height)
+    query, key, value = (tensor.flatten(1, 2) for tensor in (query, key, value))  # [batch, tokens, heads, head_dim]
+    return attend_plan(query, key, value, plan, scale).unflatten(1, (height, width))
 
 
 @torch.compiler.assume_constant_result

@@ -6,7 +6,6 @@ are two matrix products with a softmax fused between, faster there than scaled_d
 """
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -18,9 +17,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: TileLayout, scale:
     if layout.key_list is not None and is_compiled_inference(query, key, value):
         return attend_key_list(query, key, value, layout.key_list, scale)
     if layout.whole:
-        query, key, value = (rearrange(tensor, "b tokens n d -> b n tokens d") for tensor in (query, key, value))
-        attended = scaled_dot_product_attention(query, key, value, attn_mask=layout.batches[0].mask, scale=scale)
-        return rearrange(attended, "b n tokens d -> b tokens n d")
+        # [batch, heads, tokens, head_dim]
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        mask = layout.batches[0].mask
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
     return attend_tiles(query, key, value, layout.batches, scale)
 
 
@@ -64,14 +64,13 @@ def attend_tile_batch(
 ) -> Tensor:
     """Tiles of one shape and mask, as one call. Shapes: tensors and the result [tiles * tokens, heads, head_dim]."""
     fuses = query.dtype == torch.bfloat16 and is_compiled_inference(query, key, value)
-    query, key, value = (
-        rearrange(tensor, "(tiles tokens) n d -> tiles n tokens d", tiles=num_tiles) for tensor in (query, key, value)
-    )
+    # [tiles, heads, tokens, head_dim]
+    query, key, value = (tensor.unflatten(0, (num_tiles, -1)).transpose(1, 2) for tensor in (query, key, value))
     if fuses:
         attended = multiply(query, key, value, mask, scale)
     else:
         attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return rearrange(attended, "tiles n tokens d -> (tiles tokens) n d")
+    return attended.transpose(1, 2).flatten(0, 1)
 
 
 def is_compiled_inference(*tensors: Tensor) -> bool:
