@@ -156,6 +156,19 @@ def test_a_run_is_not_taken_over_by_another_task(recipe):
     assert (folder / "model" / "model.safetensors").read_bytes() == before
 
 
+def test_a_checkpoint_that_names_no_task_is_of_classification(recipe, monkeypatch, capsys):
+    """They were written before there was another one; their runs go on, and are no other task's."""
+    folder = train_changed(recipe)
+    read = trainer.read_newest
+    monkeypatch.setattr(
+        trainer, "read_newest", lambda *where: {key: part for key, part in read(*where).items() if key != "task"}
+    )
+    train_changed(recipe)
+    assert f"{folder} is finished: 2 epochs" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="holds a run of the task Classification, and this one is Brightness"):
+        train_changed(recipe, task=Brightness)
+
+
 def test_a_best_score_that_is_none_is_named(recipe):
     misspelt = type("Misspelt", (Brightness,), {"best": "acuracy"})
     with pytest.raises(ValueError, match=r"Misspelt\.best is 'acuracy': .* which are error, accuracy"):
