@@ -6,10 +6,13 @@ images that could not be read, where that was allowed.
 
 import json
 import os
+import signal
 from dataclasses import dataclass
 
 # Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
 
 from s3a.data import DataOptions, load_data
 from s3a.support.command_line import run_command

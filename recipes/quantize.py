@@ -7,6 +7,7 @@ and how often both predict the same class.
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from copy import deepcopy
@@ -17,6 +18,8 @@ from typing import Any
 
 # Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
 
 import torch
 from timm.data import resolve_model_data_config
@@ -24,7 +27,6 @@ from torch import Tensor, nn
 
 from s3a import compile_model
 from s3a.data import DataOptions, ImageData, Source, load_data
-from s3a.quantization.convert import choose_layers, quantize
 from s3a.quantization.schemes import check_float, check_scheme
 from s3a.support.command_line import run_command
 from s3a.support.timing import take_turns, write_result
@@ -85,6 +87,8 @@ class Options(DataOptions):
 
 
 def main(options: Options) -> None:
+    from s3a.quantization.convert import choose_layers, quantize  # noqa: PLC0415  torchao is slow to import
+
     model = load_pretrained(options.weights, options.revision)
     check_float(model)
     layers, left = choose_layers(model, options.scheme, layers=options.layers, skip=options.skip)

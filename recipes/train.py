@@ -5,10 +5,13 @@ the options and trains nothing.
 """
 
 import os
+import signal
 import sys
 
 # Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
 
 from s3a.support.command_line import one_line_errors, parse_options
 from s3a.training.named_recipes import RECIPES, forget_other_source, get_recipe

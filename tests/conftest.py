@@ -30,6 +30,16 @@ from s3a.attention.backends import flex
 torch.set_num_threads(1)
 
 
+MOST_WORKERS = 8  # each takes one to two GB of memory
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """As many processes as cores for the whole suite; this process alone for files or tests that are named."""
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return 0
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """The same random numbers at every run, whatever ran before."""

@@ -1,9 +1,13 @@
 """Converts an official checkpoint: python tools/convert_official.py SOURCE.pth --model NAME --output FOLDER."""
 
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
 
 import timm
 import torch

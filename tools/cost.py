@@ -1,9 +1,13 @@
 """Parameters and cost of models at any image size, by both conventions: python tools/cost.py ssvit_tiny."""
 
 import json
+import signal
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Annotated
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
 
 import timm
 import torch

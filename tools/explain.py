@@ -1,7 +1,11 @@
 """Says how a map is attended and why: python tools/explain.py --height 56 --width 56."""
 
+import signal
 from dataclasses import dataclass
 from typing import Literal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
 
 import torch
 

@@ -4,6 +4,7 @@ python tools/export.py --weights FOLDER --format onnx --output FILE.onnx
 """
 
 import os
+import signal
 import sys
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Literal
 
 # Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
 
 import torch
 from timm.data import resolve_model_data_config

@@ -1,8 +1,12 @@
 """Draws what one token sees in both kinds of sparse scan: python tools/visualise.py --output docs/scan.png."""
 
+import signal
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
 
 import numpy as np
 from matplotlib.axes import Axes

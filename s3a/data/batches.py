@@ -65,11 +65,12 @@ class TrainBatches(Dataset[Batch]):
         draws = (epoch * self.repeats + positions % self.repeats) * self.images.num_images + indices
         unreadable: list[str] = []
         images, rows = [], []
-        for draw, candidates in zip(draws, self.images.read(indices, shuffle, list_upcoming), strict=True):
-            image, row = self._decode_first_readable(candidates, unreadable)
-            with seed_generators(self.seed, int(draw)):
+        with keep_generators():
+            for draw, candidates in zip(draws, self.images.read(indices, shuffle, list_upcoming), strict=True):
+                image, row = self._decode_first_readable(candidates, unreadable)
+                seed_generators(self.seed, int(draw))
                 images.append(self.transform(image))
-            rows.append(row)
+                rows.append(row)
         return stack_batch(images, [row.label for row in rows], [row.index for row in rows], unreadable)
 
     def _decode_first_readable(self, candidates: Iterator[Row], unreadable: list[str]) -> tuple[Image.Image, Row]:
@@ -130,14 +131,18 @@ def list_upcoming_positions(slices: Slices | EvalSlices, number: int) -> np.ndar
     return np.concatenate([np.arange(0), *map(slices.list_positions, later)])
 
 
-@contextmanager
-def seed_generators(*seeds: int) -> Iterator[None]:
-    """Seeds all three global generators inside, since timm's transforms draw from each, and puts them back after."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def seed_generators(*seeds: int) -> None:
+    """Seeds all three global generators, since timm's transforms draw from each."""
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every accelerator too, at each image
+
+
+@contextmanager
+def keep_generators() -> Iterator[None]:
+    """Gives the three global generators their states back at the end."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:

@@ -4,12 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
-from datasets import Dataset
 
 from s3a.data.decode import EncodedImage
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class DataError(ValueError):
@@ -96,7 +98,9 @@ class DatasetImages(MapImages):
         split: what it is called in messages.
     """
 
-    def __init__(self, dataset: Dataset, split: str) -> None:
+    def __init__(self, dataset: "Dataset", split: str) -> None:
+        import datasets  # noqa: PLC0415  datasets is slow to import
+
         self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
         self.split, self.num_images = split, len(dataset)
 

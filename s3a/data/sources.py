@@ -1,15 +1,11 @@
 """The sources of images by name, and the options that each of them takes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Literal
 
-from s3a.data.hub import load_hub
 from s3a.data.images import ImageData
-from s3a.data.local import load_digits, load_fashion_mnist, load_image_folder
-from s3a.data.parquet import load_parquet
-from s3a.data.webdataset import load_webdataset
 from s3a.support.errors import make_unknown_error
 
 Source = Literal["digits", "fashion-mnist", "hub", "imagefolder", "parquet", "webdataset"]
@@ -19,7 +15,8 @@ Source = Literal["digits", "fashion-mnist", "hub", "imagefolder", "parquet", "we
 class SourceRule:
     """The function that loads a source, and the options that it takes."""
 
-    load: Callable[..., ImageData]
+    load: str
+    """MODULE:FUNCTION, imported when it is called: datasets and scikit-learn take seconds to import"""
     data_dir: str | None = None
     """what --data-dir must hold; None where the source takes none"""
     needs_data_dir: bool = True
@@ -30,14 +27,21 @@ class SourceRule:
 
 
 SOURCES: dict[str, SourceRule] = {
-    "digits": SourceRule(load_digits, remedy="the digits come with scikit-learn: use --data imagefolder"),
-    "fashion-mnist": SourceRule(load_fashion_mnist, data_dir="the four idx files", needs_data_dir=False),
-    "hub": SourceRule(
-        load_hub, remedy="a folder is --data imagefolder, parquet or webdataset", takes_dataset=True, streams=True
+    "digits": SourceRule(
+        "s3a.data.local:load_digits", remedy="the digits come with scikit-learn: use --data imagefolder"
     ),
-    "imagefolder": SourceRule(load_image_folder, data_dir="train/CLASS/* and val/CLASS/*"),
-    "parquet": SourceRule(load_parquet, data_dir="train*.parquet and val*.parquet", streams=True),
-    "webdataset": SourceRule(load_webdataset, data_dir="train*.tar and val*.tar", streams=True),
+    "fashion-mnist": SourceRule(
+        "s3a.data.local:load_fashion_mnist", data_dir="the four idx files", needs_data_dir=False
+    ),
+    "hub": SourceRule(
+        "s3a.data.hub:load_hub",
+        remedy="a folder is --data imagefolder, parquet or webdataset",
+        takes_dataset=True,
+        streams=True,
+    ),
+    "imagefolder": SourceRule("s3a.data.local:load_image_folder", data_dir="train/CLASS/* and val/CLASS/*"),
+    "parquet": SourceRule("s3a.data.parquet:load_parquet", data_dir="train*.parquet and val*.parquet", streams=True),
+    "webdataset": SourceRule("s3a.data.webdataset:load_webdataset", data_dir="train*.tar and val*.tar", streams=True),
 }
 
 
@@ -91,4 +95,5 @@ def load_data(
         options["dataset"] = dataset
     if rule.streams:
         options["streaming"] = streaming
-    return rule.load(**options)
+    data_of_source: ImageData = resolve_name(rule.load)(**options)
+    return data_of_source

@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -90,6 +91,8 @@ def one_line_errors() -> Iterator[None]:
     All else keeps its traceback; S3A_TRACEBACK=1 shows it for these too. A run that was asked to stop ends with
     status 75, which means that the same command goes on with it.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # the commands have it so while they import
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except (ValueError, OSError, CompilationError) as error:

@@ -26,7 +26,6 @@ from s3a.data import EvalLoader, ImageData, TrainLoader, load_data
 from s3a.models.backbone import Backbone
 from s3a.nn.compilation import compile_model
 from s3a.nn.s3a import S3A
-from s3a.quantization.convert import fake_quantize
 from s3a.quantization.schemes import check_float, check_trainable
 from s3a.support.errors import make_unknown_error
 from s3a.training.checkpoints import CheckpointClock
@@ -127,6 +126,8 @@ def build_run(recipe: Recipe, task_type: type[Task] = Classification, requests: 
     seed_step(recipe.seed, step=0, process=-1)  # the same weights on every process
     model = build_task_model(recipe, task)
     if recipe.quantize is not None:
+        from s3a.quantization.convert import fake_quantize  # noqa: PLC0415  torchao is slow to import
+
         fake_quantize(model, recipe.quantize)
     model = model.to(accelerator.device)
     ema = build_ema(recipe, model)

@@ -5,15 +5,16 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from s3a.training.checkpoints import list_checkpoints
 from s3a.training.recipe import Recipe, spell_option
 from s3a.weights.card import Weights
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RECIPE_NAME, METRICS_NAME, CURVES_NAME = "recipe.json", "metrics.jsonl", "curves.png"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -172,7 +173,7 @@ class Panel:
     legend: Literal["best", "lower right"] = "best"
     color: str | None = None
 
-    def draw(self, axes: Axes, epochs: Sequence[int]) -> None:
+    def draw(self, axes: "Axes", epochs: Sequence[int]) -> None:
         """Draws the panel."""
         for label, values in self.curves.items():
             axes.plot(epochs, values, label=label, color=self.color)
@@ -185,6 +186,8 @@ class Panel:
 
 def draw_curves(folder: Path, epochs: Sequence[int], panels: Sequence[Panel]) -> None:
     """Draws the panels side by side into `curves.png`."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  matplotlib is slow to import
+
     figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel.draw(axes, epochs)

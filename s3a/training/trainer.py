@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 
 from s3a.data import Batch
 from s3a.models.backbone import Backbone
-from s3a.quantization.convert import quantize
 from s3a.support.errors import Interrupted
 from s3a.training.build import Run, build_run
 from s3a.training.checkpoints import (
@@ -532,6 +531,8 @@ def write_weights(run: Run, progress: Progress, name: str) -> None:
     model = copy.deepcopy(run.shell)
     model.load_state_dict(state, assign=True)
     if run.recipe.quantize is not None:
+        from s3a.quantization.convert import quantize  # noqa: PLC0415  torchao is slow to import
+
         model = quantize(model, run.recipe.quantize)
     origin = list_origins(progress.history, run.task.best)[name]
     score = {"weights": WEIGHTS[name], "epoch": origin.metrics.epoch, run.task.best: origin.score}

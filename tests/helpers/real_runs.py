@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from helpers.fork_server import run_python
+
 ROOT = Path(__file__).parents[2]
 # Everything that could break a resume: averages, mixing, drop path, repeats, checkpoints inside epochs.
 OPTIONS = {
@@ -62,12 +64,17 @@ def run_command(command: list[str], **environment: str) -> subprocess.CompletedP
 
 def train(*args: str) -> subprocess.CompletedProcess:
     """Runs recipes/train.py to its end."""
-    return run_command([sys.executable, "recipes/train.py", *args])
+    return run_python(["recipes/train.py", *args], ROOT, dict(os.environ))
+
+
+def get_signal(place: str, times: int, number: signal.Signals, *args: str) -> subprocess.CompletedProcess:
+    """Runs recipes/train.py, which gets a signal when the function at this place is called for the so-manieth time."""
+    return run_python(["-c", DRIVER, place, str(times), str(int(number)), "0", *args], ROOT, dict(os.environ))
 
 
 def kill_at(place: str, times: int, *args: str) -> None:
     """Runs recipes/train.py until it is killed when the function at this place is called for the so-manieth time."""
-    ended = run_command([sys.executable, "-c", DRIVER, place, str(times), str(int(signal.SIGKILL)), "0", *args])
+    ended = get_signal(place, times, signal.SIGKILL, *args)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 

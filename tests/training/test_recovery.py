@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.image_folder import make_image_folder
-from helpers.real_runs import DRIVER, ROOT, STEPS, kill_at, make_options, read_metrics, read_weights, run_command, train
+from helpers.real_runs import ROOT, STEPS, get_signal, kill_at, make_options, read_metrics, read_weights, train
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -55,7 +55,7 @@ def test_signals_checkpoint_the_step_and_say_resume_me(undisturbed, tmp_path):
         (signal.SIGINT, "training.trainer:exchange", 3, "epoch 2, step 3", f"step-{STEPS + 3:09d}-epoch-00001"),
     ]
     for number, place, times, where, checkpoint in signals:
-        ended = run_command([sys.executable, "-c", DRIVER, place, str(times), str(int(number)), "0", *options])
+        ended = get_signal(place, times, number, *options)
         assert ended.returncode == 75, ended.stderr
         assert f"stopped by {number.name} at {where} of {STEPS}" in ended.stderr
         assert (tmp_path / "run" / "checkpoints" / checkpoint).is_dir()
@@ -152,9 +152,8 @@ def test_the_whole_imagenet_recipe_takes_steps_stops_and_goes_on(tmp_path):
             Image.fromarray(pixels).save(folder / "image.jpg")
     options = ["ssvit_tiny_imagenet", "--data", "imagefolder", "--data-dir", str(tmp_path / "images")]
     options += ["--batch-size", "8", "--output-dir", str(tmp_path / "run")]
-    for times, step in (("3", 3), ("2", 5)):
-        stop = ["training.trainer:forward_backward", times, str(int(signal.SIGTERM)), "0"]
-        ended = run_command([sys.executable, "-c", DRIVER, *stop, *options])
+    for times, step in ((3, 3), (2, 5)):
+        ended = get_signal("training.trainer:forward_backward", times, signal.SIGTERM, *options)
         assert ended.returncode == 75, ended.stderr
         assert f"stopped by SIGTERM at epoch 1, step {step} of 125" in ended.stderr
     assert f"resuming {tmp_path / 'run'} after epoch 0 of 310, at step 3 of 125" in ended.stderr

@@ -50,9 +50,9 @@ def test_every_official_key_is_accounted_for(family: str, size: str):
     assert len(converted) == len(state) - len(left)
 
 
-@pytest.mark.parametrize(("family", "size"), OFFICIAL)
+@pytest.mark.parametrize(("family", "size"), [("ssvit", "tiny"), ("svit", "small"), ("vvt", "tiny")])
 def test_every_missing_official_key_is_named(family: str, size: str):
-    """Each key in turn, for the first block of each stage."""
+    """Each key in turn, for the first block of each stage; the sizes of a family have the same kinds of keys."""
     state, table = official_empty(size, family), FAMILIES[family].OFFICIAL_KEYS
     for key in state:
         if re.search(r"(blocks|block\d)\.[1-9]", key) or table.drops(key):
