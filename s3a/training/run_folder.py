@@ -1,6 +1,7 @@
 """The folder of a run and what stands in it beside the checkpoints: recipe, metrics, curves, weights folders."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from typing import Any, Literal
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from s3a.support.palette import SERIES
 from s3a.training.checkpoints import list_checkpoints
 from s3a.training.recipe import Recipe, spell_option
 from s3a.weights.card import Weights
@@ -163,7 +166,7 @@ class Panel:
 
     Attributes:
         legend: where matplotlib puts the legend.
-        color: of the curves; None takes matplotlib's, one after the other.
+        color: of the curves; None takes those of SERIES, one after the other.
     """
 
     title: str
@@ -174,11 +177,13 @@ class Panel:
 
     def draw(self, axes: Axes, epochs: Sequence[int]) -> None:
         """Draws the panel."""
-        for label, values in self.curves.items():
-            axes.plot(epochs, values, label=label, color=self.color)
-        axes.set(title=self.title, xlabel="epoch", ylabel=self.ylabel)
+        for (label, values), (color, _) in zip(self.curves.items(), itertools.cycle(SERIES), strict=False):
+            axes.plot(epochs, values, label=label, color=self.color or color, marker="." if len(epochs) == 1 else "")
+        axes.set_title(self.title, fontsize=11)
+        axes.set(xlabel="epoch", ylabel=self.ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(self.curves) > 1:
-            axes.legend(frameon=False, loc=self.legend)
+            axes.legend(frameon=False, loc=self.legend, fontsize=8.5)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
 

@@ -27,6 +27,7 @@ from s3a.data import Batch
 from s3a.models.backbone import Backbone
 from s3a.quantization.convert import quantize
 from s3a.support.errors import Interrupted
+from s3a.support.palette import PEER
 from s3a.training.build import Run, build_run
 from s3a.training.checkpoints import (
     gather_model_state,
@@ -481,7 +482,7 @@ def write_history(run: Run, progress: Progress) -> None:
     write_metrics(run.folder, history)
     if history:
         rates = {"learning rate": [metrics.learning_rate for metrics in history]}
-        panels = [*run.task.list_panels(history), Panel(title="learning rate", curves=rates, color="tab:gray")]
+        panels = [*run.task.list_panels(run.recipe, history), Panel(title="learning rate", curves=rates, color=PEER)]
         draw_curves(run.folder, [metrics.epoch for metrics in history], panels)
 
 
