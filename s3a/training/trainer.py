@@ -541,7 +541,9 @@ def write_weights(run: Run, progress: Progress, name: str) -> None:
         run.folder / name,
         data_config=run.data_config,
         config={**run.task.config, "data": summarize_data(run), "score": score},
-        card=build_card(model, collect_facts(run, progress, name), data_config=run.data_config),
+        card=build_card(
+            model, collect_facts(run, progress, name), data_config=run.data_config, place=run.folder / name
+        ),
     )
 
 

@@ -1,5 +1,6 @@
 """Pretrained models, loaded and published: from weights folders and Hub repositories alike."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from s3a.weights.folder import (
     warn_of_new_head,
 )
 from s3a.weights.hub import download, upload
+
+logger = logging.getLogger(__name__)
 
 # The files of a repository, each with what helps if it is missing.
 FILES = {
@@ -81,6 +84,23 @@ def download_weights(repo: str, revision: str | None, **options: Any) -> Path:
         if similar is None:
             raise
         raise FileNotFoundError(f"{error}; did you mean the folder {similar}?") from error
+
+
+def read_card(folder_or_repo: str | Path, revision: str | None = None, **options: Any) -> str | None:
+    """The text of the model card of a folder or Hub repository; None where there is none.
+
+    Args:
+        revision, options: see `load_pretrained`; of a repository, the card is one file more of the same revision.
+    """
+    folder = Path(folder_or_repo)
+    if not folder.is_dir():
+        try:
+            folder = download(str(folder_or_repo), {CARD_NAME: "it has no model card"}, revision=revision, **options)
+        except FileNotFoundError as error:
+            logger.warning("the model card is left out: %s", error)
+            return None
+    path = folder / CARD_NAME
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def replace_head(model: nn.Module, num_classes: int, source: str) -> None:
