@@ -172,7 +172,7 @@ class Panel:
     title: str
     curves: Mapping[str, Sequence[float]]
     ylabel: str = ""
-    legend: Literal["best", "lower right"] = "best"
+    legend: Literal["best", "lower right", "upper right"] = "best"
     color: str | None = None
 
     def draw(self, axes: Axes, epochs: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ A task is one class in one file, which `train(recipe, task=...)` takes. It has t
 what the loss of a batch is, and how the model is scored; all else has a default.
 """
 
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -165,10 +166,10 @@ def make_loss_panel(history: Sequence[EpochMetrics], hardened_by: Sequence[str] 
         hardened_by: what makes the loss in training larger than that of the plain images, such as "mixup"; the legend
             says it, for whoever wonders why the validation is below.
     """
-    label = f"training, with {', '.join(hardened_by)}" if hardened_by else "training"
+    label = textwrap.fill(f"training, with {', '.join(hardened_by)}" if hardened_by else "training", 36)
     training = {label: [metrics.train_loss for metrics in history]}
     plain = "validation, plain" if hardened_by else "validation"
-    return Panel(title="loss", curves=training | select_columns(history, {"val_loss": plain}))
+    return Panel(title="loss", curves=training | select_columns(history, {"val_loss": plain}), legend="upper right")
 
 
 def select_columns(
