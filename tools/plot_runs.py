@@ -27,7 +27,7 @@ PANELS = {
     "learning_rate": "learning rate",
 }
 # Why the loss in validation is often below that in training.
-NOTES = {"train_loss": "with augmentation, mixup and label smoothing, if any", "val_loss": "of plain images and labels"}
+NOTES = {"train_loss": "augmented images, smoothed labels", "val_loss": "plain images and labels"}
 ACCURACIES = ("top1", "ema_top1")
 FIGURE_WIDTH, PANELS_HEIGHT, ROW_HEIGHT, DPI = 11.0, 6.8, 0.22, 150  # inches; a row is one of the legend
 LONGEST_NAME = 48  # characters in the legend
