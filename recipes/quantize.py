@@ -4,7 +4,6 @@ Prints the quantized layers, and a table that compares the float and the quantiz
 and how often both predict the same class.
 """
 
-import itertools
 import json
 import os
 import signal
@@ -27,13 +26,14 @@ from torch import Tensor, nn
 
 from s3a import compile_model
 from s3a.data import DataOptions, ImageData, Source, load_data
-from s3a.quantization.schemes import check_float, check_scheme
+from s3a.quantization.schemes import Quantization, check_float, check_scheme, group_names
 from s3a.support.command_line import run_command
-from s3a.support.timing import take_turns, write_result
+from s3a.support.timing import describe_machine, take_turns, write_result
 from s3a.training.evaluation import evaluate_weights
-from s3a.weights.card import build_card, format_table
+from s3a.weights.card import format_table
 from s3a.weights.folder import CONFIG_NAME, WEIGHTS_NAME, save_folder
-from s3a.weights.pretrained import load_pretrained
+from s3a.weights.pretrained import load_pretrained, read_card
+from s3a.weights.quantized_card import Measurement, Original, build_quantized_card
 
 COLUMNS = {
     "top1": "top-1",
@@ -100,13 +100,30 @@ def main(options: Options) -> None:
     if left:
         print(f"left in bfloat16, for their inputs are not in whole groups: {group_names(left)}")
     quantized = quantize(model, options.scheme, layers)
-    save_folder(quantized, options.output, card=build_card(quantized))
+    build = partial(build_quantized_card, quantized, Quantization(options.scheme, tuple(layers)), place=options.output)
+    original = Original(name=options.weights, card=read_card(options.weights, options.revision))
+    save_folder(quantized, options.output, card=build(original))
     rows = compare(options, {"float32": model, options.scheme: quantized}, data)
     text = format_results(rows)
-    save_folder(quantized, options.output, card=f"{build_card(quantized)}\n## Quantization\n\n{text}\n")
+    save_folder(quantized, options.output, card=build(original, describe_measurement(options, rows)))
     print(f"\n{text}\n\nwrote {options.output}")
     if options.results:
         write_result(options.results, "quantize", torch.device("cpu"), asdict(options), rows)
+
+
+def describe_measurement(options: Options, rows: list[dict[str, Any]]) -> Measurement:
+    """What the card says of the figures, the last of which are those of the quantized model."""
+    top1 = rows[-1]["top1"]
+    machine = describe_machine(torch.device("cpu"))
+    note = (
+        f"`float32` is the model before the quantization. Time and memory are of {options.latency_batch} images on "
+        f"{machine['accelerator'] or machine['processor']}, with {machine['threads']} threads."
+    )
+    return Measurement(
+        table=f"{format_results(rows)}\n\n{note}",
+        dataset=options.dataset or options.data,
+        scores={} if top1 is None else {f"top-1, {options.scheme}": top1},
+    )
 
 
 def make_folder(folder: Path) -> None:
@@ -118,26 +135,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output {folder} cannot be made ({error.strerror}): give another folder") from error
-
-
-def group_names(names: list[str]) -> str:
-    """Names that differ in their last number as one, with the numbers as ranges: `stages.0.blocks.0-2.attn.qkv`."""
-    kinds: dict[str, list[int]] = {}
-    for name in names:
-        parts = name.split(".")
-        numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
-        number = int(parts[numbers[-1]]) if numbers else 0
-        if numbers:
-            parts[numbers[-1]] = "{}"
-        kinds.setdefault(".".join(parts), []).append(number)
-    return ", ".join(kind.format(format_ranges(numbers)) for kind, numbers in kinds.items())
-
-
-def format_ranges(numbers: list[int]) -> str:
-    """Rising numbers, those without gaps as first and last: 0, 1, 2 and 5 become `0-2,5`."""
-    by_gap = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    ranges = [[number for _, number in group] for _, group in by_gap]
-    return ",".join(str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in ranges)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -203,7 +200,8 @@ def count_bytes(model: nn.Module, weights: str) -> int:
 PEAK_MEMORY = """
 import json, re, sys, torch, s3a, s3a.quantization.storage
 from pathlib import Path
-from s3a.weights.pretrained import load_pretrained
+from s3a.weights.pretrained import load_pretrained, read_card
+from s3a.weights.quantized_card import Measurement, Original, build_quantized_card
 def kilobytes(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 weights, revision, shape = json.loads(sys.argv[1])

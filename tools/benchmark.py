@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 # Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -23,7 +23,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import timm
 import torch
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -35,11 +37,13 @@ from s3a.models.backbone import Backbone
 from s3a.published import PUBLISHED
 from s3a.support.command_line import run_command
 from s3a.support.errors import make_unknown_error
-from s3a.support.palette import BLUE, GREEN, ORANGE, PEER, VERMILLION
+from s3a.support.figures import describe_machine_briefly, label_sides
+from s3a.support.palette import BLUE, GREEN, INK, ORANGE, PEER, SOFT_INK, VERMILLION
 from s3a.support.timing import Row, make_row, read_results, take_turns, write_result
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Call = Callable[[], object]
+CAPTION = {"size": 8.5, "color": SOFT_INK, "va": "bottom"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +132,17 @@ class Compare:
     """JSON that the other benchmarks wrote."""
 
 
-def main(benchmark: Operator | Model | Compile | Plan | Compare) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Draws the picture of a result file again; nothing is measured."""
+
+    result: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    """JSON that the benchmark of the operator or of models wrote."""
+    output: Path
+    """The PNG to write."""
+
+
+def main(benchmark: Operator | Model | Compile | Plan | Compare | Plot) -> None:
     """Measures, prints and writes."""
     if isinstance(benchmark, Compare):
         if not benchmark.results:
@@ -136,6 +150,9 @@ def main(benchmark: Operator | Model | Compile | Plan | Compare) -> None:
         for result in read_results(list(benchmark.results)):
             print(f"\n{result['command']}")
             print_table(result["rows"])
+        return
+    if isinstance(benchmark, Plot):
+        draw_again(benchmark)
         return
     check_options(benchmark)
     measure, draw = BENCHMARKS[type(benchmark)]
@@ -147,8 +164,24 @@ def main(benchmark: Operator | Model | Compile | Plan | Compare) -> None:
     print_table(rows)
     print(f"wrote {benchmark.output}")
     if draw is not None and benchmark.plot is not None:
-        draw(rows, benchmark.plot)
-        print(f"wrote {benchmark.plot}")
+        save_picture(draw(*read_results([benchmark.output])), benchmark.plot)
+
+
+def draw_again(options: Plot) -> None:
+    """Draws a result; ValueError for one that has no picture."""
+    (result,) = read_results([options.result])
+    drawn = {kind.__name__.lower(): draw for kind, (_, draw) in BENCHMARKS.items() if draw is not None}
+    draw = drawn.get(result.get("benchmark", ""))
+    if draw is None:
+        raise ValueError(f"{options.result} has no picture: give a result of one of {', '.join(drawn)}")
+    save_picture(draw(result), options.output)
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Writes a picture, and says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
 
 
 def check_options(options: Common) -> None:
@@ -193,7 +226,6 @@ def measure_operator(options: Operator) -> list[Row]:
         for name, sample in samples.items():
             ratio = {"times_dense": dense.median / sample.median} if dense else {}
             rows.append(make_row(sample, side=side, tokens=side**2, candidate=name, **ratio))
-        print_table(rows[-len(samples) :])
     return rows
 
 
@@ -265,8 +297,9 @@ def name_pass(neighborhood: Neighborhood) -> str:
     return f"({neighborhood.kernel_size[0]}, {neighborhood.dilation[0]})"
 
 
-def draw_operator(rows: list[Row], path: Path) -> None:
+def draw_operator(result: dict[str, Any]) -> Figure:
     """Time against tokens: dense attention, and what S3A's two passes take together."""
+    rows, settings = result["rows"], result["settings"]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     dense = [(each["tokens"], each["median_ms"]) for each in rows if each["candidate"] == "dense"]
@@ -279,14 +312,26 @@ def draw_operator(rows: list[Row], path: Path) -> None:
             times = [each["median_ms"] for each in rows if each["side"] == side and each["candidate"] in names]
             points.append((side**2, sum(times)))
         axes.plot(*zip(*points, strict=True), f"{marker}-", color=color, label=f'S3A, both passes, fixed="{fixed}"')
-    axes.set(xscale="log", yscale="log", xlabel="map, in tokens", ylabel="milliseconds", title="One attention layer")
-    sides = sorted({each["side"] for each in rows})
-    axes.set_xticks([side**2 for side in sides], [f"{side}²" for side in sides])
-    axes.set_xticks([], minor=True)
-    axes.grid(alpha=0.25)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the map", ylabel="milliseconds")
+    label_sides(axes, sorted({each["side"] for each in rows}), power=2)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    what = "forward and backward" if settings["backward"] else "forward"
+    how = "compiled" if settings["compiled"] else "not compiled"
+    heads = f"{settings['num_heads']} heads of {settings['head_dim']}"
+    conditions = f"batch {settings['batch_size']}, {heads}, {settings['dtype']}, {what}, {how}"
+    finish_axes(axes, "Time of one attention layer", conditions, result["machine"])
     axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return figure
+
+
+def finish_axes(axes: Axes, title: str, conditions: str, machine: dict[str, Any]) -> None:
+    """Adds a title, what was measured and where, and a grid."""
+    axes.set_title(title, loc="left", weight="bold", color=INK, pad=22)
+    where = f"{conditions}; {describe_machine_briefly(machine)}"
+    axes.annotate(where, (0, 1), xytext=(0, 8), xycoords="axes fraction", textcoords="offset points", **CAPTION)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -377,8 +422,9 @@ def measure_peak_memory(call: Call) -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def draw_models(rows: list[Row], path: Path) -> None:
+def draw_models(result: dict[str, Any]) -> Figure:
     """Measured throughput against published top-1."""
+    rows, settings = result["rows"], result["settings"]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for family, (color, marker) in FAMILY_STYLES.items():
@@ -392,12 +438,15 @@ def draw_models(rows: list[Row], path: Path) -> None:
             axes.plot(speeds, accuracies, f"{marker}-", color=color)
             for name, speed, accuracy in zip(names, speeds, accuracies, strict=True):
                 text = name.removesuffix("_patch4_window7_224")
-                axes.annotate(text, (speed, accuracy), xytext=(5, 5), textcoords="offset points")
-    axes.set(xlabel="images per second, measured", ylabel="ImageNet top-1, published (%)", title="Speed and accuracy")
-    axes.grid(alpha=0.25)
+                axes.annotate(text, (speed, accuracy), xytext=(6, 6), textcoords="offset points", color=INK)
+    axes.set(xlabel="images per second, measured", ylabel="ImageNet top-1, published (%)")
     axes.margins(x=0.25, y=0.15)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    dtype = f"autocast to {settings['dtype']}" if settings["autocast"] else settings["dtype"]
+    what = "training" if settings["training"] else "inference"
+    how = "not compiled" if settings["eager"] else "compiled"
+    conditions = f"batch {settings['batch_size']}, {settings['image_size']} px, {dtype}, {what}, {how}"
+    finish_axes(axes, "Speed and accuracy", conditions, result["machine"])
+    return figure
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -471,7 +520,7 @@ def build_plans(side: int, backend: str, device: torch.device) -> None:
         lay_out_scan(scan, side, side, device, (backend,) * len(scan))
 
 
-BENCHMARKS: dict[type, tuple[Callable[..., list[Row]], Callable[..., None] | None]] = {
+BENCHMARKS: dict[type, tuple[Callable[..., list[Row]], Callable[[dict[str, Any]], Figure] | None]] = {
     Operator: (measure_operator, draw_operator),
     Model: (measure_models, draw_models),
     Compile: (measure_compilation, None),
@@ -479,4 +528,4 @@ BENCHMARKS: dict[type, tuple[Callable[..., list[Row]], Callable[..., None] | Non
 }
 
 if __name__ == "__main__":
-    run_command(Operator | Model | Compile | Plan | Compare, main)
+    run_command(Operator | Model | Compile | Plan | Compare | Plot, main)

@@ -21,8 +21,15 @@ import torch
 import tyro
 
 from s3a.comparison.candidates import Contender, Equal, list_candidates, make_contenders
-from s3a.comparison.report import draw_comparison, format_markdown, format_text, list_skipped, make_tables
-from s3a.comparison.results import Results, Score, open_results
+from s3a.comparison.report import (
+    draw_comparison,
+    format_markdown,
+    format_text,
+    list_cautions,
+    list_skipped,
+    make_tables,
+)
+from s3a.comparison.results import RESULTS_NAME, Results, Score, open_results, read_results
 from s3a.comparison.scores import add_differences, make_score, train_run
 from s3a.comparison.speed import measure_growth, measure_speed
 from s3a.data import ImageData, load_data
@@ -66,6 +73,8 @@ class Comparison:
     """Where time and memory are measured."""
     output_dir: Path = Path("runs/comparison")
     """Where results.json, results.md and comparison.png go."""
+    report_only: bool = False
+    """Write the tables and the picture of OUTPUT_DIR/results.json again; nothing is trained or measured."""
     runs_dir: Path | None = None
     """Where the training runs lie, which comparisons can share; None is OUTPUT_DIR/runs."""
 
@@ -108,6 +117,9 @@ def main() -> None:
     """Trains, measures, prints and writes; what an earlier call has done is kept."""
     with one_line_errors(), StopRequests() as requests:
         options, recipe = parse_arguments(sys.argv[1:])
+        if options.report_only:
+            write_report(options, read_results(options.output_dir / RESULTS_NAME))
+            return
         candidates = list_candidates(options.models, options.scan, options.size)
         device = check_device(options.device)
         torch.set_num_threads(recipe.cpu_threads or count_own_cores())  # as training does: times depend on it
@@ -197,12 +209,12 @@ def raise_on_stop(requests: StopRequests) -> None:
 
 def write_report(options: Comparison, results: Results) -> None:
     """Prints the tables, and writes them and the picture beside the results."""
-    tables, skipped = make_tables(results), list_skipped(results)
-    print("\n\n".join([*map(format_text, tables), *skipped]))
-    text = "\n\n".join([f"`{results.command}`", *map(format_markdown, tables), *skipped]) + "\n"
+    tables, notes = make_tables(results), [*list_cautions(results), *list_skipped(results)]
+    print("\n\n".join([*map(format_text, tables), *notes]))
+    text = "\n\n".join([f"`{results.command}`", *map(format_markdown, tables), *notes]) + "\n"
     write_whole(options.output_dir / "results.md", text)
     draw_comparison(results, options.output_dir / "comparison.png")
-    names = ("results.json", "results.md", "comparison.png")
+    names = [*([] if options.report_only else [RESULTS_NAME]), "results.md", "comparison.png"]
     print("\nwrote " + ", ".join(str(options.output_dir / name) for name in names))
 
 

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from s3a.support.command_line import run_command
-from s3a.support.palette import SERIES
+from s3a.support.palette import SERIES, SOFT_INK
 from s3a.training.run_folder import METRICS_NAME
 
 LOG_NAME = "log.txt"
@@ -30,6 +30,8 @@ PANELS = {
     "top1": "top-1 (%)",
     "learning_rate": "learning rate",
 }
+# Why the loss in validation is often below that in training.
+NOTES = {"train_loss": "augmented images, smoothed labels", "val_loss": "plain images and labels"}
 ACCURACIES = ("top1", "ema_top1")
 FIGURE_WIDTH, PANELS_HEIGHT, ROW_HEIGHT, DPI = 11.0, 6.8, 0.22, 150  # inches; a row is one of the legend
 LONGEST_NAME = 48  # characters in the legend
@@ -270,6 +272,7 @@ def finish_panels(panels: dict[str, Axes], with_ema: bool) -> None:
     for quantity, axes in panels.items():
         how = ": EMA dashed, best epochs marked" if with_ema else ": best epochs marked"
         axes.set_title(PANELS[quantity] + (how if quantity == "top1" else ""), fontsize=11)
+        axes.set_ylabel(NOTES.get(quantity, ""), fontsize=9, color=SOFT_INK)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

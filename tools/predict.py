@@ -1,4 +1,4 @@
-"""Predicts the classes of image files: python tools/predict.py --weights FOLDER_OR_REPO IMAGE... [--overlay DIR]."""
+"""Predicts the classes of images: python tools/predict.py --weights FOLDER_OR_REPO IMAGE... [--overlay DIR]."""
 
 import json
 import os
@@ -19,6 +19,7 @@ import tyro
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from s3a.analysis.attribution import attribute, check_explicable
 from s3a.analysis.overlay import draw_overlay, prepare_image
@@ -32,7 +33,7 @@ class Options:
     """Prints the most probable classes of image files, and draws where the model looked."""
 
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE [IMAGE ...]")]
-    """The files."""
+    """Image files, and folders of them; a folder means the images that lie in it, but not those in its subfolders."""
     weights: str
     """A weights folder, or ORG/NAME on the Hub."""
     revision: str | None = None
@@ -40,13 +41,13 @@ class Options:
     top: int = 5
     """How many classes to print."""
     overlay: Path | None = None
-    """A folder for a picture per image: the anchors and reference windows that spoke for its class."""
+    """A folder for a picture per image: the anchors and reference windows that contributed most to its class."""
     json: bool = False
     """Print JSON instead of text."""
 
     def __post_init__(self) -> None:
         if not self.images:
-            raise ValueError("no IMAGE is given: name one image file at least")
+            raise ValueError("no IMAGE is given: name one image file, or a folder of them")
         if self.top < 1:
             raise ValueError(f"--top is {self.top}: it must be at least 1")
 
@@ -71,17 +72,18 @@ class Result:
 
 def main(options: Options) -> None:
     """Predicts image by image. One that cannot be read is an error of its own, and the others are predicted."""
+    images = list_images(options.images)
     model = load_pretrained(options.weights, options.revision)
     names = find_label_names(model)
     config = resolve_model_data_config(model)
     mode, steps = choose_mode(config["input_size"][0]), create_transform(**config, is_training=False).transforms
-    pictures = name_pictures(options.images, options.overlay) if options.overlay else [None] * len(options.images)
+    pictures = name_pictures(images, options.overlay) if options.overlay else [None] * len(images)
     if options.overlay:
         check_explicable(model)
         make_folder(options.overlay)
 
     results, has_unreadable = [], False
-    for path, picture in zip(options.images, pictures, strict=True):
+    for path, picture in zip(images, pictures, strict=True):
         try:
             image = read_image(path, mode)
         except (ValueError, OSError) as error:
@@ -97,6 +99,26 @@ def main(options: Options) -> None:
         print(json.dumps(rows, indent=2, default=str))
     if has_unreadable:
         sys.exit(2)
+
+
+def list_images(paths: Sequence[Path]) -> list[Path]:
+    """The files among the paths, and the images in the folders among them, sorted by name; says how many these are.
+
+    Raises:
+        ValueError: for a folder without images.
+    """
+    images: list[Path] = []
+    for path in paths:
+        found = [path]
+        if path.is_dir():
+            found = sorted(each for each in path.iterdir() if each.suffix.lower() in IMG_EXTENSIONS)
+            if not found:
+                inner = sum(each.is_dir() for each in path.iterdir())
+                hint = f"its {inner} subfolders are not searched; name one of them" if inner else "give another"
+                raise ValueError(f"folder {path} has no image in it ({', '.join(IMG_EXTENSIONS)}): {hint}")
+            print(f"{path}: {len(found)} image{'s' if len(found) > 1 else ''}", file=sys.stderr)
+        images += found
+    return images
 
 
 def make_folder(folder: Path) -> None:
@@ -155,7 +177,7 @@ def predict_logits(
             return model(prepared[None])[0]
     attribution = attribute(model, prepared[None])
     (best,) = rank_classes(attribution.logits, names, 1)
-    title = f"{best.label}: {100 * best.probability:.1f} %"
+    title = f"Prediction: {best.label} ({100 * best.probability:.1f} %)"
     draw_overlay(image, view, attribution, title, name).savefig(picture)
     return attribution.logits
 

@@ -132,7 +132,7 @@ def draw_scans(options: Options) -> Figure:
         handles=make_legend_handles(),
         loc="lower left",
         bbox_to_anchor=(left, heights["legend"]),
-        ncol=4,
+        ncol=5,
         frameon=False,
         fontsize=11,
         labelcolor=INK,
@@ -151,7 +151,7 @@ def draw_map(axes: Axes, sight: Sight, token: float) -> None:
         token: the side of a token, in points.
     """
     height, width = sight.anchor_counts.shape
-    colors = tint_token(SEEN_BY_ANCHORS, 1 - 0.62 ** sight.anchor_counts[..., None])
+    colors = tint_token(SEEN_BY_ANCHORS, shade_overlap(sight.anchor_counts[..., None]))
     colors[np.ix_(*sight.window)] = tint_token(SEEN_BY_QUERY, 0.6)
     axes.imshow(colors, extent=(0, width, height, 0), aspect="auto", interpolation="nearest")
     across = [[(0, row), (width, row)] for row in range(height + 1)]
@@ -200,14 +200,20 @@ def make_legend_handles() -> list[Line2D | Patch]:
     return [
         Line2D([], [], marker="o", linestyle="", color=QUERY, markersize=9, label="query"),
         Line2D([], [], marker="o", linestyle="", color=ANCHOR, markersize=5.5, label="its anchors of interest"),
-        Patch(facecolor=tuple(tint_token(SEEN_BY_ANCHORS, 0.45)), label="what the anchors saw"),
+        Patch(facecolor=tuple(tint_token(SEEN_BY_ANCHORS, shade_overlap(1))), label="seen by one anchor"),
+        Patch(facecolor=tuple(tint_token(SEEN_BY_ANCHORS, shade_overlap(2))), label="by two or more"),
         Patch(
             facecolor=tuple(tint_token(SEEN_BY_QUERY, 0.6)),
             edgecolor=SEEN_BY_QUERY,
             linewidth=1.5,
-            label="what the query saw",
+            label="by the query",
         ),
     ]
+
+
+def shade_overlap(counts: int | np.ndarray) -> float | np.ndarray:
+    """How deep the tint of a token is that so many anchors see; none for 0, and more where their windows overlap."""
+    return 1 - 0.62**counts
 
 
 def tint_token(color: str, share: float | np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Where a model with sparse scans looked: the anchors, and their reference windows, that spoke for a class.
+"""Where a model with sparse scans looked: the anchors, and their reference windows, that contributed to a class.
 
 In each head of a block of S3A, let B be the attention weights of the local pass and A those of the anchor pass, v the
 values, and y the class's logit:
@@ -57,8 +57,8 @@ class Attribution:
 
     Attributes:
         height, width: the map, in tokens.
-        stride: pixels of the network's image from token to token. Token (row, column) is centred on the pixel
-            (row * stride, column * stride): strided convolutions read around every other pixel, from the first on.
+        stride: pixels of the network's image from token to token. Token (row, column) stands for the square that
+            begins at the pixel (row * stride, column * stride); its convolutions also read around it.
         scans: one for each scan that runs on this map.
         logits: [classes].
     """

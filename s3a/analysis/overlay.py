@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -17,12 +18,13 @@ from torch import Tensor
 from torchvision.transforms import Resize
 
 from s3a.analysis.attribution import Attribution
-from s3a.support.palette import ANCHOR_ON_IMAGE, INK, PAPER, SOFT_INK, WINDOW_ON_IMAGE
+from s3a.support.palette import ANCHOR_ON_IMAGE, INK, LINE_ON_IMAGE, PAPER, SOFT_INK, WINDOW_ON_IMAGE
 
 PANEL, MARGIN, GAP, ABOVE, BELOW, DPI = 4.4, 0.25, 0.25, 0.95, 0.75, 150  # inches, and pixels per inch
 MOST_WINDOWS = 5
 SMALLEST_SHARE = 0.005  # of an anchor that is drawn
-SHADE = 512  # cells a side of what darkens the rest
+SMALLEST_CELL = 12  # points; lines between smaller ones would hide the image
+SHADE = 512  # squares a side of what darkens the rest
 OUTLINE = [withStroke(linewidth=3.5, foreground=INK)]
 
 
@@ -98,7 +100,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Mark:
-    """An anchor, its reference window, and its share of the relevance of all anchors that spoke for the class."""
+    """An anchor, its reference window, and its share of what all anchors contributed to the class."""
 
     row: int
     column: int
@@ -107,7 +109,7 @@ class Mark:
 
 
 def find_marks(attribution: Attribution) -> list[Mark]:
-    """The anchors that spoke for the class, strongest first; shares add up to 1, those too small to see included."""
+    """The anchors that contributed to the class, strongest first; shares add up to 1 with those too small to see."""
     height, width = attribution.height, attribution.width
     positive = [scan.anchors.clamp(min=0) for scan in attribution.scans]
     total = sum(float(anchors.sum()) for anchors in positive)
@@ -156,12 +158,14 @@ def draw_overlay(image: Image.Image, view: View, attribution: Attribution, title
         axes.imshow(image.convert("RGB"), extent=(0, image.width, image.height, 0), interpolation="antialiased")
         axes.autoscale(False)
         axes.set_axis_off()
-    whole.add_patch(make_frame(Box(view.left, view.top, view.width, view.height), PAPER))
+    if is_cropped(view, image):
+        whole.add_patch(make_frame(Box(view.left, view.top, view.width, view.height), PAPER))
     seen.set(xlim=(view.left, view.left + view.width), ylim=(view.top + view.height, view.top))
     strongest = find_marks(attribution)
     windows = choose_framed(strongest)
-    draw_marks(seen, Grid(view, attribution), strongest, windows)
-    write_texts(figure, title, name, image, attribution, windows)
+    grid = Grid(view, attribution)
+    draw_marks(seen, grid, strongest, windows)
+    write_texts(figure, title, name, image, grid, strongest, windows)
     return figure
 
 
@@ -175,33 +179,41 @@ class Box(NamedTuple):
 
 
 class Grid:
-    """Where the tokens of a map lie in the image.
+    """Where the tokens of a map lie in the image: each is a cell, and all cells together are what the network saw.
 
-    Token (row, column) is centred on the pixel (row * stride, column * stride) of the network's picture.
+    Token (row, column) is the square of `stride` pixels of the network's picture that begins at the pixel
+    (row * stride, column * stride). The last cells are cut where the stride does not divide the picture's side.
     """
 
     def __init__(self, view: View, attribution: Attribution) -> None:
-        self.view = view
+        self.view, self.height, self.width = view, attribution.height, attribution.width
         self.tall, self.wide = attribution.stride * view.tall, attribution.stride * view.wide
 
-    def find_centre(self, row: int, column: int) -> tuple[float, float]:
-        """The centre of a token, across and down: the middle of the pixel on which it is centred."""
-        across = self.view.left + column * self.wide + self.view.wide / 2
-        return across, self.view.top + row * self.tall + self.view.tall / 2
-
     def find_box(self, window: Window) -> Box:
-        """The tokens of a window, as far as they are within what the network saw."""
-        first = self.find_centre(window.first_row, window.first_column)
-        last = self.find_centre(window.last_row, window.last_column)
-        left, top = max(first[0] - self.wide / 2, self.view.left), max(first[1] - self.tall / 2, self.view.top)
-        right = min(last[0] + self.wide / 2, self.view.left + self.view.width)
-        bottom = min(last[1] + self.tall / 2, self.view.top + self.view.height)
+        """The cells of a window."""
+        left, top = self.view.left + window.first_column * self.wide, self.view.top + window.first_row * self.tall
+        right = min(self.view.left + (window.last_column + 1) * self.wide, self.view.left + self.view.width)
+        bottom = min(self.view.top + (window.last_row + 1) * self.tall, self.view.top + self.view.height)
         return Box(left, top, right - left, bottom - top)
+
+    def find_centre(self, row: int, column: int) -> tuple[float, float]:
+        """The centre of a token's cell, across and down."""
+        cell = self.find_box(Window(row, row, column, column))
+        return cell.left + cell.width / 2, cell.top + cell.height / 2
+
+    def list_lines(self) -> list[list[tuple[float, float]]]:
+        """The lines between the cells."""
+        view = self.view
+        columns = [view.left + column * self.wide for column in range(1, self.width)]
+        rows = [view.top + row * self.tall for row in range(1, self.height)]
+        down = [[(across, view.top), (across, view.top + view.height)] for across in columns]
+        return down + [[(view.left, row), (view.left + view.width, row)] for row in rows]
 
 
 def draw_marks(axes: Axes, grid: Grid, strongest: list[Mark], windows: list[Mark]) -> None:
     """Darkens what lies outside the windows, frames them, and sets a dot on every anchor, its area by its share."""
     view = grid.view
+    token = 72 * PANEL * max(grid.wide / view.width, grid.tall / view.height)  # points
     boxes = [grid.find_box(mark.window) for mark in windows]
     columns = view.left + (np.arange(SHADE) + 0.5) / SHADE * view.width
     rows = view.top + (np.arange(SHADE) + 0.5) / SHADE * view.height
@@ -210,17 +222,16 @@ def draw_marks(axes: Axes, grid: Grid, strongest: list[Mark], windows: list[Mark
     for left, top, width, height in boxes:
         shade[np.ix_((rows >= top) & (rows <= top + height), (columns >= left) & (columns <= left + width))] = 0
     axes.imshow(shade, extent=(view.left, view.left + view.width, view.top + view.height, view.top), aspect="equal")
+    if token >= SMALLEST_CELL:
+        axes.add_collection(LineCollection(grid.list_lines(), colors=LINE_ON_IMAGE, linewidths=0.6, alpha=0.45))
     for box in boxes:
         axes.add_patch(make_frame(box, WINDOW_ON_IMAGE))
     if strongest:
-        token = 72 * PANEL * max(grid.wide / view.width, grid.tall / view.height)  # points
         largest = min(0.7 * token, 22) ** 2 / strongest[0].share
         centres = [grid.find_centre(mark.row, mark.column) for mark in strongest]
         across, down = zip(*centres, strict=True)
         areas = [largest * mark.share for mark in strongest]
-        axes.scatter(
-            across, down, s=areas, color=ANCHOR_ON_IMAGE, edgecolor=PAPER, linewidth=0.8, zorder=3, clip_on=False
-        )
+        axes.scatter(across, down, s=areas, color=ANCHOR_ON_IMAGE, edgecolor=PAPER, linewidth=0.8, zorder=3)
 
 
 def make_frame(box: Box, color: str) -> Rectangle:
@@ -235,42 +246,57 @@ def make_frame(box: Box, color: str) -> Rectangle:
         linewidth=1.8,
         path_effects=OUTLINE,
         clip_on=False,
+        zorder=2.5,  # above the lines between the cells, below the anchors
     )
 
 
 def write_texts(
-    figure: Figure, title: str, name: str, image: Image.Image, attribution: Attribution, windows: list[Mark]
+    figure: Figure, title: str, name: str, image: Image.Image, grid: Grid, strongest: list[Mark], windows: list[Mark]
 ) -> None:
     """Writes the title, what the panels are, and what the marks mean."""
     width, height = figure.get_size_inches()
     left, middle = MARGIN / width, (MARGIN + PANEL + GAP) / width
     about = f"{shorten(name, 36)}, {image.width} x {image.height} pixels"
-    seen = f"the framed part, which the network saw as {attribution.height} x {attribution.width} tokens"
+    part = "the framed part" if is_cropped(grid.view, image) else "the same"
+    seen = f"{part}, as the network saw it: {grid.height} x {grid.width} tokens"
     figure.text(left, 1 - 0.32 / height, shorten(title, 60), size=15, weight="bold", color=INK, parse_math=False)
     for place, text in ((left, about), (middle, seen)):
         figure.text(place, 1 - 0.76 / height, text, size=9.5, color=SOFT_INK, parse_math=False)
 
-    share = round(100 * sum(mark.share for mark in windows))
-    anchors = Line2D([], [], linestyle="", marker="o", markersize=11, color=ANCHOR_ON_IMAGE, markeredgecolor=PAPER)
-    frames = Line2D([], [], linestyle="", marker="s", markersize=11, color="none", markeredgecolor=WINDOW_ON_IMAGE)
+    anchors = Line2D([], [], linestyle="", marker="o", markersize=10, color=ANCHOR_ON_IMAGE, markeredgecolor=PAPER)
+    frames = Line2D([], [], linestyle="", marker="s", markersize=9, color="none", markeredgecolor=WINDOW_ON_IMAGE)
     frames.set(markeredgewidth=2, path_effects=OUTLINE)
-    meanings = {
-        "anchors that spoke for the class, by their share": anchors,
-        f"their strongest reference windows side by side: {len(windows)}, {share} %": frames,
-    }
+    meanings = dict(zip(describe_marks(strongest, windows), (anchors, frames), strict=False))
     figure.legend(
         list(meanings.values()),
         list(meanings),
         loc="lower left",
-        bbox_to_anchor=(left, 0.22 / height),
-        ncol=2,
+        bbox_to_anchor=(left, 0.12 / height),
         borderpad=0,
         frameon=False,
         fontsize=9.5,
         labelcolor=INK,
         handletextpad=0.4,
-        columnspacing=1.8,
+        labelspacing=0.55,
     )
+
+
+def describe_marks(strongest: list[Mark], windows: list[Mark]) -> list[str]:
+    """What a dot means, and what a frame: a sentence each."""
+    if not strongest:
+        return ["anchors that contributed to the class: here there is none"]
+    these = "this one accounts" if len(windows) == 1 else f"these {len(windows)} account"
+    share = round(100 * sum(mark.share for mark in windows))
+    return [
+        "anchors that contributed to the class: the larger the dot, the more",
+        f"reference windows, where strong anchors looked: {these} for {share} % of all contributions",
+    ]
+
+
+def is_cropped(view: View, image: Image.Image) -> bool:
+    """Whether the network saw a part of the image alone, or a border around it."""
+    seen, whole = (view.left, view.top, view.width, view.height), (0, 0, image.width, image.height)
+    return not np.allclose(seen, whole, atol=0.5)
 
 
 def shorten(text: str, most: int) -> str:

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from s3a.comparison.results import Difference, Growth, Results, Score, Spread
-from s3a.support.palette import SERIES
+from s3a.support.figures import describe_machine_briefly, label_sides
+from s3a.support.palette import SERIES, SOFT_INK
 
 WIDTH, ROW_HEIGHT, GROWTH_HEIGHT, DPI = 11.0, 0.5, 4.0, 150  # inches
 LEGEND_COLUMNS = 3
@@ -88,6 +89,13 @@ def format_growth(growth: Growth) -> str:
     return "skipped" if "skipped" in growth else f"{growth['ms']:,.1f} ms, {growth['mib']:,.0f} MiB"
 
 
+def list_cautions(results: Results) -> list[str]:
+    """A line where the differences of the table may be chance, because each is of one seed."""
+    if len(results.scores) < 2 or len(results.scores[0]["top1"]["seeds"]) > 1:
+        return []
+    return ["One seed gives no spread: these differences may be chance. Compare with --seeds 3 or more."]
+
+
 def list_skipped(results: Results) -> list[str]:
     """A line for each measurement that was left out, and why."""
     rows = [row for row in results.growth if "skipped" in row]
@@ -127,8 +135,19 @@ def draw_comparison(results: Results, path: Path) -> None:
         draw_growth(memory, results, "mib", "MiB at the peak, for one image")
         columns = min(len(results.scores), LEGEND_COLUMNS)
         figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
+    if results.timing:
+        figure.suptitle(describe_conditions(results), fontsize=9.5, color=SOFT_INK)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
+
+
+def describe_conditions(results: Results) -> str:
+    """What was trained on, and what times and memory are of: a line for the picture."""
+    recipe, timing = results.settings.get("recipe", {}), results.timing
+    trained = [f"trained on {recipe['dataset'] or recipe['data']}"] if recipe else []
+    dtype = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[timing["precision"]]
+    speed = f"images per second in batches of {timing['batch_size']} at {timing['image_size']} px"
+    return "; ".join([*trained, speed, f"times in {dtype} on {describe_machine_briefly(results.machine)}"])
 
 
 def choose_style(index: int) -> tuple[str, str]:
@@ -153,7 +172,8 @@ def draw_scores(axes: Axes, scores: list[Score]) -> None:
     axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     num_seeds = len(scores[0]["top1"]["seeds"])
-    finish_axes(axes, f"top-1 (%): mean and deviation of {num_seeds} seeds" if num_seeds > 1 else "top-1 (%), one seed")
+    spread = f"mean and standard deviation of {num_seeds} seeds" if num_seeds > 1 else "one seed, so no spread is known"
+    finish_axes(axes, f"top-1 (%): {spread}")
 
 
 def draw_throughput(axes: Axes, results: Results) -> None:
@@ -176,10 +196,10 @@ def draw_growth(axes: Axes, results: Results, figure: Literal["ms", "mib"], titl
         points = sorted((each["image_size"], each[figure]) for each in own)
         color, marker = choose_style(index)
         sides, values = [side for side, _ in points], [value for _, value in points]
-        axes.plot(sides, values, label=score["label"], color=color, marker=marker, markersize=5)
+        size = 7.5 - 2.5 * index / max(len(results.scores) - 1, 1)  # so that equal curves show below each other
+        axes.plot(sides, values, label=score["label"], color=color, marker=marker, markersize=size)
     axes.set(xscale="log", yscale="log", xlabel="side of the image (px)")
-    axes.set_xticks(results.sides, [str(side) for side in results.sides])
-    axes.set_xticks([], minor=True)
+    label_sides(axes, results.sides)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -101,7 +102,7 @@ class Results:
 
     def write(self, folder: Path) -> None:
         """Writes the file, which a reader finds whole at any time."""
-        self.command = " ".join(["python", *sys.argv])
+        self.command = shlex.join(["python", *sys.argv])
         write_whole(folder / RESULTS_NAME, json.dumps(asdict(self), indent=2, default=str) + "\n")
 
 
@@ -139,7 +140,14 @@ def convert_to_json(values: dict[str, object]) -> dict[str, Any]:
 
 
 def read_results(path: Path) -> Results:
-    """Reads a result file; ValueError where it is none."""
+    """Reads a result file.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give the --output-dir of a comparison")
     try:
         return Results(**json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:

@@ -4,7 +4,8 @@ Shapes: images [batch, in_chans, height, width], tokens [batch, height, width, d
 maps of `features_only` and `forward_intermediates` [batch, dim, height, width].
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol, TypeVar, cast
 
@@ -19,11 +20,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from s3a.nn.layers import Pointwise, Region
-from s3a.support.errors import make_unknown_error
+from s3a.support.errors import UnknownArgumentError, make_unknown_error
+from s3a.weights.folder import forget_other_labels
 from s3a.weights.pretrained import PretrainedMixin
 
 MIN_IMAGE_SIZE = 32
 POOLINGS = ("avg", "")
+
+# Arguments with which timm's models of a fixed image size are built.
+INPUT_SIZES = ("img_size", "input_size", "dynamic_img_size", "strict_img_size")
+# What timm's factory takes beside the arguments of a model.
+FACTORY_ARGUMENTS = frozenset(inspect.signature(build_model_with_cfg).parameters) | {
+    "features_only",
+    "out_indices",
+    "feature_cls",
+    "pruned",
+}
 
 BackboneT = TypeVar("BackboneT", bound="Backbone")
 
@@ -348,15 +360,44 @@ def create_backbone(
     checkpoint_filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
     **model_args: Any,
 ) -> BackboneT:
-    """A model of a family, made by timm's factory; its arguments say how many stages it has."""
-    return build_model_with_cfg(
-        family,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(model_args["dims"]))), "feature_cls": "getter"},
-        **model_args,
-    )
+    """A model of a family, made by timm's factory; its arguments say how many stages it has.
+
+    Raises:
+        UnknownArgumentError: for an argument that neither the family nor the factory knows.
+        RuntimeError: for pretrained=True where no weights are known, as timm raises it, and with what helps.
+    """
+    check_names(family, name, model_args)
+    try:
+        model = build_model_with_cfg(
+            family,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": tuple(range(len(model_args["dims"]))), "feature_cls": "getter"},
+            **model_args,
+        )
+    except RuntimeError as error:
+        if str(error).startswith("No pretrained weights exist"):
+            raise RuntimeError(
+                f"No pretrained weights exist for {name} yet: use pretrained=False and train it with recipes/train.py, "
+                "or convert its authors' checkpoint with tools/convert_official.py and load that folder"
+            ) from error
+        raise
+    forget_other_labels(model)
+    return model
+
+
+def check_names(family: type[Backbone], name: str, model_args: Mapping[str, Any]) -> None:
+    """Raises UnknownArgumentError for an argument of a model that is none; it names the nearest that is."""
+    own = [*inspect.signature(family.__init__).parameters][1:]  # without self
+    for given in model_args:
+        if given in INPUT_SIZES:
+            raise UnknownArgumentError(
+                f"{name} has no argument {given!r}: it takes images of any size from {MIN_IMAGE_SIZE} x "
+                f"{MIN_IMAGE_SIZE} pixels, square or not; leave {given} out"
+            )
+        if given not in own and given not in FACTORY_ARGUMENTS:
+            raise UnknownArgumentError(str(make_unknown_error(f"argument of {name}", given, own)))
 
 
 def make_default_cfg(**changes: Any) -> dict[str, Any]:

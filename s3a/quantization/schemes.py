@@ -1,8 +1,9 @@
 """The quantization schemes by name, and what each needs of a model and of a machine; does not import torchao."""
 
+import itertools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -144,3 +145,23 @@ def quiet_import() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def group_names(names: Sequence[str]) -> str:
+    """Names that differ in their last number as one, with the numbers as ranges: `stages.0.blocks.0-2.attn.qkv`."""
+    kinds: dict[str, list[int]] = {}
+    for name in names:
+        parts = name.split(".")
+        numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
+        number = int(parts[numbers[-1]]) if numbers else 0
+        if numbers:
+            parts[numbers[-1]] = "{}"
+        kinds.setdefault(".".join(parts), []).append(number)
+    return ", ".join(kind.format(format_ranges(numbers)) for kind, numbers in kinds.items())
+
+
+def format_ranges(numbers: list[int]) -> str:
+    """Rising numbers, those without gaps as first and last: 0, 1, 2 and 5 become `0-2,5`."""
+    by_gap = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ranges = [[number for _, number in group] for _, group in by_gap]
+    return ",".join(str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in ranges)

@@ -32,6 +32,10 @@ def make_unknown_error(kind: str, value: object, known: Iterable[str]) -> ValueE
     return ValueError(f"{kind} {value!r} is unknown: it must be one of {', '.join(listed)}{hint}")
 
 
+class UnknownArgumentError(ValueError, TypeError):
+    """An argument that a model does not have: Python's own kind of error, and that of all errors for users."""
+
+
 RESUME_STATUS = 75  # EX_TEMPFAIL of sysexits.h: not done, run the same command again
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -94,7 +95,7 @@ def write_result(
     """Writes a benchmark's JSON: the command, the machine, the settings and the rows."""
     result = {
         "benchmark": benchmark,
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "machine": describe_machine(device),
         "settings": settings,
         "rows": rows,

@@ -1,8 +1,10 @@
 """`build_run`: what a recipe names, first checked and then built, as a `Run`."""
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,11 +30,11 @@ from s3a.nn.compilation import compile_model
 from s3a.nn.s3a import S3A
 from s3a.quantization.schemes import check_float, check_trainable
 from s3a.support.errors import make_unknown_error
-from s3a.training.checkpoints import CheckpointClock
+from s3a.training.checkpoints import CheckpointClock, list_checkpoints
 from s3a.training.evaluation import make_eval_loader
 from s3a.training.processes import StopRequests, seed_step, set_cpu_threads
 from s3a.training.recipe import Recipe
-from s3a.training.run_folder import check_folder, claim_folder
+from s3a.training.run_folder import CHECKPOINT_FOLDER, check_folder, claim_folder
 from s3a.training.tasks.classification import Classification
 from s3a.training.tasks.task import Loss, Task, TimmModel
 from s3a.weights.hub import create_repository
@@ -124,7 +126,8 @@ def build_run(recipe: Recipe, task_type: type[Task] = Classification, requests: 
     # Construction.
     set_cpu_threads(accelerator, recipe.cpu_threads)
     seed_step(recipe.seed, step=0, process=-1)  # the same weights on every process
-    model = build_task_model(recipe, task)
+    starts = not list_checkpoints(recipe.folder / CHECKPOINT_FOLDER)
+    model = build_task_model(recipe, task, partial(accelerator.print, file=sys.stderr) if starts else None)
     if recipe.quantize is not None:
         from s3a.quantization.convert import fake_quantize  # noqa: PLC0415  torchao is slow to import
 
@@ -224,11 +227,19 @@ def build_shell(recipe: Recipe, task: Task) -> nn.Module:
         return build_task_model(recipe, task).eval()
 
 
-def build_task_model(recipe: Recipe, task: Task) -> nn.Module:
-    """The recipe's model with the head that the task needs."""
+def build_task_model(recipe: Recipe, task: Task, say: Callable[[str], object] | None = None) -> nn.Module:
+    """The recipe's model with the head that the task needs.
+
+    Args:
+        say: is given a line about a new head of loaded weights, if there is one.
+    """
     model = build_model(recipe, task.num_outputs)
     if recipe.weights is not None:
+        known, head = model.num_classes, cast(TimmModel, model).get_classifier()
         task.fit_head(model)
+        if cast(TimmModel, model).get_classifier() is not head and say is not None:
+            outputs = task.purpose.outputs
+            say(f"a new head of {task.num_outputs} {outputs}: {recipe.weights} knows {known}; all else is kept")
     return model
 
 

@@ -1,6 +1,7 @@
 """The folder of a run and what stands in it beside the checkpoints: recipe, metrics, curves, weights folders."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from s3a.support.palette import SERIES
 from s3a.training.checkpoints import list_checkpoints
 from s3a.training.recipe import Recipe, spell_option
 from s3a.weights.card import Weights
@@ -164,22 +166,23 @@ class Panel:
 
     Attributes:
         legend: where matplotlib puts the legend.
-        color: of the curves; None takes matplotlib's, one after the other.
+        color: of the curves; None takes those of SERIES, one after the other.
     """
 
     title: str
     curves: Mapping[str, Sequence[float]]
     ylabel: str = ""
-    legend: Literal["best", "lower right"] = "best"
+    legend: Literal["best", "lower right", "upper right"] = "best"
     color: str | None = None
 
     def draw(self, axes: "Axes", epochs: Sequence[int]) -> None:
         """Draws the panel."""
-        for label, values in self.curves.items():
-            axes.plot(epochs, values, label=label, color=self.color)
-        axes.set(title=self.title, xlabel="epoch", ylabel=self.ylabel)
+        for (label, values), (color, _) in zip(self.curves.items(), itertools.cycle(SERIES), strict=False):
+            axes.plot(epochs, values, label=label, color=self.color or color, marker="." if len(epochs) == 1 else "")
+        axes.set_title(self.title, fontsize=11)
+        axes.set(xlabel="epoch", ylabel=self.ylabel)
         if len(self.curves) > 1:
-            axes.legend(frameon=False, loc=self.legend)
+            axes.legend(frameon=False, loc=self.legend, fontsize=8.5)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
 
@@ -187,10 +190,12 @@ class Panel:
 def draw_curves(folder: Path, epochs: Sequence[int], panels: Sequence[Panel]) -> None:
     """Draws the panels side by side into `curves.png`."""
     from matplotlib.figure import Figure  # noqa: PLC0415  matplotlib is slow to import
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel.draw(axes, epochs)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     partial = folder / f".{CURVES_NAME}"
     figure.savefig(partial, dpi=110, format="png")
     partial.replace(folder / CURVES_NAME)

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from s3a.data import Batch
 from s3a.models.backbone import Backbone
 from s3a.support.errors import Interrupted
+from s3a.support.palette import PEER
 from s3a.training.build import Run, build_run
 from s3a.training.checkpoints import (
     gather_model_state,
@@ -480,7 +481,7 @@ def write_history(run: Run, progress: Progress) -> None:
     write_metrics(run.folder, history)
     if history:
         rates = {"learning rate": [metrics.learning_rate for metrics in history]}
-        panels = [*run.task.list_panels(history), Panel(title="learning rate", curves=rates, color="tab:gray")]
+        panels = [*run.task.list_panels(run.recipe, history), Panel(title="learning rate", curves=rates, color=PEER)]
         draw_curves(run.folder, [metrics.epoch for metrics in history], panels)
 
 
@@ -541,7 +542,9 @@ def write_weights(run: Run, progress: Progress, name: str) -> None:
         run.folder / name,
         data_config=run.data_config,
         config={**run.task.config, "data": summarize_data(run), "score": score},
-        card=build_card(model, collect_facts(run, progress, name), data_config=run.data_config),
+        card=build_card(
+            model, collect_facts(run, progress, name), data_config=run.data_config, place=run.folder / name
+        ),
     )
 
 

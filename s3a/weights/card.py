@@ -3,6 +3,8 @@
 People read its text, and the Hub the YAML in front of it: https://huggingface.co/docs/hub/model-cards.
 """
 
+import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from s3a.analysis.cost import count_cost
-from s3a.quantization.schemes import get_quantization
+from s3a.quantization.schemes import SCHEMES, Quantization, get_quantization, group_names
 from s3a.support.errors import make_unknown_error
 
 Weights = Literal["last", "best", "ema", "ema-best"]
@@ -23,7 +25,11 @@ TITLES: dict[Weights, str] = {
     "ema": "EMA (exponential moving average), last epoch",
     "ema-best": "EMA (exponential moving average), best epoch",
 }
-PLACEHOLDER = "FOLDER_OR_REPO"  # stands for the repository until the card is published
+PLACEHOLDER = "FOLDER_OR_REPO"  # stands for the place of weights that is not known yet
+STRING = r'"(?:[^"\\\n]|\\.)*"'
+# Where the code of a card names the place of the weights.
+PLACES = re.compile(rf'(from_pretrained\(|pipeline\("[\w-]+", model=|create_model\((?="(?:local-dir|hf-hub):)){STRING}')
+THESE_WEIGHTS = ": these weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +104,17 @@ class TrainingFacts:
             raise ValueError(f"weights is {self.weights!r}: scores must hold its score, not only {list(self.scores)}")
 
 
+# --------------------------------------------------------------------------------------------------------
+# Whole cards
+# --------------------------------------------------------------------------------------------------------
+
+
 def build_card(
-    model: nn.Module, facts: TrainingFacts | None = None, *, data_config: Mapping[str, Any] | None = None
+    model: nn.Module,
+    facts: TrainingFacts | None = None,
+    *,
+    data_config: Mapping[str, Any] | None = None,
+    place: str | Path = PLACEHOLDER,
 ) -> str:
     """The text of a model card, the README.md of a weights folder.
 
@@ -107,28 +122,67 @@ def build_card(
         model: made by timm's factory.
         facts: how it was trained; None if that is not known.
         data_config: timm's preprocessing keys, as far as they differ from the model's own.
+        place: the folder that the card is for, as its code shows it.
     """
     data_config = {**resolve_model_data_config(model), **(data_config or {})}
     pretrained_cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     title = pretrained_cfg["architecture"] + (f" trained on {facts.name}" if facts else "")
-    licence = pretrained_cfg.get("license") or "mit"  # this library's own, if timm knows none
+    licence = find_licence(model)
     purpose = facts.purpose if facts else CLASSIFIER
     intro = f"{purpose.description} of timm's registry, trained or saved by s3a (Sparse Scan Self-Attention)."
     parts = [f"---\n{format_metadata(model, purpose, facts, title, licence)}\n---", f"# {title}", intro]
     parts += describe_model(model, purpose, data_config, licence)
+    quantization = get_quantization(model)
+    if quantization:
+        parts += ["## Quantization", describe_quantization(quantization)]
     if facts:
-        parts += ["## Results", format_scores(facts), "## Data", format_data(facts)]
+        simulated = ["Measured in training, which simulates the rounding in float32."] if quantization else []
+        parts += ["## Results", *simulated, format_scores(facts), "## Data", format_data(facts)]
         parts += ["## Recipe", format_table(["option", "value"], facts.recipe.items())]
-    parts += ["## Use", show_use(model, purpose)]
-    if citation := getattr(model, "citation", None):
-        parts += ["## Citation", f"```bibtex\n{citation}\n```"]
+    parts += ["## Use", show_use(model, purpose, str(place)), *cite(model)]
     return "\n\n".join(parts) + "\n"
 
 
 def insert_repository(card: Path, repo: str) -> None:
-    """Writes a repository's name into a card, if there is one, where it shows how to load the model."""
-    if card.is_file():
-        card.write_text(card.read_text(encoding="utf-8").replace(PLACEHOLDER, repo), encoding="utf-8")
+    """Writes a repository's name into a card, if there is one: for the placeholder, and where code loads the model."""
+    if not card.is_file():
+        return
+
+    def replace(match: re.Match[str]) -> str:
+        source = "hf-hub:" if match[1].startswith("create_model") else ""
+        return match[1] + quote(source + repo)
+
+    text = card.read_text(encoding="utf-8").replace(PLACEHOLDER, repo)
+    before, heading, use = text.partition("\n## Use\n")
+    card.write_text(before + heading + PLACES.sub(replace, use), encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------
+# Their parts
+# --------------------------------------------------------------------------------------------------------
+
+
+def find_licence(model: nn.Module) -> str:
+    """The licence of a model as timm knows it, or else this library's own."""
+    pretrained_cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    return pretrained_cfg.get("license") or "mit"
+
+
+def cite(model: nn.Module) -> list[str]:
+    """The section with the paper of a model of this library."""
+    citation = getattr(model, "citation", None)
+    return ["## Citation", f"```bibtex\n{citation}\n```"] if citation else []
+
+
+def describe_quantization(quantization: Quantization) -> str:
+    """What is quantized, and how."""
+    scheme = SCHEMES[quantization.scheme]
+    scales = f"a scale for each {scheme.group_size} inputs" if scheme.group_size else "a scale for each output"
+    return (
+        f"torchao's scheme `{quantization.scheme}`, weights in {scheme.weights} with {scales}, in "
+        f"{len(quantization.layers)} linear layers: `{group_names(quantization.layers)}`. Everything else computes in "
+        "bfloat16."
+    )
 
 
 def format_metadata(model: nn.Module, purpose: Purpose, facts: TrainingFacts | None, title: str, licence: str) -> str:
@@ -145,19 +199,33 @@ def format_metadata(model: nn.Module, purpose: Purpose, facts: TrainingFacts | N
         metadata.datasets = [facts.dataset]
     if facts and tag and purpose.metric:
         metadata.metrics, metadata.model_name = [purpose.metric], title
-        metadata.eval_results = [
-            EvalResult(
-                task_type=tag,
-                dataset_type=facts.dataset,
-                dataset_name=facts.name,
-                dataset_split="validation",
-                metric_type=purpose.metric,
-                metric_name=f"{name}, {TITLES[facts.weights]}",
-                metric_value=value,
-            )
-            for name, value in facts.scores[facts.weights].values.items()
-        ]
+        values = {
+            f"{name}, {TITLES[facts.weights]}": value for name, value in facts.scores[facts.weights].values.items()
+        }
+        metadata.eval_results = list_results(purpose, values, facts.dataset, facts.name)
     return metadata.to_yaml()
+
+
+def list_results(purpose: Purpose, values: Mapping[str, float], dataset: str, name: str) -> list[EvalResult]:
+    """Scores as the Hub reads them.
+
+    Args:
+        values: by title.
+        dataset: its id on the Hub, or the name of the source.
+        name: what people call it.
+    """
+    return [
+        EvalResult(
+            task_type=str(purpose.pipeline_tag),
+            dataset_type=dataset,
+            dataset_name=name,
+            dataset_split="validation",
+            metric_type=str(purpose.metric),
+            metric_name=title,
+            metric_value=value,
+        )
+        for title, value in values.items()
+    ]
 
 
 def describe_model(model: nn.Module, purpose: Purpose, data_config: Mapping[str, Any], licence: str) -> list[str]:
@@ -186,7 +254,7 @@ def format_scores(facts: TrainingFacts) -> str:
     titles = list(dict.fromkeys(title for score in facts.scores.values() for title in score.values))
     rows = []
     for kind, score in facts.scores.items():
-        name = f"**{TITLES[kind]}: these weights**" if kind == facts.weights else TITLES[kind]
+        name = f"**{TITLES[kind]}{THESE_WEIGHTS}**" if kind == facts.weights else TITLES[kind]
         values = {
             title: f"{100 * value:.2f} %" if facts.purpose.is_percentage else f"{value:.4f}"
             for title, value in score.values.items()
@@ -206,17 +274,22 @@ def format_data(facts: TrainingFacts) -> str:
     return format_table(["", ""], rows.items())
 
 
-def show_use(model: nn.Module, purpose: Purpose) -> str:
-    """Python code that loads the model with this library and timm, and a classifier with transformers too."""
+def show_use(model: nn.Module, purpose: Purpose, place: str) -> str:
+    """Python code that loads a folder with this library and timm, and a classifier with transformers too."""
     family = type(model).__name__ if hasattr(model, "from_pretrained") else None
-    own = f'model = s3a.{family}.from_pretrained("{PLACEHOLDER}")\n' if family else ""
+    own = [f"model = s3a.{family}.from_pretrained({quote(place)})"] if family else []
     if get_quantization(model):
-        return f"```python\nimport s3a\n\n{own}```"
+        return "\n".join(["```python", "import s3a", "", *own, "```"])
     lines = ["import s3a  # registers its models with timm", "import timm"]
     lines += ["from transformers import pipeline"] if purpose is CLASSIFIER else []
-    lines += ["", f'{own}model = timm.create_model("hf-hub:{PLACEHOLDER}", pretrained=True)']
-    lines += [f'classify = pipeline("image-classification", model="{PLACEHOLDER}")'] if purpose is CLASSIFIER else []
+    lines += ["", *own, f"model = timm.create_model({quote('local-dir:' + place)}, pretrained=True)"]
+    lines += [f'classify = pipeline("image-classification", model={quote(place)})'] if purpose is CLASSIFIER else []
     return "\n".join(["```python", *lines, "```"])
+
+
+def quote(text: str) -> str:
+    """A text as a string in the code of a card, between double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def format_table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:

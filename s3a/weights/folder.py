@@ -5,11 +5,15 @@ Loading is strict: a surplus key, a missing key or another shape is an error tha
 
 import inspect
 import json
+import logging
+import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -22,9 +26,12 @@ from torch import Tensor, nn
 from s3a.quantization.schemes import get_quantization
 from s3a.support.errors import DiskFullError, is_disk_full, make_unknown_error
 
+logger = logging.getLogger(__name__)
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
+LABEL_KEYS = ("label_names", "label_descriptions")
 REMEDY = "write it again with save_pretrained"
 # Arguments of timm's factory that say where weights come from. A config.json may not hold any.
 FACTORY_ARGUMENTS = frozenset(inspect.signature(timm.create_model).parameters) - {"kwargs"}
@@ -108,7 +115,7 @@ def write_config(
     written.get("model_args", {}).pop("num_classes", None)
     if quantization := get_quantization(model):
         written["quantization"] = asdict(quantization) | {"torchao": version("torchao")}
-    for key in ("label_names", "label_descriptions"):
+    for key in LABEL_KEYS:
         if key in written["pretrained_cfg"]:
             written.setdefault(key, written["pretrained_cfg"].pop(key))
     path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
@@ -131,20 +138,60 @@ def load_folder(folder: Path, source: str | None = None, **model_args: Any) -> n
         ValueError: if a file cannot be read, or the weights are not those of the model.
     """
     source = source or str(folder)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"weights folder {source!r} has no {name}: it must hold {CONFIG_NAME} and {WEIGHTS_NAME}; "
-                "write it with save_pretrained or tools/convert_official.py"
-            )
+    check_files(folder, source)
     model = build_model(folder / CONFIG_NAME, f"{source}/{CONFIG_NAME}", model_args)
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     if "quantization" in config:
         fill_quantized(model, config, folder, source)
     else:
-        state = read_state(model, model.state_dict(), folder / WEIGHTS_NAME, f"{source}/{WEIGHTS_NAME}")
+        state = read_state(model, model.state_dict(), folder / WEIGHTS_NAME, f"{source}/{WEIGHTS_NAME}", model_args)
         model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def check_files(folder: Path, source: str) -> None:
+    """Raises FileNotFoundError where a file of a weights folder is missing; weights in its subfolders are suggested."""
+    missing = next((name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()), None)
+    if missing is None:
+        return
+    problem = f"weights folder {source!r} has no {missing}"
+    if inner := list_weights_folders(folder):
+        raise FileNotFoundError(f"{problem}, but folders in it hold weights: did you mean {' or '.join(inner)}?")
+    raise FileNotFoundError(
+        f"{problem}: it must hold {CONFIG_NAME} and {WEIGHTS_NAME}; write it with save_pretrained or "
+        "tools/convert_official.py"
+    )
+
+
+def list_weights_folders(folder: Path) -> list[str]:
+    """The weights folders in a folder, such as `best` and `model` in that of a run; or else those one level deeper."""
+    for pattern in ("*/", "*/*/"):
+        inner = sorted(path.parent for path in folder.glob(f"{pattern}{CONFIG_NAME}"))
+        found = [str(path) for path in inner if (path / WEIGHTS_NAME).is_file()]
+        if found:
+            return found
+    return []
+
+
+def make_file_error(path: Path) -> FileNotFoundError:
+    """An error for a file given in place of a weights folder: it says which folder that is, or how to make one."""
+    if (path.parent / CONFIG_NAME).is_file():
+        remedy = f"did you mean its folder, {path.parent}?"
+    elif path.suffix == ".safetensors":
+        remedy = (
+            f"load it with timm.create_model(NAME, checkpoint_path={str(path)!r}), and write one with save_pretrained"
+        )
+    else:
+        command = shlex.join(["python", "tools/convert_official.py", str(path)])
+        remedy = f"convert an official checkpoint with {command} --model NAME --output FOLDER"
+    return FileNotFoundError(f"{str(path)!r} is a file, and weights are a folder with a {CONFIG_NAME}: {remedy}")
+
+
+def find_similar_folder(path: Path) -> Path | None:
+    """The folder beside a path whose name is nearest to the path's, for who mistyped it; None where none is near."""
+    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, siblings, n=1)
+    return path.parent / near[0] if near else None
 
 
 def build_model(path: Path, label: str, model_args: dict[str, Any]) -> nn.Module:
@@ -207,16 +254,60 @@ def fill_quantized(model: nn.Module, config: dict[str, Any], folder: Path, sourc
     storage.load_state(model, state, quantization)
 
 
-def read_state(model: nn.Module, expected: dict[str, Tensor], path: Path, label: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError unless they have the expected keys, shapes and kinds of numbers."""
+def warn_of_new_head(model: nn.Module, known: int, source: str) -> None:
+    """Logs a warning, as transformers does, that the classifier of a model has weights that nobody trained.
+
+    Args:
+        known: how many classes the weights know.
+        source: where they come from.
+    """
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    classifiers = cfg["classifier"] if isinstance(cfg["classifier"], list | tuple) else [cfg["classifier"]]
+    logger.warning(
+        "Some weights of %s were newly initialized, because %s knows %d classes and num_classes is %d: %s. "
+        "Train the model before you use it for predictions.",
+        cfg["architecture"],
+        source,
+        known,
+        model.num_classes,
+        ", ".join(f"{name}.{kind}" for name in classifiers for kind in ("weight", "bias")),
+    )
+
+
+def forget_other_labels(model: nn.Module) -> None:
+    """Takes the names of classes out of a model's description if they are those of a head that it had before."""
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    if cfg.get("num_classes") != getattr(model, "num_classes", None):
+        for key in LABEL_KEYS:
+            cfg.pop(key, None)
+
+
+def read_state(
+    model: nn.Module,
+    expected: dict[str, Tensor],
+    path: Path,
+    label: str,
+    model_args: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Args:
+        label: what errors call the file.
+        model_args: what the model has beyond its config.json.
+
+    Raises:
+        ValueError: unless they have the expected keys, shapes and kinds of numbers.
+    """
     try:
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{label} is no whole safetensors file ({error}): copy or download it again") from error
     name = getattr(model, "pretrained_cfg", {}).get("architecture")
-    problem = (
-        f"{label} does not hold the {name} with {model.num_classes} classes that {CONFIG_NAME} describes; "
-        "both files must come from one model"
+    given = ", ".join(f"{key}={value!r}" for key, value in model_args.items())
+    problem = f"{label} does not hold the {name} with {model.num_classes} classes " + (
+        f"and {given}; leave out what changes shapes"
+        if given
+        else f"that {CONFIG_NAME} describes; both files must come from one model"
     )
     check_state(state, {key: tuple(tensor.shape) for key, tensor in expected.items()}, problem)
     differing = [key for key, tensor in expected.items() if name_kind(tensor.dtype) != name_kind(state[key].dtype)]

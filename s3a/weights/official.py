@@ -1,5 +1,6 @@
 """Converts official checkpoints; every key must be known on both sides. No other module reads pickles."""
 
+import logging
 import re
 import struct
 from argparse import Namespace
@@ -7,11 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s3a.weights.folder import check_state, shorten_list
+from s3a.weights.folder import check_state, shorten_list, warn_of_new_head
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,35 @@ def convert_state(state: dict[str, Tensor], model: nn.Module, table: KeyTable) -
 
 
 def filter_official(state: dict[str, Tensor], model: nn.Module, table: KeyTable) -> dict[str, Tensor]:
-    """For timm: official state dicts converted, our own unchanged; ValueError for quantized ones."""
+    """For timm: official state dicts converted, our own unchanged, with a warning where timm will change more.
+
+    Raises:
+        ValueError: for a quantized one.
+    """
     if any(key.endswith("._weight_qdata") for key in state):
         family = type(model).__name__
         raise ValueError(f"quantized weights are not for timm: load them with {family}.from_pretrained")
-    return convert_state(state, model, table) if any(map(table.changes, state)) else state
+    if any(map(table.changes, state)):
+        return convert_state(state, model, table)
+    warn_of_changes(state, model)
+    return state
+
+
+def warn_of_changes(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Logs a warning where timm, which only whispers, will make a new head or adapt the first convolution."""
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    head, stem = (state.get(f"{cfg[layer]}.weight") for layer in ("classifier", "first_conv"))
+    if head is not None and model.num_classes not in (0, len(head)):
+        warn_of_new_head(model, len(head), "the checkpoint")
+    if stem is not None and stem.shape[1] != model.in_chans:
+        logger.warning(
+            "%s.weight was adapted from %d to %d channels by timm, since the model has in_chans=%d. "
+            "Train the model before you use it for predictions.",
+            cfg["first_conv"],
+            stem.shape[1],
+            model.in_chans,
+            model.in_chans,
+        )
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

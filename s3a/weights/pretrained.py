@@ -1,5 +1,6 @@
 """Pretrained models, loaded and published: from weights folders and Hub repositories alike."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,20 @@ from torch import nn
 
 from s3a.quantization.schemes import get_quantization
 from s3a.weights.card import build_card, insert_repository
-from s3a.weights.folder import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, load_folder, save_folder
+from s3a.weights.folder import (
+    CARD_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    find_similar_folder,
+    forget_other_labels,
+    load_folder,
+    make_file_error,
+    save_folder,
+    warn_of_new_head,
+)
 from s3a.weights.hub import download, upload
+
+logger = logging.getLogger(__name__)
 
 # The files of a repository, each with what helps if it is missing.
 FILES = {
@@ -38,7 +51,7 @@ def load_pretrained(
         folder_or_repo: a folder, or ORG/NAME on the Hub; of any model in timm's registry.
         revision: branch, tag or commit of the repository; None for its main branch.
         token, cache_dir, local_files_only: for repositories, see `hub.download`.
-        num_classes: another number of classes; the head then has fresh weights.
+        num_classes: another number of classes; the head then has fresh weights, which a warning is logged about.
         model_args: more arguments for the model, such as drop_path_rate.
 
     Raises:
@@ -51,24 +64,61 @@ def load_pretrained(
         if revision is not None:
             raise ValueError(f"{str(folder)!r} is a local folder, without revisions: leave revision={revision!r} out")
         model = load_folder(folder, **model_args)
+    elif folder.is_file():
+        raise make_file_error(folder)
     else:
-        folder = download(
-            str(folder_or_repo),
-            FILES,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        model = load_folder(folder, f"{folder_or_repo}@{folder.name}", **model_args)
+        options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        commit = download_weights(str(folder_or_repo), revision, **options)
+        model = load_folder(commit, f"{folder_or_repo}@{commit.name}", **model_args)
     if num_classes is not None and num_classes != model.num_classes:
-        if get_quantization(model):
-            raise ValueError(
-                f"num_classes is {num_classes}: {str(folder_or_repo)!r} is quantized with {model.num_classes} classes; "
-                "load the weights that it was made from"
-            )
-        cast(Callable[[int], None], model.reset_classifier)(num_classes)  # every model of timm has it
+        replace_head(model, num_classes, str(folder_or_repo))
     return model
+
+
+def download_weights(repo: str, revision: str | None, **options: Any) -> Path:
+    """The folder of the cache with a repository's weights; errors suggest a local folder of a similar name."""
+    try:
+        return download(repo, FILES, revision=revision, **options)
+    except FileNotFoundError as error:
+        similar = find_similar_folder(Path(repo))
+        if similar is None:
+            raise
+        raise FileNotFoundError(f"{error}; did you mean the folder {similar}?") from error
+
+
+def read_card(folder_or_repo: str | Path, revision: str | None = None, **options: Any) -> str | None:
+    """The text of the model card of a folder or Hub repository; None where there is none.
+
+    Args:
+        revision, options: see `load_pretrained`; of a repository, the card is one file more of the same revision.
+    """
+    folder = Path(folder_or_repo)
+    if not folder.is_dir():
+        try:
+            folder = download(str(folder_or_repo), {CARD_NAME: "it has no model card"}, revision=revision, **options)
+        except FileNotFoundError as error:
+            logger.warning("the model card is left out: %s", error)
+            return None
+    path = folder / CARD_NAME
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def replace_head(model: nn.Module, num_classes: int, source: str) -> None:
+    """Gives a loaded model a head of another number of classes, with fresh weights, and logs a warning about it.
+
+    Raises:
+        ValueError: for a quantized model.
+    """
+    if get_quantization(model):
+        raise ValueError(
+            f"num_classes is {num_classes}: {source!r} is quantized with {model.num_classes} classes; "
+            "load the weights that it was made from"
+        )
+    known = cast(int, model.num_classes)
+    cast(Callable[[int], None], model.reset_classifier)(num_classes)  # every model of timm has it
+    forget_other_labels(model)
+    if num_classes:
+        warn_of_new_head(model, known, source)
 
 
 def push_folder(folder: Path, repo: str, *, token: str | bool | None = None, private: bool | None = None) -> str:

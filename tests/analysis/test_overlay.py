@@ -73,7 +73,7 @@ def attributed(
     return Attribution(height=8, width=12, stride=8, scans=tuple(scans), logits=torch.zeros(2))
 
 
-def test_marks_are_what_spoke_for_the_class():
+def test_marks_are_what_contributed_to_the_class():
     found = find_marks(attributed({(2, 3): 3.0, (7, 11): 1.0, (5, 5): 0.001}, {(0, 0): 4.0}))
     assert [(mark.row, mark.column) for mark in found] == [(0, 0), (2, 3), (7, 11)]
     assert [mark.share for mark in found] == pytest.approx([4 / 8, 3 / 8, 1 / 8], rel=1e-3)
@@ -104,28 +104,60 @@ def drawn(size: tuple[int, int] = (900, 600), title: str = "cat: 12.3 %", name: 
     return draw_overlay(image, view, attributed({(2, 3): 4.0, (6, 9): 1.0}), title, name), view
 
 
-def test_marks_lie_on_their_tokens():
-    figure, view = drawn()
-    _, seen = figure.axes
+def find_cells(rows: slice, columns: slice, height: int, width: int) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of some tokens of the 8 x 12, as pixels of a picture: by painting them there."""
+    tokens = np.zeros((8, 12))
+    tokens[rows, columns] = 1
+    painted = np.kron(tokens, np.ones((8, 8)))[:height, :width]
+    down, across = np.nonzero(painted)
+    return across.min(), down.min(), across.max() + 1, down.max() + 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (61, 91)])
+@pytest.mark.parametrize(("row", "column"), [(2, 3), (0, 0), (7, 11), (0, 11)])
+def test_marks_are_the_cells_of_their_tokens(row: int, column: int, height: int, width: int):
+    """Anchors in the middle of their cell and windows of whole cells, cut where the picture ends in a cell."""
+    image = Image.new("RGB", (900, 600))
+    _, view = prepare_image(image, steps(input_size=(3, height, width)))
+    found = attributed({(row, column): 4.0, (4, 6): 1.0})
+    _, seen = draw_overlay(image, view, found, "cat: 12.3 %", "a.jpg").axes
     (dots,) = (artist for artist in seen.collections if isinstance(artist, PathCollection))
-    places = [
-        (view.left + (8 * column + 0.5) * view.wide, view.top + (8 * row + 0.5) * view.tall)
-        for row, column in ((2, 3), (6, 9))
-    ]
-    assert np.allclose(dots.get_offsets(), places)
     assert dots.get_sizes()[0] == pytest.approx(4 * dots.get_sizes()[1])
+    pixel, corner = np.array([view.wide, view.tall]), np.array([view.left, view.top])
+    left, top, right, bottom = find_cells(slice(row, row + 1), slice(column, column + 1), height, width)
+    assert np.allclose(dots.get_offsets()[0], corner + pixel * [(left + right) / 2, (top + bottom) / 2])
+    first = [min(max(place - 1, 0), length - 3) for place, length in ((row, 8), (column, 12))]
+    left, top, right, bottom = find_cells(*(slice(start, start + 3) for start in first), height, width)
     (window,) = (patch for patch in seen.patches if isinstance(patch, Rectangle))
-    assert np.allclose(window.get_center(), places[0])
-    assert (window.get_width(), window.get_height()) == pytest.approx((3 * 8 * view.wide, 3 * 8 * view.tall))
+    assert np.allclose(window.get_xy(), corner + pixel * [left, top])
+    assert np.allclose([window.get_width(), window.get_height()], pixel * [right - left, bottom - top])
+    assert left >= 0
+    assert top >= 0
+    assert right <= width
+    assert bottom <= height
 
 
-def test_windows_stay_within_what_the_network_saw():
-    image = Image.new("RGB", (96, 64))
-    _, view = prepare_image(image, steps(crop_pct=1.0))
-    figure = draw_overlay(image, view, attributed({(0, 0): 1.0}), "cat", "a.jpg")
-    (window,) = figure.axes[1].patches
-    assert window.get_xy() == (0, 0)
-    assert (window.get_width(), window.get_height()) == (20.5, 20.5)  # of three tokens, half of the first is outside
+def test_only_a_part_of_the_image_is_framed():
+    for crop_pct, frames, caption in ((0.8, 1, "the framed part"), (1.0, 0, "the same")):
+        image = Image.new("RGB", (96, 64))
+        _, view = prepare_image(image, steps(crop_pct=crop_pct))
+        figure = draw_overlay(image, view, attributed({(0, 0): 1.0}), "cat", "a.jpg")
+        assert len(figure.axes[0].patches) == frames
+        assert figure.texts[2].get_text() == f"{caption}, as the network saw it: 8 x 12 tokens"
+
+
+def test_the_legend_says_what_the_marks_mean():
+    def read_legend(anchors: dict[tuple[int, int], float]) -> list[str]:
+        image = Image.new("RGB", (96, 64))
+        _, view = prepare_image(image, steps())
+        (legend,) = draw_overlay(image, view, attributed(anchors), "cat", "a.jpg").legends
+        return [text.get_text() for text in legend.get_texts()]
+
+    dots, frames = read_legend({(2, 3): 3.0, (7, 11): 2.0, (3, 3): 5.0})
+    assert dots == "anchors that contributed to the class: the larger the dot, the more"
+    assert frames.endswith("looked: these 2 account for 70 % of all contributions")  # two of three windows overlap
+    assert read_legend({(2, 3): 3.0})[1].endswith("this one accounts for 100 % of all contributions")
+    assert read_legend({}) == ["anchors that contributed to the class: here there is none"]
 
 
 def test_the_picture_shows_image_and_marks(tmp_path: Path):
@@ -140,11 +172,11 @@ def test_the_picture_shows_image_and_marks(tmp_path: Path):
         return picture[picture.shape[0] - 1 - row, column]
 
     ground = np.array([90, 120, 90]) / 255
-    strong = view.left + 24.5 * view.wide, view.top + 16.5 * view.tall
+    strong = view.left + 28 * view.wide, view.top + 20 * view.tall
     assert np.allclose(pixel(seen, *strong), to_rgb(ANCHOR_ON_IMAGE), atol=0.02)
     assert np.allclose(pixel(seen, strong[0] + 7 * view.wide, strong[1] + 7 * view.tall), ground, atol=0.02)
     assert np.allclose(pixel(seen, strong[0] + 12 * view.wide, strong[1]), to_rgb(WINDOW_ON_IMAGE), atol=0.1)
-    assert np.allclose(pixel(seen, view.left + 50 * view.wide, strong[1]), ground / 2, atol=0.02)
+    assert np.allclose(pixel(seen, view.left + 52 * view.wide, strong[1]), ground / 2, atol=0.02)
     assert np.allclose(pixel(whole, *strong), ground, atol=0.02)
     assert np.allclose(pixel(whole, view.left, view.top + view.height / 2), to_rgb(PAPER), atol=0.1)
 
@@ -174,7 +206,7 @@ def test_names_are_no_formulas(tmp_path: Path):
     assert not any(text.get_parse_math() for text in texts)
 
 
-def test_nothing_spoke_for_the_class(tmp_path: Path):
+def test_nothing_contributed_to_the_class(tmp_path: Path):
     image = Image.new("RGB", (80, 80))
     _, view = prepare_image(image, steps())
     draw_overlay(image, view, attributed({}), "cat", "a.jpg").savefig(tmp_path / "a.png")

@@ -197,9 +197,20 @@ def test_tables_without_meaning_are_refused(name: str, changes: dict, named: str
 
 
 @pytest.mark.parametrize("name", NANOS)
-def test_misspelt_arguments_are_refused(name: str):
-    with pytest.raises(TypeError, match="drop_path_rates"):
-        timm.create_model(name, drop_path_rates=0.1)
+def test_arguments_of_other_models_are_refused(name: str):
+    """As Python's TypeError and as a ValueError for users, with the nearest argument that there is."""
+    for kind in (TypeError, ValueError):
+        with pytest.raises(kind, match=f"argument of {name} 'drop_path_rates' is unknown.*mean 'drop_path_rate'"):
+            timm.create_model(name, drop_path_rates=0.1)
+        with pytest.raises(kind, match=f"{name} has no argument 'img_size': it takes images of any size.*leave .* out"):
+            timm.create_model(name, img_size=384)
+    factory = {"pretrained_cfg_overlay": {"crop_pct": 0.7}, "features_only": True, "out_indices": (0, 1)}
+    assert timm.create_model(name, **factory).feature_info.out_indices == (0, 1)
+
+
+def test_weights_that_nobody_published_are_refused_with_a_remedy():
+    with pytest.raises(RuntimeError, match=r"No pretrained weights exist for ssvit_nano yet.*convert_official\.py"):
+        timm.create_model("ssvit_nano", pretrained=True)
 
 
 # --------------------------------------------------------------------------------------------------------

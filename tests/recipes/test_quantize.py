@@ -12,6 +12,7 @@ import pytest
 import timm
 from helpers.image_folder import make_image_folder
 from helpers.quantized import compute_logits, make_trained
+from huggingface_hub import ModelCard
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
@@ -82,7 +83,11 @@ def test_the_command(monkeypatch, capsys, graphs, weights: Path, tmp_path: Path)
     written = json.loads(results.read_text())["rows"]
     assert [row["model"] for row in written] == ["float32", "int8-activations-int4-weights"]
     assert written[1]["agreement"] == pytest.approx(np.mean(np.equal(before, after)))
-    assert "| float32 | " in (output / "README.md").read_text()
+    card = ModelCard.load(output / "README.md")
+    assert "| float32 | " in card.text
+    (result,) = card.data.eval_results  # its own score, of the images that it was measured on
+    assert (result.metric_value, result.dataset_type) == (written[1]["top1"], "imagefolder")
+    assert f"Made from `{weights}`" in card.text
 
 
 def test_what_the_command_refuses(monkeypatch, capsys, weights: Path, folder: Path, tmp_path: Path):

@@ -1,6 +1,7 @@
 """Side-by-side timing and its files."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def test_a_result_names_its_machine_and_compares_with_its_like(tmp_path):
     results = read_results([written(tmp_path / "a.json"), written(tmp_path / "b.json")])
     assert results[0]["rows"] == [{"median_ms": 1.0}]
     assert results[0]["machine"]["packages"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_the_command_of_a_result_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tools/benchmark.py", "--output", "my results.json"])
+    (result,) = read_results([written(tmp_path / "a.json")])
+    assert result["command"] == "python tools/benchmark.py --output 'my results.json'"
 
 
 def test_results_of_different_machines_are_not_compared(tmp_path):

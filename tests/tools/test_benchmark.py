@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from helpers import golden
-from helpers.command_line import Command, check_refused
+from helpers.command_line import TOOLS, Command, check_refused
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -167,6 +167,17 @@ def test_operator_picture_adds_the_passes_of_a_scan(measure: Measure, drawn, tmp
     assert picture.stat().st_size < 200_000
 
 
+def test_the_table_is_printed_once(command: Command, tmp_path):
+    options = ("--turns", 1, "--device", "cpu", "--output", tmp_path / "result.json")
+    _, out, _ = command("benchmark", "operator", "--sides", 7, 9, *SMALL, *options)
+    rows = [line for line in out.splitlines() if "dense" in line and "times" not in line]
+    assert [line.split()[0] for line in rows] == ["7", "9"]
+
+
+def read_captions(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts if "torch" in text.get_text()]
+
+
 # --------------------------------------------------------------------------------------------------------
 # Models, plans, compilation
 # --------------------------------------------------------------------------------------------------------
@@ -188,7 +199,9 @@ def test_model_rows_are_against_the_last_swin(measure: Measure, drawn, tmp_path)
     (axes,) = drawn
     shown = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]
     assert shown == [(pytest.approx(500), 83.0), (pytest.approx(400), 81.3)]  # of published top-1 alone
-    assert [text.get_text() for text in axes.texts] == ["ssvit_tiny", "swin_tiny"]
+    assert [text.get_text() for text in axes.texts[:-1]] == ["ssvit_tiny", "swin_tiny"]
+    (caption,) = read_captions(axes)
+    assert caption.startswith("batch 2, 224 px, float32, inference, not compiled; ")
     with Image.open(picture) as image:
         assert (image.format, *image.size) == ("PNG", 1050, 630)
 
@@ -315,6 +328,23 @@ def test_results_are_laid_beside_each_other(command: Command, tmp_path):
     lines = [line.split() for line in out.splitlines() if line]
     table = [["candidate", "median_ms"], ["dense", "1,234.50"]]
     assert lines == [["python", "before"], *table, ["python", "after"], table[0], ["dense", "1.00"]]
+
+
+def test_a_result_is_drawn_again(command: Command, drawn, tmp_path):
+    """From the file alone; the picture says what was measured and where."""
+    docs = TOOLS.parent / "docs" / "benchmarks"
+    for name, words in (
+        ("operator_sides_cpu", "batch 1, 2 heads of 32, float32, forward, not compiled; AMD EPYC, 2 threads, torch 2."),
+        ("model_cpu", "batch 4, 224 px, float32, inference, compiled; AMD EPYC, 2 threads, torch 2."),
+    ):
+        picture = tmp_path / "new" / f"{name}.png"
+        status, out, err = command("benchmark", "plot", docs / f"{name}.json", "--output", picture)
+        assert (status, out, err) == (0, f"wrote {picture}\n", "")
+        (caption,) = read_captions(drawn[-1])
+        assert caption.startswith(words)
+        assert Image.open(picture).size == (1050, 630)
+    refused = command("benchmark", "plot", docs / "plan_cpu.json", "--output", tmp_path / "plan.png")
+    check_refused(refused, "plan_cpu.json has no picture: give a result of one of operator, model")
 
 
 def test_results_of_different_machines_are_not(command: Command, tmp_path):

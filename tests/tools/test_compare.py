@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import statistics
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from helpers.command_line import check_refused
 from helpers.image_folder import make_image_folder
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -25,6 +28,7 @@ from s3a.comparison.report import (
     format_difference,
     format_markdown,
     format_text,
+    list_cautions,
     list_skipped,
     make_tables,
 )
@@ -234,6 +238,10 @@ def test_a_size_that_a_model_does_not_take_is_said():
 # --------------------------------------------------------------------------------------------------------
 
 
+MACHINE = {"processor": "Abacus", "threads": 1, "accelerator": None, "packages": {"torch": "2.15.0+cpu"}}
+TIMING = {"batch_size": 16, "image_size": 32, "precision": "bf16"}
+
+
 def made_up(num_seeds: int, growth: bool) -> Results:
     cost = {"parameters": 1234, "published_gmacs": 0.5, "gmacs": 0.6}
     rows = [
@@ -251,9 +259,15 @@ def made_up(num_seeds: int, growth: bool) -> Results:
         for label in ("a $_", "b")
     ]
     grown[-1] = {"label": "b", "image_size": 64, "skipped": "about 9 MiB would be needed, 5 are free"}
-    results = Results(machine={}, timing={}, scores=rows, speed={row["label"]: phases for row in rows})
+    results = Results(machine=MACHINE, timing=TIMING, scores=rows, speed={row["label"]: phases for row in rows})
     results.growth = grown if growth else []
     return results
+
+
+def test_the_command_of_a_result_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tools/compare.py", "--output-dir", "my runs"])
+    made_up(1, growth=False).write(tmp_path)
+    assert found_in(tmp_path)["command"] == "python tools/compare.py --output-dir 'my runs'"
 
 
 def test_tables():
@@ -274,9 +288,29 @@ def test_tables():
     assert format_markdown([["x", "y"], ["long", "1"]]) == "| x | y |\n| --- | ---: |\n| `long` | 1 |"
 
 
+def test_differences_of_one_seed_come_with_a_caution():
+    """Several seeds have their spread, and a single model has no differences."""
+    (caution,) = list_cautions(made_up(1, growth=False))
+    assert caution == "One seed gives no spread: these differences may be chance. Compare with --seeds 3 or more."
+    assert list_cautions(made_up(2, growth=False)) == []
+    alone = made_up(1, growth=False)
+    alone.scores = alone.scores[:1]
+    assert list_cautions(alone) == []
+
+
 @pytest.mark.parametrize(("num_seeds", "growth"), [(1, False), (5, True)])
-def test_pictures(num_seeds, growth, tmp_path):
+def test_pictures(num_seeds, growth, tmp_path, monkeypatch):
+    saved, save = [], Figure.savefig
+
+    def savefig(figure, *arguments, **options):
+        saved.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
     draw_comparison(made_up(num_seeds, growth), tmp_path / "new" / "picture.png")
+    assert saved[0].get_suptitle() == (
+        "images per second in batches of 16 at 32 px; times in bfloat16 on Abacus, 1 thread, torch 2.15.0"
+    )
     with Image.open(tmp_path / "new" / "picture.png") as picture:
         assert picture.width > 1000
 
@@ -320,6 +354,15 @@ def test_a_comparison_and_what_goes_on_from_it(command, arguments, images, tmp_p
     status, again, _ = command("compare", *arguments)
     assert (status, again) == (0, first)
     monkeypatch.undo()
+
+    # the tables and the picture come from the results alone
+    (folder / "comparison.png").unlink()
+    shutil.move(folder / "runs", tmp_path / "moved")
+    status, again, _ = command("compare", "--report-only", "--output-dir", folder)
+    assert (status, again.splitlines()[:4]) == (0, first.splitlines()[:4])
+    assert (folder / "comparison.png").exists()
+    check_refused(command("compare", "--report-only", "--output-dir", tmp_path / "none"), "results.json does not exist")
+    shutil.move(tmp_path / "moved", folder / "runs")
 
     # a run is taken as it is only by its own recipe, on its own images
     data = load_data("imagefolder", images)

@@ -222,6 +222,7 @@ def test_eight_runs_leave_room_for_each_other(tmp_path, name, columns, with_ema)
         assert box.x0 >= 0 <= box.y0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
         assert not any(box.overlaps(other) for other in boxes[:index])
     assert min(axes.get_position().height for axes in figure.axes) * figure.get_figheight() > 2  # inches
+    assert panel(figure, "training loss").get_ylabel() == "augmented images, smoothed labels"
     lines = curves(panel(figure, "training loss"))
     assert len({line.get_color() for line in lines}) == 8
     assert len({handle.get_marker() for handle in legend.legend_handles}) == 8

@@ -111,14 +111,31 @@ def test_images_that_cannot_be_read(command: Command, weights: Path, tmp_path: P
     """A line each, and the others are predicted all the same."""
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "half.png").write_bytes(photo.read_bytes()[:90])
-    bad = [tmp_path / "text.jpg", tmp_path / "half.png", tmp_path / "none.png", tmp_path]
+    bad = [tmp_path / "text.jpg", tmp_path / "half.png", tmp_path / "none.png"]
     check_refused(command("predict", "--weights", weights, bad[0]), str(bad[0]), "cannot be read")
     check_refused(command("predict", "--weights", weights, bad[2]), str(bad[2]), "does not exist")
     status, out, err = command("predict", "--weights", weights, *bad, photo)
     assert (status, out.splitlines()[0]) == (2, str(photo))
     lines = err.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 3
     assert all(line.startswith("error: image ") and str(path) in line for line, path in zip(lines, bad, strict=True))
+
+
+def test_a_folder_means_its_images(command: Command, weights: Path, tmp_path: Path, photo: Path):
+    """In the order of their names, beside files that are named; other files and subfolders are left out."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for name in ("b.PNG", "a.jpg", "more/c.png"):
+        Image.open(photo).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    status, out, err = command("predict", "--weights", weights, photo, folder, "--json")
+    assert (status, err) == (0, f"{folder}: 2 images\n")
+    assert [found["image"] for found in json.loads(out)] == [str(photo), str(folder / "a.jpg"), str(folder / "b.PNG")]
+    (tmp_path / "empty").mkdir()
+    check_refused(command("predict", "--weights", weights, tmp_path / "empty"), "empty has no image in it", "another")
+    (tmp_path / "empty" / "inner").mkdir()
+    refused = command("predict", "--weights", weights, tmp_path / "empty")
+    check_refused(refused, "its 1 subfolders are not searched")
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -65,6 +65,27 @@ def test_picture_shows_the_query_in_its_place(command: Command, tmp_path: Path) 
     assert np.allclose(picture[0, 0], 1)
 
 
+def test_the_legend_has_the_tints_of_the_map() -> None:
+    """Tokens that windows of several anchors share are darker, and the legend says so."""
+    height, width, size = 20, 23, 5
+    options = visualise.Options(output=Path("scan.png"), height=height, width=width, size=size)
+    figure = visualise.draw_scans(options)
+    (legend,) = figure.legends
+    tints = {
+        text.get_text(): to_rgb(handle.get_facecolor())
+        for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
+        if hasattr(handle, "get_facecolor")
+    }
+    counts = visualise.find_sight(
+        sparse_scan(height, width, size, FIXED[0]), *visualise.find_query(options), height, width
+    ).anchor_counts
+    colors = figure.axes[0].images[0].get_array()
+    for count, label in ((1, "seen by one anchor"), (2, "by two or more")):
+        row, column = np.argwhere(counts == count)[0]
+        assert np.allclose(colors[row, column], tints[label])
+    assert sum(tints["seen by one anchor"]) > sum(tints["by two or more"])
+
+
 def test_picture_suits_a_readme(command: Command, tmp_path: Path) -> None:
     command("visualise", "--output", tmp_path / "scan.png")
     for path in (tmp_path / "scan.png", TOOLS.parent / "docs" / "scan.png"):

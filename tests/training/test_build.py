@@ -166,13 +166,14 @@ def pretrained(tmp_path: Path) -> Path:
     return tmp_path / "pretrained"
 
 
-def test_fine_tuning_keeps_the_body_and_the_head_of_the_same_classes(recipe, pretrained):
+def test_fine_tuning_keeps_the_body_and_the_head_of_the_same_classes(recipe, pretrained, capfd):
     state = load_weights(pretrained)
     model = build_run(dataclasses.replace(recipe, weights=str(pretrained), image_size=48)).model
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert "new head" not in capfd.readouterr().err
 
 
-def test_fine_tuning_on_other_classes_and_another_size(recipe, pretrained, tmp_path, monkeypatch):
+def test_fine_tuning_on_other_classes_and_another_size(recipe, pretrained, tmp_path, monkeypatch, capfd):
     folder = shutil.copytree(recipe.data_dir, tmp_path / "images")
     for split in ("train", "val"):
         shutil.copytree(folder / split / "dark", folder / split / "shadow")
@@ -188,6 +189,7 @@ def test_fine_tuning_on_other_classes_and_another_size(recipe, pretrained, tmp_p
 
     monkeypatch.setattr(trainer, "train_step", watched)
     run = train_changed(recipe, weights=str(pretrained), data_dir=folder, image_size=48)
+    assert capfd.readouterr().err.count(f"a new head of 3 classes: {pretrained} knows 2; all else is kept\n") == 1
     assert set(seen) == {((16, 3, 48, 48), True)}
     tuned = s3a.SSViT.from_pretrained(run / "model")
     assert (tuned.num_classes, tuned.pretrained_cfg["label_names"]) == (3, ["dark", "light", "shadow"])

@@ -8,8 +8,10 @@ import sys
 import pytest
 from accelerate.state import AcceleratorState
 from helpers.small_runs import read_metrics, train_changed
+from matplotlib.figure import Figure
 from PIL import Image
 
+from s3a.support.palette import BLUE, VERMILLION
 from s3a.training import build, trainer
 from s3a.training.run_folder import EpochMetrics, Panel, draw_curves, list_origins, write_metrics
 
@@ -120,6 +122,15 @@ def test_each_weights_folder_knows_its_epoch():
         "ema-best": (4, "ema", 0.4),
     }
     assert set(list_origins([make_metrics(1, top1=0.5)], "top1")) == {"model", "best"}
+
+
+def test_curves_have_the_colours_of_all_pictures_and_whole_epochs():
+    axes = Figure().subplots()
+    Panel(title="loss", curves={"training": [2.0], "validation": [3.0]}).draw(axes, [1])
+    assert [line.get_color() for line in axes.lines] == [BLUE, VERMILLION]
+    assert [line.get_marker() for line in axes.lines] == [".", "."]  # a line of one epoch could not be seen
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation"]
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
 
 
 @pytest.mark.parametrize("count", [1, 3])

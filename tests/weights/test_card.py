@@ -115,6 +115,35 @@ def test_the_commands_of_the_card_run(model: torch.nn.Module, tmp_path: Path):
     assert 'model="lizards/nano"' in code
 
 
+def read_code(text: str) -> str:
+    """The Python code of a card."""
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return code
+
+
+def test_the_code_of_a_folder_loads_the_folder_and_after_a_push_the_repository(tmp_path: Path):
+    """Also of a folder with an odd name, and of a card that names another repository."""
+    folder, card = tmp_path / 'a "b"', tmp_path / "README.md"
+    model = timm.create_model("ssvit_nano", num_classes=10)
+    model.save_pretrained(folder)
+    text = build_card(model, FACTS, place=folder)
+    local = read_code(text).replace("from transformers import pipeline", "pipeline = dict.get").splitlines()
+    assert not any("hf-hub:" in line or "FOLDER" in line for line in local)
+    scope: dict = {}
+    exec("\n".join(local[:-1]), scope)  # the last line is transformers' pipeline
+    assert scope["model"].num_classes == 10
+    ours = "# s3a.SSViT.from_pretrained(FOLDER)\n" + 'timm.create_model("resnet18")'
+    card.write_text(text.replace("import timm\n", f"import timm\n{ours}\n"), encoding="utf-8")
+    for repo in ("lizards/nano", "snakes/nano"):
+        insert_repository(card, repo)
+        code = read_code(card.read_text(encoding="utf-8"))
+        assert f's3a.SSViT.from_pretrained("{repo}")' in code
+        assert f'timm.create_model("hf-hub:{repo}", pretrained=True)' in code
+        assert f'pipeline("image-classification", model="{repo}")' in code
+        assert ours in code
+    assert str(folder) not in card.read_text(encoding="utf-8")
+
+
 def test_facts_that_do_not_fit():
     with pytest.raises(ValueError, match="weights is 'best': scores must hold its score"):
         TrainingFacts(**{**vars(FACTS), "weights": "best"})

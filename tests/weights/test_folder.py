@@ -1,6 +1,7 @@
 """Weights folders: what is written comes back bit by bit, and nothing else is loaded."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -151,11 +152,58 @@ def test_other_number_of_classes_keeps_the_body(folder: Path):
     )
 
 
+LABELS = ["ant", "bee", "cat", "dog", "fox"]
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """A saved nano of five classes with names."""
+    randomized(num_classes=5).save_pretrained(tmp_path / "labelled", config={"label_names": LABELS})
+    return tmp_path / "labelled"
+
+
+def list_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("through_timm", [False, True])
+def test_a_new_head_is_not_silent(labelled: Path, caplog: pytest.LogCaptureFixture, through_timm: bool):
+    """A warning names its weights; the names of the old classes are gone, also from what is saved."""
+
+    def load(**options: object) -> nn.Module:
+        if through_timm:
+            return timm.create_model(f"local-dir:{labelled}", pretrained=True, **options)
+        return SSViT.from_pretrained(labelled, **options)
+
+    for options in ({}, {"num_classes": 5}):
+        assert load(**options).pretrained_cfg["label_names"] == LABELS
+    assert "label_names" not in load(num_classes=0).pretrained_cfg
+    assert list_warnings(caplog) == []
+    model = load(num_classes=8)
+    (warning,) = list_warnings(caplog)
+    assert warning.startswith("Some weights of ssvit_nano were newly initialized")
+    assert "knows 5 classes and num_classes is 8: head.weight, head.bias. Train the model" in warning
+    assert "label_names" not in model.pretrained_cfg
+    model.save_pretrained(labelled.parent / "again")
+    assert "ant" not in (labelled.parent / "again" / "config.json").read_text(encoding="utf-8")
+
+
+def test_timm_does_not_adapt_channels_in_silence(folder: Path, caplog: pytest.LogCaptureFixture):
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, in_chans=1)
+    assert model.in_chans == 1
+    (warning,) = list_warnings(caplog)
+    assert "stem.0.weight was adapted from 3 to 1 channels" in warning
+
+
 def test_more_arguments_reach_the_model(folder: Path):
     model = SSViT.from_pretrained(folder, drop_path_rate=0.25)
     assert model.stages[-1].blocks[-1].drop_path.drop_prob == 0.25
-    with pytest.raises(TypeError, match="drop_path_rates"):
+    with pytest.raises(TypeError, match=r"'drop_path_rates' is unknown.*did you mean 'drop_path_rate'"):
         SSViT.from_pretrained(folder, drop_path_rates=0.25)
+    with pytest.raises(
+        ValueError, match=r"with 5 classes and in_chans=1; leave out.*stem\.0\.weight is \(16, 3, 3, 3\)"
+    ):
+        SSViT.from_pretrained(folder, in_chans=1)
 
 
 def test_config_names_labels_and_preprocessing(tmp_path: Path):
@@ -224,6 +272,38 @@ def test_missing_file(folder: Path, missing: str):
     (folder / missing).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{folder}.*no {missing}"):
         SSViT.from_pretrained(folder)
+
+
+def test_the_folder_of_a_run_is_answered_with_its_weights(folder: Path):
+    """And one with several runs with those of each; folders without weights are not named."""
+    run = folder.parent / "runs" / "digits"
+    for name in ("model", "best"):
+        shutil.copytree(folder, run / name)
+    (run / "checkpoints").mkdir()
+    hint = f"did you mean {run}/best or {run}/model?"
+    for place in (run, run.parent):
+        with pytest.raises(FileNotFoundError, match=f"'{place}' has no config.json, but .*") as raised:
+            SSViT.from_pretrained(place)
+        assert str(raised.value).endswith(hint)
+    (run / "best" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=f"did you mean {run}/model\\?$"):
+        SSViT.from_pretrained(run)
+    with pytest.raises(FileNotFoundError, match=f"'{run}/modle' .*; did you mean the folder {run}/model\\?$"):
+        SSViT.from_pretrained(run / "modle")
+
+
+def test_a_file_is_answered_with_what_makes_a_folder(folder: Path):
+    for name, words in {
+        "saved/model.safetensors": f"did you mean its folder, {folder}?",
+        "official 1.pth": f"tools/convert_official.py '{folder.parent}/official 1.pth' --model NAME --output FOLDER",
+        "pytorch_model.bin": "tools/convert_official.py",
+        "other.safetensors": "checkpoint_path=",
+    }.items():
+        path = folder.parent / name
+        path.touch()
+        with pytest.raises(FileNotFoundError, match="is a file, and weights are a folder") as raised:
+            SSViT.from_pretrained(path)
+        assert words in str(raised.value)
 
 
 def test_missing_folder(tmp_path: Path):

@@ -77,7 +77,7 @@ class Classification(Task):
         """What the moving average of the weights scored, to stand behind a comma; empty where there is none."""
         return f", with EMA {self.format_score(scores['ema_top1'])}" if "ema_top1" in scores else ""
 
-    def list_panels(self, history: Sequence[EpochMetrics]) -> list[Panel]:
+    def list_panels(self, recipe: Recipe, history: Sequence[EpochMetrics]) -> list[Panel]:
         labels = {"val_top1": "top-1", "val_top5": "top-5", "ema_top1": "top-1, EMA"}
         accuracy = Panel(
             title=f"validation accuracy, last top-1 {self.format_score(history[-1].scores['val_top1'])}",
@@ -85,7 +85,7 @@ class Classification(Task):
             ylabel="%",
             legend="lower right",
         )
-        return [make_loss_panel(history), accuracy]
+        return [make_loss_panel(history, list_hardenings(recipe)), accuracy]
 
     def evaluate_command(self, recipe: Recipe, folder: Path) -> str:
         options = {
@@ -134,6 +134,13 @@ class Classification(Task):
 def mixes_images(recipe: Recipe) -> bool:
     """Whether the recipe mixes images and their labels with each other."""
     return recipe.mixup > 0 or recipe.cutmix > 0
+
+
+def list_hardenings(recipe: Recipe) -> list[str]:
+    """What makes the loss in training larger than in validation, which has none of it; for the legend of the curves."""
+    mixed = [name for name in ("mixup", "cutmix") if getattr(recipe, name) > 0]
+    smoothed = [f"label smoothing {recipe.label_smoothing:g}"] if recipe.label_smoothing else []
+    return [*mixed, *smoothed, "augmentation"]  # a crop at least
 
 
 class ClassificationLoss:

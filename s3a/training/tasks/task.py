@@ -4,6 +4,7 @@ A task is one class in one file, which `train(recipe, task=...)` takes. It has t
 what the loss of a batch is, and how the model is scored; all else has a default.
 """
 
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ class TimmModel(Protocol):
 
     pretrained_cfg: dict[str, Any]
     num_classes: int
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
 
     def reset_classifier(self, num_classes: int) -> None:
         """Gives the model a new head."""
@@ -127,7 +131,7 @@ class Task(ABC):
         """The scores of the last epoch, for the end of the run."""
         return self.describe_epoch(scores)
 
-    def list_panels(self, history: Sequence[EpochMetrics]) -> list[Panel]:
+    def list_panels(self, recipe: Recipe, history: Sequence[EpochMetrics]) -> list[Panel]:
         """The panels of `curves.png`, which the learning rate follows; by default the loss and the best score."""
         labels = {f"val_{self.best}": self.title, f"ema_{self.best}": f"{self.title}, EMA"}
         return [make_loss_panel(history), Panel(title=self.title, curves=select_columns(history, labels))]
@@ -155,10 +159,17 @@ class Task(ABC):
         return {self.title: scores[f"{prefix}_{self.best}"]}
 
 
-def make_loss_panel(history: Sequence[EpochMetrics]) -> Panel:
-    """The panel with the loss in training, and in validation where the task has a score of that name."""
-    training = {"training": [metrics.train_loss for metrics in history]}
-    return Panel(title="loss", curves=training | select_columns(history, {"val_loss": "validation"}))
+def make_loss_panel(history: Sequence[EpochMetrics], hardened_by: Sequence[str] = ()) -> Panel:
+    """The panel with the loss in training, and in validation where the task has a score of that name.
+
+    Args:
+        hardened_by: what makes the loss in training larger than that of the plain images, such as "mixup"; the legend
+            says it, for whoever wonders why the validation is below.
+    """
+    label = textwrap.fill(f"training, with {', '.join(hardened_by)}" if hardened_by else "training", 36)
+    training = {label: [metrics.train_loss for metrics in history]}
+    plain = "validation, plain" if hardened_by else "validation"
+    return Panel(title="loss", curves=training | select_columns(history, {"val_loss": plain}), legend="upper right")
 
 
 def select_columns(

@@ -13,6 +13,7 @@ from torch import nn
 
 from s3a.data import load_data
 from s3a.training.processes import seed_step
+from s3a.training.run_folder import EpochMetrics
 from s3a.training.tasks.classification import Classification, list_operations, make_augmentation, posterize
 
 
@@ -28,6 +29,22 @@ def test_mixed_targets_are_smoothed_and_their_loss_is_soft(recipe):
     assert plain.mixup is None
     assert isinstance(plain.criterion, nn.CrossEntropyLoss)
     assert plain.criterion.label_smoothing == recipe.label_smoothing
+
+
+@pytest.mark.parametrize(
+    ("changes", "label"),
+    [
+        ({"label_smoothing": 0.1}, "training, with label smoothing 0.1,\naugmentation"),
+        ({"label_smoothing": 0.0}, "training, with augmentation"),
+        ({"mixup": 0.8, "cutmix": 1.0}, "training, with mixup, cutmix, label\nsmoothing 0.1, augmentation"),
+    ],
+)
+def test_the_legend_says_why_the_training_loss_is_larger(recipe, changes, label):
+    task = Classification(load_data(recipe.data, recipe.data_dir))
+    line = {"epoch": 1, "train_loss": 2.5, "val_loss": 1.5, "val_top1": 0.5, "learning_rate": 1.0}
+    metrics = EpochMetrics.from_line(line | {"images_per_second": 1.0, "loader_wait": 0.0})
+    loss, _ = task.list_panels(dataclasses.replace(recipe, **changes), [metrics])
+    assert loss.curves == {label: [2.5], "validation, plain": [1.5]}
 
 
 DATA_CONFIG = {"input_size": (3, 8, 8), "interpolation": "bicubic", "mean": (0, 0, 0), "std": (1, 1, 1)}
