@@ -240,7 +240,7 @@ def test_what_is_read_was_written(clone: Path, monkeypatch: pytest.MonkeyPatch):
 # --------------------------------------------------------------------------------------------------------
 
 SHORT = re.compile(
-    r"python (-c '?from|tools/(explain|visualise|predict|plot_runs)|recipes/evaluate|tools/benchmark.py (compare|plot))\b"
+    r"python (-c '?from|recipes/evaluate|tools/(explain|visualise|predict|plot_runs|benchmark.py (compare|plot)))\b"
     r"|--print-recipe|--help"
 )
 SHORT_COMMANDS = {str(each): each for each in COMMANDS if SHORT.search(str(each))}
