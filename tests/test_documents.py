@@ -1,32 +1,36 @@
-"""The documents name what exists: every path, every module of the tree, the order of imports, the papers."""
+"""The documents name what exists: every path, every module of the tree, the order of imports, the papers.
 
+Their figures are those of committed results. `test_commands.py` tests their commands and their Python.
+"""
+
+import json
 import re
-from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.documents import GUIDES, PAGES, ROOT, list_blocks, read
 from packaging.specifiers import SpecifierSet
 from test_rooms import RANKS
 
 from s3a.models import VVT, SSViT, SViT
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "LOG.md")] + sorted(ROOT.glob("docs/**/*.md"))
+DOCUMENTS = [*GUIDES, ROOT / "LOG.md", *sorted(ROOT.glob("docs/*/**/*.md"))]
 PATH = re.compile(r"(?<![\w./-])((?:s3a|tests|tools|recipes|docs|\.ci)/[\w./*<-]*)(?:::(\w+))?")
-PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+PYPROJECT = read(ROOT / "pyproject.toml")
 
 
-@cache
-def read(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
-
-
-def find_blocks(document: str, heading: str) -> list[str]:
-    """The contents of the code blocks of a section."""
+def find_section(document: str, heading: str) -> str:
+    """The text between a heading of the second level and the next one."""
     _, _, rest = document.partition(f"\n## {heading}\n")
-    section = re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0]
-    return re.findall(r"^```\w*\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+    return re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def list_tables(text: str) -> list[list[list[str]]]:
+    """The tables in Markdown, as rows of cells; the first row is the header."""
+    found = re.findall(r"(?:^\|.*\n)+", text + "\n", flags=re.MULTILINE)
+    lines = ([[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()] for table in found)
+    return [[header, *rows] for header, _, *rows in lines]
 
 
 def list_anchors(document: str) -> set[str]:
@@ -91,6 +95,72 @@ def test_absent_paths_are_found(text: str, absent: list[str]):
 
 
 # --------------------------------------------------------------------------------------------------------
+# README.md and its pages
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_one_page():
+    lines = read(ROOT / "README.md").splitlines()
+    assert len(lines) <= 200
+    assert "pip install -e . && accelerate launch recipes/train.py" in lines
+    assert 'pip install -e ".[dev]" && python -m pytest' in lines
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_say_what_they_are_for(page: str):
+    """In the first line; they link back to the README, which links to them, and to each of their sections."""
+    text = read(ROOT / "docs" / f"{page}.md")
+    purpose, contents = text.split("\n\n")[1:3]
+    assert purpose.startswith("For whoever ")
+    assert "[README](../README.md)" in purpose
+    assert re.findall(r"\[([^\]]+)\]\(#", contents) == re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
+    assert f"(docs/{page}.md)" in read(ROOT / "README.md")
+
+
+# Section of docs/benchmarks.md: the columns of its table, each a file, the name of its rows, the figure, its digits.
+FIGURES = {
+    "The operator": [
+        (f"operator{kind}_cpu", "candidate", "times_dense", ".1f") for kind in ("", "_compiled", "_backward")
+    ],
+    "Models": [
+        (f"model{kind}_cpu", "model", figure, digits)
+        for kind in ("", "_bf16", "_autocast")
+        for figure, digits in (("images_per_second", ".1f"), ("times_peer", ".2f"))
+    ],
+    "Quantization": [
+        ("quantize_int8_dynamic_cpu", "model", figure, ".2f")
+        for figure in ("megabytes", "memory_megabytes", "compiled_ms", "eager_ms")
+    ],
+}
+
+
+@pytest.mark.parametrize("heading", FIGURES)
+def test_benchmarks_are_the_committed_results(heading: str):
+    page = read(ROOT / "docs" / "benchmarks.md")
+    ((_, *rows),) = list_tables(find_section(page, heading))
+    for column, (file, key, figure, digits) in enumerate(FIGURES[heading], start=1):
+        result = json.loads(read(ROOT / "docs" / "benchmarks" / f"{file}.json"))
+        assert f"**{result['machine']['processor']}**" in page
+        measured = {row[key]: format(row[figure], digits) for row in result["rows"]}
+        for row in rows:
+            assert row[column].partition(" ")[0] == measured.get(row[0].strip("`"), ""), (heading, row[0], figure)
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in ROOT.glob("docs/comparisons/*/results.md")))
+def test_comparisons_are_the_committed_results(folder: str):
+    """The columns that the page shows of results.md, whose tables are of the same rows."""
+    page = read(ROOT / "docs" / "comparisons.md")
+    (section,) = (text for text in page.split("\n## ") if f"docs/comparisons/{folder}\n" in text)
+    measured: dict[tuple[str, str], str] = {}
+    for header, *rows in list_tables(read(ROOT / "docs" / "comparisons" / folder / "results.md")):
+        measured |= {(row[0], name): cell for row in rows for name, cell in zip(header, row, strict=True)}
+    header, *rows = list_tables(section)[-1]
+    shown = {(row[0], name): cell for row in rows for name, cell in zip(header, row, strict=True) if name != "model"}
+    assert shown
+    assert shown == {place: measured.get(place) for place in shown}
+
+
+# --------------------------------------------------------------------------------------------------------
 # CONTRIBUTING.md
 # --------------------------------------------------------------------------------------------------------
 
@@ -108,7 +178,7 @@ def list_tree(block: str) -> list[str]:
 
 def test_the_tree_names_every_module_once():
     """All Python files of the library and of the commands; an `__init__.py` is its folder's line."""
-    (block,) = find_blocks(read(ROOT / "CONTRIBUTING.md"), "The tree")
+    (block,) = list_blocks(find_section(read(ROOT / "CONTRIBUTING.md"), "The tree"), "")
     named = list_tree(block)
     files = [path for folder in ("s3a", "recipes", "tools") for path in (ROOT / folder).rglob("*.py")]
     expected = {str(path.relative_to(ROOT)) for path in files if path.name != "__init__.py"}
@@ -119,7 +189,7 @@ def test_the_tree_names_every_module_once():
 
 
 def test_the_order_of_imports_is_the_one_that_is_held():
-    (block,) = find_blocks(read(ROOT / "CONTRIBUTING.md"), "The order of imports")
+    (block,) = list_blocks(find_section(read(ROOT / "CONTRIBUTING.md"), "The order of imports"), "")
     assert [tuple(line.split(", ")) for line in block.splitlines()] == list(RANKS)
 
 
@@ -129,8 +199,8 @@ def test_the_order_of_imports_is_the_one_that_is_held():
 
 
 def parse_bibtex(entry: str) -> dict[str, str]:
-    """The fields of one entry, each on a line of its own or wrapped."""
-    return {name: " ".join(value.split()) for name, value in re.findall(r"(\w+)\s*=\s*\{(.*?)\}", entry, re.DOTALL)}
+    """The fields of one entry, wrapped or not."""
+    return {name: " ".join(value.split()) for name, value in re.findall(r"(\w+)\s*=\s*\{+(.*?)\}", entry, re.DOTALL)}
 
 
 def test_the_citation_is_of_this_version():
@@ -151,6 +221,19 @@ def test_the_citation_has_the_papers_of_the_models():
             field: paper[field] for field in ("title", "journal", "url")
         }
         assert reference["doi"] == f"10.48550/arXiv.{paper['url'].rpartition('/')[2]}"
+
+
+def test_the_readme_cites_as_the_citation_file():
+    """The papers as the models cite them, which are those of the file, and the software."""
+    (block,) = list_blocks(read(ROOT / "README.md"), "bibtex")
+    *papers, software = map(parse_bibtex, re.findall(r"^@.*?(?=^@|\Z)", block, flags=re.MULTILINE | re.DOTALL))
+    assert papers == [parse_bibtex(model.citation) for model in (SSViT, SViT, VVT)]
+    citation = yaml.safe_load(read(ROOT / "CITATION.cff"))
+    assert software == {
+        "title": citation["title"],
+        "author": citation["authors"][0]["name"],
+        "version": citation["version"],
+    }
 
 
 def test_commits_are_linted_by_the_same_ruff_as_here():
