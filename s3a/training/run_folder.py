@@ -177,10 +177,13 @@ class Panel:
 
     def draw(self, axes: "Axes", epochs: Sequence[int]) -> None:
         """Draws the panel."""
+        from matplotlib.ticker import MaxNLocator  # noqa: PLC0415  matplotlib is slow to import
+
         for (label, values), (color, _) in zip(self.curves.items(), itertools.cycle(SERIES), strict=False):
             axes.plot(epochs, values, label=label, color=self.color or color, marker="." if len(epochs) == 1 else "")
         axes.set_title(self.title, fontsize=11)
         axes.set(xlabel="epoch", ylabel=self.ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(self.curves) > 1:
             axes.legend(frameon=False, loc=self.legend, fontsize=8.5)
         axes.grid(alpha=0.25)
@@ -190,12 +193,10 @@ class Panel:
 def draw_curves(folder: Path, epochs: Sequence[int], panels: Sequence[Panel]) -> None:
     """Draws the panels side by side into `curves.png`."""
     from matplotlib.figure import Figure  # noqa: PLC0415  matplotlib is slow to import
-    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel.draw(axes, epochs)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     partial = folder / f".{CURVES_NAME}"
     figure.savefig(partial, dpi=110, format="png")
     partial.replace(folder / CURVES_NAME)
