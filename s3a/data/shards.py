@@ -50,5 +50,5 @@ def read_class_names(data_dir: Path) -> list[str] | None:
 
 
 def show_progress(paths: list[Path], split: str) -> tqdm:
-    """Iterates the shards, with a bar in the first process where looking through them takes long."""
-    return tqdm(paths, f"counting {split}", delay=2, leave=False, disable=read_rank() != 0)
+    """Iterates the shards, with a bar in the first process, on a terminal, where looking through them takes long."""
+    return tqdm(paths, f"counting {split}", delay=2, leave=False, disable=None if read_rank() == 0 else True)

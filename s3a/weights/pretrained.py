@@ -1,5 +1,6 @@
 """Pretrained models, loaded and published: from weights folders and Hub repositories alike."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import nn
 
 from s3a.quantization.schemes import get_quantization
 from s3a.weights.card import build_card, insert_repository
-from s3a.weights.folder import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, load_folder, save_folder
+from s3a.weights.folder import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, check_config, load_folder, save_folder
 from s3a.weights.hub import download, upload
 
 # The files of a repository, each with what helps if it is missing.
@@ -90,6 +91,18 @@ def push_folder(folder: Path, repo: str, *, token: str | bool | None = None, pri
         paths = [Path(shutil.copy(folder / name, copy)) for name in (*FILES, CARD_NAME) if (folder / name).is_file()]
         insert_repository(Path(copy) / CARD_NAME, repo)
         return upload(paths, repo, token=token, private=private)
+
+
+def read_model_name(folder_or_repo: str) -> str:
+    """The name of the model in the config.json of weights; errors are those of `load_pretrained`."""
+    folder = Path(folder_or_repo)
+    try:
+        path = (folder if folder.is_dir() else download(folder_or_repo, FILES)) / CONFIG_NAME
+        check_config(path, f"{folder_or_repo}/{CONFIG_NAME}")
+    except FileNotFoundError:
+        load_pretrained(folder_or_repo)  # says what is missing, and what may be meant
+        raise
+    return str(json.loads(path.read_text(encoding="utf-8"))["architecture"])
 
 
 class PretrainedMixin(nn.Module):

@@ -145,7 +145,7 @@ def test_processes_without_their_launcher_checkpoint_and_end(tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/train.py", *make_options(tmp_path / "run")]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as started:
         for line in started.stderr:
-            if "step/s" in line or "s/step" in line:
+            if line.startswith(("beginning", "resuming")):
                 break
         started.terminate()
         rest = started.stderr.read()  # to its end, when the last process has ended

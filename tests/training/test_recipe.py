@@ -52,6 +52,12 @@ def test_the_command_line_overrides_a_named_recipe(images, tmp_path):
         (["--late-drop-path", "1.6", "2"], "--late-drop-path is 1.6 2: it must be a rate between 0 and 1"),
         (["--image-size", "16"], "16 x 16 pixels: each side must be at least 32"),
         (["--data", "imagefolder"], "--data-dir DIR"),
+        (["photos"], "--data-dir DIR, a folder with train/CLASS"),
+        (["photos_finetune"], "photos_finetune needs --weights"),
+        (["--lr", "3"], "--lr, 3; did you mean --learning-rate?"),
+        (["--device", "cpu"], "Accelerate chooses the device"),
+        (["--epochs", "1.5"], "--epochs is '1.5': it must be a whole number"),
+        (["--late-drop-path", "0.5"], "--late-drop-path is '0.5': it must be None or FLOAT INT"),
         (["--data", "imagefolder", "--data-dir", "nowhere"], "'nowhere' does not exist"),
     ],
 )
