@@ -190,3 +190,11 @@ def test_fine_tuning_on_other_classes_and_another_size(recipe, pretrained, tmp_p
 def test_weights_of_another_model_are_refused(recipe, pretrained):
     with pytest.raises(ValueError, match="holds a ssvit_nano: use --model ssvit_nano"):
         train_changed(recipe, model="svit_nano", weights=str(pretrained))
+
+
+def test_a_single_class_is_refused(recipe, tmp_path):
+    folder = shutil.copytree(recipe.data_dir, tmp_path / "one")
+    for split in ("train", "val"):
+        shutil.rmtree(folder / split / "light")
+    with pytest.raises(ValueError, match=r"--data imagefolder have 1 class \('dark'\): a classifier needs two or more"):
+        build_run(dataclasses.replace(recipe, data_dir=folder))
