@@ -13,8 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
 
-from s3a.support.command_line import one_line_errors, parse_options
-from s3a.training.named_recipes import RECIPES, forget_other_source, get_recipe
+from s3a.support.command_line import one_line_errors
+from s3a.training.named_recipes import RECIPES, get_recipe, parse_recipe
 from s3a.training.recipe import Recipe
 from s3a.training.trainer import train
 
@@ -28,13 +28,22 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--print-recipe"]
     named = bool(arguments) and not arguments[0].startswith("-")
     with one_line_errors():
-        default = get_recipe(arguments[0] if named else "digits")
-        recipe = parse_options(Recipe, arguments[named:], default=default, description=HELP)
-        recipe = forget_other_source(recipe, default)
+        recipe = parse_recipe(arguments[0] if named else "digits", arguments[named:], description=HELP)
         if "--print-recipe" in sys.argv:
             print(recipe.to_json(), end="")
         else:
-            train(recipe)
+            train(recipe, note=None if named else describe_default(recipe))
+
+
+def describe_default(recipe: Recipe) -> str | None:
+    """Which settings a run on other images has that was started without a recipe's name; None for the digits."""
+    if recipe.data == "digits":
+        return None
+    digits = get_recipe("digits")
+    return (
+        f"without a recipe's name, settings that are not given are those of the digits: {digits.model} at "
+        f"{digits.image_size} px, not mirrored; for photographs there is recipes/train.py photos"
+    )
 
 
 if __name__ == "__main__":

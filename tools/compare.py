@@ -35,7 +35,7 @@ from s3a.comparison.speed import measure_growth, measure_speed
 from s3a.data import ImageData, load_data
 from s3a.support.command_line import one_line_errors, parse_options, read_rank
 from s3a.support.errors import Interrupted
-from s3a.training.named_recipes import forget_other_source, get_recipe
+from s3a.training.named_recipes import parse_recipe
 from s3a.training.processes import StopRequests, count_own_cores
 from s3a.training.recipe import Recipe, spell_option
 from s3a.training.run_folder import INCIDENTAL, write_whole
@@ -109,8 +109,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Comparison, Recipe]:
             part = own if name in ours else rest
         part.append(word)
     comparison = parse_options(Comparison, own)
-    default = get_recipe(comparison.recipe)
-    return comparison, forget_other_source(parse_options(Recipe, rest, default=default), default)
+    return comparison, parse_recipe(comparison.recipe, rest)
 
 
 def main() -> None:

@@ -151,7 +151,4 @@ def scale_epochs(recipe: Recipe, factor: float) -> Recipe:
     """
     total = max(1, round(factor * recipe.total_epochs))
     cooldown = min(round(factor * recipe.cooldown_epochs), total - 1)
-    late = recipe.late_drop_path and (recipe.late_drop_path[0], max(1, round(factor * recipe.late_drop_path[1])))
-    epochs = total - cooldown
-    warmup = recipe.warmup_epochs * epochs / recipe.epochs
-    return replace(recipe, epochs=epochs, warmup_epochs=warmup, cooldown_epochs=cooldown, late_drop_path=late)
+    return replace(recipe.change_epochs(total - cooldown), cooldown_epochs=cooldown)

@@ -2,12 +2,23 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import datasets
 import numpy as np
 from datasets import Dataset, DatasetBuilder, IterableDataset, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from huggingface_hub.errors import GatedRepoError
+from httpx2 import TransportError
+from huggingface_hub import get_session
+from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from s3a.data.columns import (
     check_labels,
@@ -21,6 +32,7 @@ from s3a.data.decode import EncodedImage
 from s3a.data.images import DatasetImages, ImageData
 from s3a.data.local import hash_content
 from s3a.data.parts import SPLIT_NAMES, Part
+from s3a.data.shards import hide_bars_in_logs
 from s3a.data.stream import StreamImages
 
 ROWS_AT_ONCE = 64  # while it streams
@@ -36,13 +48,21 @@ def load_hub(dataset: str, streaming: bool) -> ImageData:
         ValueError: where its splits or columns are not those of labelled images, or it cannot be streamed.
     """
     path, config = split_config(dataset)
-    with explain_hub_errors(dataset):
-        builder = load_dataset_builder(path, config)
-        if streaming:
-            splits = builder.as_streaming_dataset()
-        else:
-            builder.download_and_prepare()
-            splits = builder.as_dataset()
+    obstacle = find_obstacle(path)
+    if obstacle is not None and streaming:
+        raise FileNotFoundError(explain_obstacle(dataset, obstacle)) from obstacle
+    try:
+        with explain_hub_errors(dataset), look_in_cache_alone(obstacle is not None), hide_bars_in_logs():
+            builder = load_dataset_builder(path, config)
+            if streaming:
+                splits = builder.as_streaming_dataset()
+            else:
+                builder.download_and_prepare()
+                splits = builder.as_dataset()
+    except FileNotFoundError as error:
+        if obstacle is None:
+            raise
+        raise FileNotFoundError(explain_obstacle(dataset, obstacle)) from error
     splits = {split: splits[name] for split, name in find_splits(splits, dataset).items()}
     return make_streams(dataset, builder, splits) if streaming else make_copies(dataset, builder, splits)
 
@@ -67,6 +87,83 @@ def find_splits(splits: Mapping[str, object], dataset: str) -> dict[str, str]:
     return names
 
 
+# --------------------------------------------------------------------------------------------------------
+# What keeps a repository from being read
+# --------------------------------------------------------------------------------------------------------
+
+# The size of a repository, to be known before its download begins. ImageNet's own archives of the two splits, of which
+# this is a copy, have 147.9 and 6.7 GB (image-net.org).
+SIZES = {"ILSVRC/imagenet-1k": " (more than 150 GB)"}
+PAGES = "https://huggingface.co/datasets"  # also for those who read from a mirror
+LOG_IN = "log in with hf auth login"
+COPY = "read a copy on disk with --data imagefolder --data-dir DIR, which holds train/CLASS/* and val/CLASS/*"
+
+
+def find_obstacle(path: str) -> Exception | None:
+    """What keeps a repository of the Hub from being read, by one request; None where nothing does, or for a folder.
+
+    Asked first, since datasets tries again and again for half a minute where there is no network.
+    """
+    if path.count("/") != 1 or path.startswith((".", "/", "~")) or Path(path).is_dir():
+        return None
+    try:
+        if datasets.config.HF_HUB_OFFLINE:
+            raise OfflineModeIsEnabled("HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set")
+        url = f"{datasets.config.HF_ENDPOINT}/api/datasets/{path}/auth-check"
+        hf_raise_for_status(get_session().get(url, headers=build_hf_headers(), timeout=HF_HUB_ETAG_TIMEOUT))
+    except HfHubHTTPError as error:
+        known = isinstance(error, (GatedRepoError, RepositoryNotFoundError, DisabledRepoError))
+        # a mirror may know nothing of this endpoint, and still have the files
+        return None if not known and error.response.status_code == 404 else error
+    except (TransportError, OfflineModeIsEnabled) as error:
+        return error
+    return None
+
+
+def explain_obstacle(dataset: str, obstacle: Exception) -> str:
+    """The line for an obstacle: what it is, and what helps."""
+    path = split_config(dataset)[0]
+    terms = f"accept its terms at {PAGES}/{path}"
+    if isinstance(obstacle, GatedRepoError):
+        if obstacle.response.status_code == 401:
+            reason = f"is gated: {terms}, then {LOG_IN}"
+        else:
+            reason = f"is gated, and the account that is logged in has no access: {terms}"
+    elif isinstance(obstacle, RepositoryNotFoundError):
+        return f"--dataset {dataset} is not on the Hub, or is private: check the name, or {LOG_IN}"
+    else:
+        reason = f"is not in the cache, and {explain_failure(obstacle)}"
+        if path in SIZES:
+            reason += f"; it is gated, too: {terms} and {LOG_IN}"
+    return f"--dataset {dataset}{SIZES.get(path, '')} {reason}; or {COPY}; --streaming keeps no copy of the Hub's"
+
+
+def explain_failure(error: Exception) -> str:
+    """Why the Hub gave no usable answer, and what helps."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE or HF_DATASETS_OFFLINE forbids to ask the Hub: unset it"
+    if not isinstance(error, HfHubHTTPError):
+        message = shorten_error(error) or type(error).__name__
+        return f"the Hub cannot be reached ({message}): check the network, HF_ENDPOINT and the proxy"
+    status = error.response.status_code
+    if status == 401:
+        return f"the Hub does not know the token (401): {LOG_IN} again, or unset HF_TOKEN"
+    if status in (403, 407):
+        return f"the Hub, or a proxy before it, answers {status}: check HTTPS_PROXY, and the rights of the token"
+    return f"the Hub answers {status}: try again later, and check HF_ENDPOINT"
+
+
+@contextmanager
+def look_in_cache_alone(alone: bool) -> Iterator[None]:
+    """Keeps datasets from asking the Hub, if `alone`."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = alone or before
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
 @contextmanager
 def explain_hub_errors(dataset: str) -> Iterator[None]:
     """Turns what the Hub and datasets raise into one line with a remedy."""
@@ -74,12 +171,12 @@ def explain_hub_errors(dataset: str) -> Iterator[None]:
         yield
     except (DatasetNotFoundError, GatedRepoError) as error:
         if isinstance(error, GatedRepoError) or "gated" in str(error):
-            page = f"https://huggingface.co/datasets/{split_config(dataset)[0]}"
+            page = f"{PAGES}/{split_config(dataset)[0]}"
             raise FileNotFoundError(
-                f"--dataset {dataset} is gated: accept its terms at {page}, then log in with hf auth login"
+                f"--dataset {dataset} is gated: accept its terms at {page}, then {LOG_IN}"
             ) from error
         raise FileNotFoundError(
-            f"--dataset {dataset} is not on the Hub, or is private: check the name, or log in with hf auth login"
+            f"--dataset {dataset} is not on the Hub, or is private: check the name, or {LOG_IN}"
         ) from error
     except ConnectionError as error:
         raise FileNotFoundError(

@@ -3,6 +3,7 @@
 Each is a torch DataLoader whose items are whole micro-batches, asked for by epoch and number.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -114,8 +115,11 @@ class TrainLoader:
             raise ValueError(f"--repeats is {repeats}: it must be above 0; 1 has every image once an epoch")
         slices = Slices(images.num_images, batch_size, accumulate, process_index, num_processes)
         if images.num_images < batch_size:
+            parts = images.num_images // (num_processes * accumulate)
+            example = f", such as {num_processes * accumulate * 2 ** int(math.log2(parts))}" if parts else ""
             raise ValueError(
-                f"--batch-size is {batch_size} but there are {images.num_images} training images: use a smaller one"
+                f"--batch-size is {batch_size} but there are {images.num_images} training images: "
+                f"use a smaller one{example}"
             )
         self.accumulate, self.steps_per_epoch = accumulate, slices.num_steps
         batches = TrainBatches(images, transform, choose_mode(channels), slices, repeats, seed)

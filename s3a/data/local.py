@@ -111,7 +111,9 @@ def load_image_folder(data_dir: Path) -> ImageData:
     folders = {}
     for split in SPLITS:
         if not (data_dir / split).is_dir():
-            raise FileNotFoundError(f"data folder {str(data_dir)!r} has no folder {split!r}: {shape}")
+            raise FileNotFoundError(
+                f"data folder {str(data_dir)!r} has no folder {split!r}: {shape}; {advise_split(data_dir)}"
+            )
         if not any(path.is_dir() for path in (data_dir / split).iterdir()):
             raise FileNotFoundError(f"{str(data_dir / split)!r} has no images in class folders: {shape}")
         folders[split] = ImageFolder(data_dir / split, allow_empty=True)
@@ -126,6 +128,18 @@ def load_image_folder(data_dir: Path) -> ImageData:
     samples = sorted(sample for folder in folders.values() for sample in folder.samples)
     lines = ((Path(path).relative_to(data_dir), Path(path).stat().st_size, label) for path, label in samples)
     return ImageData(train, val, names, hash_content(lines))
+
+
+def advise_split(data_dir: Path) -> str:
+    """How to make the folder `train` or `val` that an image folder lacks, in a few words."""
+    if (data_dir / "train").is_dir():
+        others = [name for name in ("validation", "valid", "test") if (data_dir / name).is_dir()]
+        if others:
+            return f"call the folder {others[0]!r} 'val', if its images are for validation"
+        return "move about a tenth of the images of each class from train/CLASS to val/CLASS"
+    return (
+        "make both, and move about nine tenths of the images of each class to train/CLASS and the others to val/CLASS"
+    )
 
 
 def check_classes(data_dir: Path, folders: dict[str, ImageFolder]) -> None:

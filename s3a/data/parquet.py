@@ -21,7 +21,7 @@ from s3a.data.columns import (
 from s3a.data.decode import EncodedImage
 from s3a.data.images import DatasetImages, ImageData, Images
 from s3a.data.parts import Part
-from s3a.data.shards import find_shards, hash_shards, read_class_names, show_progress
+from s3a.data.shards import find_shards, hash_shards, hide_bars_in_logs, read_class_names, show_progress
 from s3a.data.stream import StreamImages
 
 ROWS_AT_ONCE = 64  # while it streams
@@ -58,7 +58,8 @@ def load_parquet(data_dir: Path, streaming: bool) -> ImageData:
             parts = [ParquetPart(path, num_rows, image, label) for path, num_rows in files]
             images[split] = StreamImages(parts, split, len(names))
         else:
-            rows = load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
+            with hide_bars_in_logs():
+                rows = load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
             images[split] = DatasetImages(select_image_and_label(rows, image, label), split)
     return ImageData(images["train"], images["val"], names, hash_shards(data_dir, shards, names))
 

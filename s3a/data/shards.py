@@ -1,6 +1,8 @@
 """A folder of shards: which files they are, and what can be said of any kind of them."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -49,6 +51,22 @@ def read_class_names(data_dir: Path) -> list[str] | None:
     return [line.strip() for line in path.read_text().splitlines() if line.strip()] if path.is_file() else None
 
 
+@contextmanager
+def hide_bars_in_logs() -> Iterator[None]:
+    """Lets datasets show its progress bars on a terminal alone, and in the first process."""
+    import datasets  # noqa: PLC0415  slow, and streams do without
+
+    on_terminal = sys.stderr is not None and sys.stderr.isatty() and read_rank() == 0
+    hide = not on_terminal and not datasets.are_progress_bars_disabled()
+    if hide:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            datasets.enable_progress_bars()
+
+
 def show_progress(paths: list[Path], split: str) -> tqdm:
-    """Iterates the shards, with a bar in the first process where looking through them takes long."""
-    return tqdm(paths, f"counting {split}", delay=2, leave=False, disable=read_rank() != 0)
+    """Iterates the shards, with a bar in the first process, on a terminal, where looking through them takes long."""
+    return tqdm(paths, f"counting {split}", delay=2, leave=False, disable=None if read_rank() == 0 else True)

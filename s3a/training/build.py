@@ -93,7 +93,7 @@ class Run:
 
     def say(self, message: str) -> None:
         """Prints a message on stderr, once for all processes, above the progress bar."""
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and sys.stderr is not None:
             tqdm.write(message, file=sys.stderr)
 
 

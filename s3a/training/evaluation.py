@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from timm.data import resolve_model_data_config
 from torch import nn
-from tqdm.auto import tqdm
 
 from s3a.data import EvalLoader, ImageData
 from s3a.data.batches import Transform
 from s3a.training.processes import reduce_any, set_cpu_threads
+from s3a.training.progress import ProgressDisplay
 from s3a.training.recipe import Precision
 from s3a.training.tasks.classification import Classification
 from s3a.training.tasks.task import Task
@@ -65,7 +65,7 @@ def evaluate(
     Args:
         model: on the accelerator's device, the same on every process.
         stop: called after every batch: whether this process wants to stop. If any does, all return None.
-        progress: show a progress bar.
+        progress: show how far it is, on stderr.
 
     Raises:
         NonFiniteLossError: where a score is not finite, as that of a model that returns NaN.
@@ -77,16 +77,20 @@ def evaluate(
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     sums = torch.zeros(1, dtype=exact, device=accelerator.device)  # as long as the task's from the first batch on
     unreadable: list[str] = []
-    for batch in tqdm(loader, desc="evaluating", disable=not progress, leave=False):
-        batch = send_to_device(batch, accelerator.device)
-        with accelerator.autocast():
-            measured = task.measure(model, batch)
-        num_images = (batch.labels >= 0).sum()  # the others are padding, or could not be read
-        sums = sums + torch.cat([measured, num_images.to(measured.dtype).reshape(1)])
-        unreadable += batch.unreadable
-        if reduce_any(accelerator, stop()):
-            model.train(was_training)
-            return None
+    num_read = 0
+    with ProgressDisplay(len(loader), unit="batch", show=progress) as display:
+        for batch in loader:
+            batch = send_to_device(batch, accelerator.device)
+            with accelerator.autocast():
+                measured = task.measure(model, batch)
+            num_images = (batch.labels >= 0).sum()  # the others are padding, or could not be read
+            sums = sums + torch.cat([measured, num_images.to(measured.dtype).reshape(1)])
+            unreadable += batch.unreadable
+            if reduce_any(accelerator, stop()):
+                model.train(was_training)
+                return None
+            num_read += len(batch.labels) * accelerator.num_processes
+            display.advance("evaluating", f"{num_read / (time.perf_counter() - started):.0f} images/s")
     model.train(was_training)
     *totals, counted = accelerator.reduce(sums, reduction="sum").tolist()
     scores = task.compute_scores(totals, int(counted))

@@ -23,7 +23,7 @@ class Recipe(DataOptions):
     """A training run. Every field is an option of the command line."""
 
     name: str | None = None
-    """What the run is called; None is the data's name."""
+    """What the run is called; None names it after its images: digits, or FOLDER-data for the images of FOLDER/data."""
     model: str
     """A model that timm knows; `import s3a` adds ours."""
     scan: str | None = None
@@ -184,13 +184,41 @@ class Recipe(DataOptions):
 
     @property
     def run_name(self) -> str:
-        """The name given, or the name of the data."""
-        return self.name or (self.data_dir.resolve().name if self.data_dir else self.data)
+        """The name given, or one that says which images these are.
+
+        Many folders are called data or images: the folder that they lie in tells them apart.
+        """
+        if self.name:
+            return self.name
+        if self.dataset is not None:
+            return re.sub(r"[^\w.-]+", "-", self.dataset).strip("-.")
+        if self.data_dir is not None and self.data != "fashion-mnist":
+            return "-".join(self.data_dir.resolve().parts[1:][-2:]) or self.data
+        return self.data
 
     @property
     def folder(self) -> Path:
         """Where the run is written."""
         return Path(self.output_dir or Path("runs") / self.run_name)
+
+    def change_epochs(self, epochs: int) -> "Recipe":
+        """The recipe with another number of epochs; warm-up, cooldown and late drop path keep their shares of the run.
+
+        300 epochs with 5 of warm-up and 10 of cooldown become 60 with 1 and 2. A learning rate that moves between
+        epochs alone has whole epochs of warm-up: a part of the first one would leave it all at the smallest rate.
+        """
+        share = epochs / self.epochs
+        warmup = share * self.warmup_epochs
+        if self.schedule == "epoch":
+            warmup = min(round(warmup), max(epochs - 1, 0))
+        late = self.late_drop_path and (self.late_drop_path[0], max(1, round(share * self.late_drop_path[1])))
+        return dataclasses.replace(
+            self,
+            epochs=epochs,
+            warmup_epochs=warmup,
+            cooldown_epochs=round(share * self.cooldown_epochs),
+            late_drop_path=late,
+        )
 
     def to_tracker(self) -> dict[str, int | float | str | bool]:
         """The fields that are set, as trackers take them: numbers, strings and booleans."""

@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from s3a.data import Batch
 from s3a.models.backbone import Backbone
@@ -38,6 +37,7 @@ from s3a.training.checkpoints import (
 )
 from s3a.training.evaluation import Evaluation, NonFiniteLossError, UnreadableImagesError, evaluate
 from s3a.training.processes import StopRequests, raise_on_main, seed_step
+from s3a.training.progress import ProgressDisplay
 from s3a.training.recipe import Recipe, spell_option
 from s3a.training.run_folder import (
     CHECKPOINT_FOLDER,
@@ -58,8 +58,11 @@ from s3a.weights.folder import save_folder
 from s3a.weights.pretrained import push_folder
 
 
-def train(recipe: Recipe, task: type[Task] = Classification) -> Path:
+def train(recipe: Recipe, task: type[Task] = Classification, *, note: str | None = None) -> Path:
     """Trains a recipe to its end, from its newest checkpoint if there is one; returns the run's folder.
+
+    Args:
+        note: what to print when the run begins, once all is checked.
 
     Raises:
         ValueError, FileNotFoundError: for a recipe that cannot run here, see the message.
@@ -71,16 +74,16 @@ def train(recipe: Recipe, task: type[Task] = Classification) -> Path:
         run = build_run(recipe, task, requests)
         with run.lock:
             progress = resume(run)
-            bar = tqdm(
-                total=recipe.total_epochs * run.steps_per_epoch,
-                initial=count_steps(run, progress),
-                unit="step",
-                smoothing=0.05,
-                disable=progress.epoch == recipe.total_epochs or not run.accelerator.is_main_process,
+            if note is not None:
+                run.say(note)
+            display = ProgressDisplay(
+                recipe.total_epochs * run.steps_per_epoch,
+                done=count_steps(run, progress),
+                show=progress.epoch < recipe.total_epochs and run.accelerator.is_main_process,
             )
-            with bar:
+            with display:
                 while progress.epoch < recipe.total_epochs:
-                    run_epoch(run, progress, bar)
+                    run_epoch(run, progress, display)
             finish(run, progress)
             run.accelerator.end_training()
     return run.folder
@@ -122,9 +125,9 @@ def count_steps(run: Run, progress: Progress) -> int:
 # --------------------------------------------------------------------------------------------------------
 
 
-def run_epoch(run: Run, progress: Progress, bar: tqdm) -> None:
+def run_epoch(run: Run, progress: Progress, display: ProgressDisplay) -> None:
     """Trains what is left of an epoch, evaluates, and writes metrics, curves, the best weights and a checkpoint."""
-    speed = train_epoch(run, progress, bar)
+    speed = train_epoch(run, progress, display)
     share_buffers(run)
     evaluation = validate(run, progress, run.bare_model)
     scores = {f"val_{name}": score for name, score in evaluation.scores.items()}
@@ -158,7 +161,7 @@ class Speed:
     loader_wait: float = 0.0
 
 
-def train_epoch(run: Run, progress: Progress, bar: tqdm) -> Speed:
+def train_epoch(run: Run, progress: Progress, display: ProgressDisplay) -> Speed:
     """Takes the steps that are left of an epoch."""
     prepare_epoch(run, progress)
     first, started, waited = progress.step, time.perf_counter(), 0.0
@@ -171,7 +174,7 @@ def train_epoch(run: Run, progress: Progress, bar: tqdm) -> Speed:
             run.scheduler.step_update(count_steps(run, progress) + 1)
         train_step(run, progress, micro_batches)
         speed = (progress.step - first) * run.recipe.batch_size / (time.perf_counter() - started)
-        advance_bar(run, progress, bar, speed)
+        show_step(run, progress, display, speed)
     if progress.step == first:
         return Speed()
     seconds = time.perf_counter() - started
@@ -195,15 +198,13 @@ def prepare_epoch(run: Run, progress: Progress) -> None:
         run.scheduler.step(progress.epoch)
 
 
-def advance_bar(run: Run, progress: Progress, bar: tqdm, speed: float) -> None:
-    """Moves the progress bar on by a step."""
-    score = "-"
+def show_step(run: Run, progress: Progress, display: ProgressDisplay, speed: float) -> None:
+    """Shows that a step is done. The score is that of the last evaluation, which was an epoch ago."""
+    words = [f"loss {progress.train_loss:.4f}", f"{speed:.0f} images/s"]
     if progress.history:
         score = run.task.format_score(progress.history[-1].scores[f"val_{run.task.best}"])
-    bar.set_description(f"epoch {progress.epoch + 1}/{run.recipe.total_epochs}", refresh=False)
-    words = f"loss {progress.train_loss:.4f}, {run.task.title} {score}, {speed:.0f} images/s"
-    bar.set_postfix_str(words, refresh=False)
-    bar.update()
+        words.insert(1, f"last {run.task.title} {score}")
+    display.advance(f"epoch {progress.epoch + 1}/{run.recipe.total_epochs}", ", ".join(words))
 
 
 def report_epoch(run: Run, metrics: EpochMetrics) -> None:
@@ -432,9 +433,10 @@ def stop(run: Run, progress: Progress) -> NoReturn:
 
 
 def resume(run: Run) -> Progress:
-    """Loads the newest whole checkpoint of the run, if it has one; returns how far the run has come."""
+    """Loads the newest whole checkpoint of the run, if it has one; returns how far the run has come, and says so."""
     state = read_newest(run.folder / CHECKPOINT_FOLDER, run.say)
     if state is None:
+        run.say(f"beginning {run.folder}: {run.recipe.total_epochs} epochs of {run.steps_per_epoch} steps")
         return Progress()
     task = state.get("task", Classification.__name__)  # the only one, when checkpoints did not name it
     if task != type(run.task).__name__:

@@ -1,5 +1,6 @@
 """Pretrained models, loaded and published: from weights folders and Hub repositories alike."""
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from s3a.weights.folder import (
     CARD_NAME,
     CONFIG_NAME,
     WEIGHTS_NAME,
+    check_config,
     find_similar_folder,
     forget_other_labels,
     load_folder,
@@ -140,6 +142,18 @@ def push_folder(folder: Path, repo: str, *, token: str | bool | None = None, pri
         paths = [Path(shutil.copy(folder / name, copy)) for name in (*FILES, CARD_NAME) if (folder / name).is_file()]
         insert_repository(Path(copy) / CARD_NAME, repo)
         return upload(paths, repo, token=token, private=private)
+
+
+def read_model_name(folder_or_repo: str) -> str:
+    """The name of the model in the config.json of weights; errors are those of `load_pretrained`."""
+    folder = Path(folder_or_repo)
+    try:
+        path = (folder if folder.is_dir() else download(folder_or_repo, FILES)) / CONFIG_NAME
+        check_config(path, f"{folder_or_repo}/{CONFIG_NAME}")
+    except FileNotFoundError:
+        load_pretrained(folder_or_repo)  # says what is missing, and what may be meant
+        raise
+    return str(json.loads(path.read_text(encoding="utf-8"))["architecture"])
 
 
 class PretrainedMixin(nn.Module):

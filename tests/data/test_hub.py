@@ -3,10 +3,14 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 
+import datasets
+import httpx2
 import pytest
 from datasets import Value
 from datasets.exceptions import DatasetNotFoundError
+from helpers.hub_server import STRANGER, TOKEN
 from helpers.numbered_images import NAMES, check_numbers, make_dataset, show_number
 
 import s3a.data.hub
@@ -114,14 +118,129 @@ def test_a_configuration_is_named_behind_a_colon(monkeypatch):
         (FileNotFoundError("Couldn't find any data file"), "--dataset org/birds has no files that datasets can load"),
     ],
 )
-def test_what_is_out_of_reach_is_said_in_one_line(monkeypatch, error, message):
+def test_what_is_out_of_reach_is_said_in_one_line(hub, monkeypatch, error, message):
+    """Also where the Hub let it be read at first."""
+
     def fail(*_):
         raise error
 
+    hub.publish("org/birds", {})
     monkeypatch.setattr(s3a.data.hub, "load_dataset_builder", fail)
     with pytest.raises(FileNotFoundError, match=re.escape(message)) as raised:
         load_data("hub", dataset="org/birds")
     assert "\n" not in str(raised.value)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Over the network
+# --------------------------------------------------------------------------------------------------------
+
+
+def fail_to_connect(error):
+    """A session whose requests fail with the error."""
+
+    class Session:
+        def get(self, *arguments, **options):
+            raise error
+
+    return Session
+
+
+@pytest.mark.parametrize(
+    ("rights", "token", "words"),
+    [
+        ({"gated": True}, None, ["is gated: accept its terms at https://huggingface.co/datasets/", "hf auth login"]),
+        ({"gated": True}, STRANGER, ["the account that is logged in has no access: accept its terms at https://hugg"]),
+        ({"private": True}, STRANGER, ["is not on the Hub, or is private: check the name, or log in"]),
+        (
+            {},
+            "hf_unknown",
+            ["the Hub does not know the token (401): log in with hf auth login again, or unset HF_TOKEN"],
+        ),
+    ],
+)
+def test_what_the_hub_refuses_is_answered_after_one_request(hub, monkeypatch, rights, token, words):
+    hub.publish("ILSVRC/imagenet-1k", {"README.md": b""}, **rights)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    check_answer(words + ([] if "private" in rights else ["(more than 150 GB)", "--data imagefolder", "--streaming"]))
+    assert hub.requests == ["GET /api/datasets/ILSVRC/imagenet-1k/auth-check"]
+
+
+@pytest.mark.parametrize("status", [403, 407, 503])
+def test_a_status_in_place_of_an_answer_is_said_after_one_request(hub, status):
+    hub.failing = status
+    check_answer([f"answers {status}", "--data imagefolder --data-dir DIR", "(more than 150 GB)", "it is gated, too"])
+    assert len(hub.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx2.ConnectError("[Errno -2] Name or service not known"),
+        httpx2.ConnectTimeout("timed out"),
+        httpx2.ProxyError("403 Forbidden"),
+    ],
+)
+def test_a_network_that_is_not_there_is_said_without_another_try(hub, monkeypatch, error):
+    monkeypatch.setattr(s3a.data.hub, "get_session", fail_to_connect(error))
+    check_answer([f"the Hub cannot be reached ({error}): check the network", "--data imagefolder --data-dir DIR"])
+    assert hub.requests == []
+
+
+def test_nothing_is_asked_offline(hub, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    check_answer(["HF_HUB_OFFLINE or HF_DATASETS_OFFLINE forbids to ask the Hub: unset it"])
+    assert hub.requests == []
+
+
+def check_answer(words):
+    """ImageNet is refused in one line with all the words, and datasets may ask again afterwards."""
+    before = datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(FileNotFoundError) as refusal:
+        load_data("hub", dataset="ILSVRC/imagenet-1k")
+    assert all(word in str(refusal.value) for word in words), refusal.value
+    assert "\n" not in str(refusal.value)
+    assert before == datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_copied_repository_needs_no_network_and_no_token(hub, tmp_path, monkeypatch):
+    folder = make_repository(tmp_path / "birds")
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+    hub.publish("org/birds", files, gated=True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    copied = load_data("hub", dataset="org/birds")
+    streamed = load_data("hub", dataset="org/birds", streaming=True)
+    check_numbers(streamed, NUM_TRAIN, NUM_VAL)
+    hub.requests.clear()
+    monkeypatch.delenv("HF_TOKEN")
+    for prepare in (nullcontext, hub.down):
+        with prepare():
+            again = load_data("hub", dataset="org/birds")
+            with pytest.raises(FileNotFoundError, match="--dataset org/birds is"):
+                load_data("hub", dataset="org/birds", streaming=True)
+        check_numbers(again, NUM_TRAIN, NUM_VAL)
+        assert again.fingerprint == copied.fingerprint
+    assert {*hub.requests} == {"GET /api/datasets/org/birds/auth-check"}
+
+
+def test_a_mirror_that_cannot_be_asked_is_read(hub, monkeypatch):
+    """Old servers have no endpoint that says what a token may read."""
+    asked = []
+    monkeypatch.setattr(s3a.data.hub, "load_dataset_builder", lambda *names: asked.append(names) or 1 / 0)
+    monkeypatch.setattr(hub, "failing", 404)
+    with pytest.raises(ZeroDivisionError):
+        load_data("hub", dataset="org/birds")
+    assert asked == [("org/birds", None)]
+
+
+def test_copying_draws_no_bars_in_a_log(tmp_path, capsys):
+    load_data("hub", dataset=str(make_repository(tmp_path / "birds")))
+    capsys.readouterr()
+    shutil.rmtree(datasets.config.HF_DATASETS_CACHE)
+    load_data("hub", dataset=str(tmp_path / "birds"))
+    assert "Generating" not in capsys.readouterr().err
+    assert not datasets.are_progress_bars_disabled()
 
 
 def test_fingerprints_change_with_a_repository(tmp_path):

@@ -130,7 +130,8 @@ def test_a_missing_folder_is_named(tmp_path):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_missing_split_is_named(image_folder, split):
     shutil.rmtree(image_folder / split)
-    with pytest.raises(FileNotFoundError, match=f"no folder '{split}'"):
+    advice = {"val": "move about a tenth of .* from train/CLASS to val/CLASS", "train": "nine tenths .* to train/CLASS"}
+    with pytest.raises(FileNotFoundError, match=f"no folder '{split}': .*{advice[split]}"):
         load_data("imagefolder", image_folder)
 
 

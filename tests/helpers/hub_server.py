@@ -147,13 +147,18 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusalError(self.hub.failing)
         if self.command == "POST":
             return json.dumps(self.post(path, body)).encode(), {"Content-Type": "application/json"}
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(.+?)/([^/]+)", path):
+        if match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.resolve(*match.groups())
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/auth-check", path):
+            self.check_access(match[1])
+            return b"OK", {}
+        if match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             repo, revision = match.groups()
             commit = self.find_commit(repo, revision or "main")
             info = {"id": repo, "modelId": repo, "sha": commit, "tags": [], "siblings": []}
             return json.dumps(info).encode(), {"Content-Type": "application/json"}
+        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", path):
+            return json.dumps(self.list_tree(*match.groups())).encode(), {"Content-Type": "application/json"}
         raise RefusalError(404, message=f"no endpoint {path}")
 
     @property
@@ -173,6 +178,12 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusalError(404 if self.token else 401, "RepoNotFound", "Repository not found")
         return repository
 
+    def check_access(self, repo: str) -> Repository:
+        repository = self.find_repository(repo)
+        if repository.gated and self.token != TOKEN:
+            raise RefusalError(403 if self.token else 401, "GatedRepo", f"Access to {repo} is restricted")
+        return repository
+
     def find_commit(self, repo: str, revision: str) -> str:
         repository = self.find_repository(repo)
         commit = repository.branches.get(revision, revision)
@@ -183,13 +194,27 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repo: str, revision: str, name: str) -> tuple[bytes, dict[str, str]]:
         """A file at a revision."""
         commit = self.find_commit(repo, revision)
-        repository = self.hub.repositories[repo]
-        if repository.gated and self.token != TOKEN:
-            raise RefusalError(403 if self.token else 401, "GatedRepo", f"Access to model {repo} is restricted")
+        repository = self.check_access(repo)
         if name not in repository.commits[commit]:
             raise RefusalError(404, "EntryNotFound", "Entry not found", **{"X-Repo-Commit": commit})
         content = repository.commits[commit][name]
         return content, {"ETag": f'"{sha(content)}"', "X-Repo-Commit": commit}
+
+    def list_tree(self, repo: str, revision: str, folder: str) -> list[dict]:
+        """What lies in a folder, and, where that is asked for, below it."""
+        files = self.hub.repositories[repo].commits[self.find_commit(repo, revision)]
+        prefix = f"{folder}/" if folder else ""
+        entries = {}
+        for name, content in sorted(files.items()):
+            below = name.removeprefix(prefix)
+            if name.startswith(prefix) and "/" in below:
+                path = prefix + below.partition("/")[0]
+                entries[path] = {"type": "directory", "oid": sha(path.encode()), "size": 0, "path": path}
+            if name.startswith(prefix) and ("/" not in below or "recursive=true" in self.path.lower()):
+                entries[name] = {"type": "file", "oid": sha(content), "size": len(content), "path": name}
+        if not entries:
+            raise RefusalError(404, "EntryNotFound", f"{folder} does not exist")
+        return [*entries.values()]
 
     # Writing
 

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import timm
 from accelerate.state import AcceleratorState
 from helpers.image_folder import make_image_folder
 
@@ -55,3 +56,11 @@ def digits_recipe(images: Path, tmp_path: Path) -> Recipe:
         cpu_threads=1,
         output_dir=tmp_path / "run",
     )
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> Path:
+    """A weights folder of the two classes of `images`."""
+    model = timm.create_model("ssvit_nano", num_classes=2)
+    model.save_pretrained(tmp_path / "pretrained", config={"label_names": ["dark", "light"]})
+    return tmp_path / "pretrained"

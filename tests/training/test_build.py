@@ -48,7 +48,8 @@ def test_what_cannot_run_here_is_refused_without_a_trace(recipe, changes, messag
         ({"model": "resnet18", "drop_path": None, "scan": "dense"}, "has no sparse scans"),
         ({"image_size": 16}, "--image-size is 16"),
         ({"batch_size": 6, "accumulate": 4}, "must be a multiple of 4"),
-        ({"batch_size": 49}, "there are 48 training images"),
+        ({"batch_size": 49}, "there are 48 training images: use a smaller one, such as 32"),
+        ({"batch_size": 96, "accumulate": 3}, "there are 48 training images: use a smaller one, such as 48"),
         ({"auto_augment": "nonsense"}, "must be a policy of timm's"),
         ({"quantize": "float8-weight-only"}, "cannot be trained for"),
     ],
@@ -159,13 +160,6 @@ def test_weight_decay_spares_biases_and_vectors(digits_recipe):
 # --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def pretrained(tmp_path: Path) -> Path:
-    model = timm.create_model("ssvit_nano", num_classes=2)
-    model.save_pretrained(tmp_path / "pretrained", config={"label_names": ["dark", "light"]})
-    return tmp_path / "pretrained"
-
-
 def test_fine_tuning_keeps_the_body_and_the_head_of_the_same_classes(recipe, pretrained, capfd):
     state = load_weights(pretrained)
     model = build_run(dataclasses.replace(recipe, weights=str(pretrained), image_size=48)).model
@@ -198,3 +192,11 @@ def test_fine_tuning_on_other_classes_and_another_size(recipe, pretrained, tmp_p
 def test_weights_of_another_model_are_refused(recipe, pretrained):
     with pytest.raises(ValueError, match="holds a ssvit_nano: use --model ssvit_nano"):
         train_changed(recipe, model="svit_nano", weights=str(pretrained))
+
+
+def test_a_single_class_is_refused(recipe, tmp_path):
+    folder = shutil.copytree(recipe.data_dir, tmp_path / "one")
+    for split in ("train", "val"):
+        shutil.rmtree(folder / split / "light")
+    with pytest.raises(ValueError, match=r"--data imagefolder have 1 class \('dark'\): a classifier needs two or more"):
+        build_run(dataclasses.replace(recipe, data_dir=folder))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -12,15 +13,18 @@ from helpers.small_runs import call_command, fail_command, read_metrics
 from PIL import Image
 
 import s3a
-from s3a.training import trainer
+from s3a.training import progress, trainer
 
 
-def test_the_weights_evaluate_to_what_training_said(digits_recipe, capsys, images):
+def test_the_weights_evaluate_to_what_training_said(digits_recipe, capsys, images, monkeypatch):
     folder = trainer.train(digits_recipe)
     capsys.readouterr()
     AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(progress, "FIRST_LINE", 0)
     call_command("evaluate.py", "--weights", folder / "model", "--data", "imagefolder", "--data-dir", images)
-    result = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"evaluating, batch 1 of 1: \d+ images/s, 0 s left\n", printed.err)
+    result = json.loads(printed.out)
     last = read_metrics(folder)[-1]
     assert set(result) == {"top1", "top5", "loss", "images", "images_per_second"}
     assert (result["top1"], result["images"]) == (last["val_top1"], 18)

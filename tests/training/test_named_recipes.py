@@ -1,5 +1,6 @@
 """The recipes that have a name, against what the papers and their authors' code have."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import timm
+from helpers.hub_server import Hub
 
-from s3a.training.named_recipes import RECIPES, get_recipe
+from s3a.training import named_recipes
+from s3a.training.named_recipes import RECIPES, get_recipe, parse_recipe
 from s3a.training.recipe import Recipe
 
 
@@ -107,7 +110,141 @@ def test_every_field_of_a_named_recipe_is_as_written_or_the_default(model):
 def test_these_are_all_named_recipes():
     sizes = [f"{model}_imagenet" for model in TRAININGS]
     finer = [f"{model}_384" for model in TRAININGS if model.startswith("ssvit")]
-    assert list(RECIPES) == ["digits", *sizes, *finer]
+    assert list(RECIPES) == ["digits", "photos", "photos_finetune", *sizes, *finer]
+
+
+PHOTOS = {
+    "model": "ssvit_tiny",
+    "data": "imagefolder",
+    "image_size": 224,
+    "epochs": 100,
+    "batch_size": 64,
+    "accumulate": 4,
+    "learning_rate": 4e-3,
+    "warmup_epochs": 10,
+    "schedule": "step",
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "random_erasing": 0.25,
+    "checkpoint_every": "15m",
+}
+FINE_TUNING = {
+    "epochs": 20,
+    "batch_size": 32,
+    "accumulate": 2,
+    "learning_rate": 1.6e-3,
+    "min_learning_rate": 1e-6,
+    "warmup_epochs": 1,
+    "random_erasing": 0.0,
+}
+
+
+def test_photographs_have_recipes_of_their_own(monkeypatch):
+    """The defaults that are not named here mirror images and cut them as DeiT does; workers follow the machine."""
+    for cores, workers in ((2, 2), (64, 8)):
+        monkeypatch.setattr(named_recipes, "count_own_cores", lambda cores=cores: cores)
+        assert get_recipe("photos") == Recipe(name="photos", num_workers=workers, **PHOTOS)
+        fields = {**PHOTOS, **FINE_TUNING}
+        assert get_recipe("photos_finetune") == Recipe(name="photos_finetune", num_workers=workers, **fields)
+    assert (get_recipe("photos").horizontal_flip, get_recipe("photos").crop_scale) == (0.5, (0.08, 1.0))
+
+
+# --------------------------------------------------------------------------------------------------------
+# On the command line
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "warmup", "cooldown", "late"),
+    [
+        ("digits", 1, 1.5 / 28, 0, None),
+        ("digits", 14, 0.75, 0, None),
+        ("photos", 3, 0.3, 0, None),
+        ("ssvit_tiny_imagenet", 1, 0, 0, None),
+        ("ssvit_tiny_imagenet", 3, 0, 0, None),
+        ("ssvit_tiny_imagenet", 60, 1, 2, None),
+        ("svit_large_imagenet", 30, 0, 0, (0.6, 4)),
+        ("svit_large_imagenet", 1, 0, 0, (0.6, 1)),
+        ("ssvit_tiny_imagenet", 600, 5, 10, None),
+    ],
+)
+def test_fewer_epochs_shorten_the_phases_of_a_named_recipe(name, epochs, warmup, cooldown, late):
+    """Warm-up in whole epochs where the learning rate moves between epochs alone; a longer run changes none."""
+    recipe = parse_recipe(name, [f"--epochs={epochs}"])
+    assert recipe.epochs == epochs
+    assert recipe.warmup_epochs == pytest.approx(warmup)
+    assert (recipe.cooldown_epochs, recipe.late_drop_path) == (cooldown, late)
+    assert recipe == dataclasses.replace(
+        get_recipe(name),
+        epochs=epochs,
+        warmup_epochs=recipe.warmup_epochs,
+        cooldown_epochs=cooldown,
+        late_drop_path=late,
+    )
+
+
+def test_phases_that_are_given_stay_and_are_refused_where_they_do_not_fit():
+    assert parse_recipe("digits", ["--epochs", "2", "--warmup-epochs", "1.5"]).warmup_epochs == 1.5
+    assert parse_recipe("ssvit_tiny_imagenet", ["--epochs", "3", "--cooldown-epochs", "10"]).total_epochs == 13
+    with pytest.raises(ValueError, match=r"--warmup-epochs is 1\.5 and --epochs is 1"):  # although digits has it too
+        parse_recipe("digits", ["--epochs", "1", "--warmup-epochs", "1.5"])
+    with pytest.raises(ValueError, match=r"--late-drop-path is 0\.6 40: .* of the 3 epochs"):
+        parse_recipe("svit_large_imagenet", ["--epochs", "3", "--late-drop-path", "0.6", "40"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["--epochs", "3", "photos"], "photos --epochs 3"),
+        (["--data", "digits", "digits", "--seed=1"], "digits --data digits --seed=1"),
+        (["--data-dir", "my photos", "photo"], "photos --data-dir 'my photos'"),
+    ],
+)
+def test_a_recipe_behind_options_is_shown_in_front_of_them(arguments, command):
+    with pytest.raises(ValueError) as refusal:
+        parse_recipe("digits", arguments)
+    assert str(refusal.value).endswith(f"the recipe comes first, recipes/train.py {command}")
+
+
+def test_a_value_that_is_a_recipes_name_is_no_recipe():
+    assert parse_recipe("digits", ["--data", "digits", "--name", "photos"]).name == "photos"
+    with pytest.raises(ValueError, match="Unrecognized options: --dropout, photos"):
+        parse_recipe("digits", ["--dropout", "photos", "--epochs", "many"][:2])
+
+
+def test_fine_tuning_takes_the_model_of_its_weights(tmp_path, hub: Hub):
+    """From config.json alone: no weights lie beside it."""
+    config = json.dumps({"architecture": "svit_nano", "num_classes": 3, "pretrained_cfg": {}}).encode()
+    (tmp_path / "config.json").write_bytes(config)
+    hub.publish("lizards/nano", {"config.json": config, "model.safetensors": b""})
+    for weights in (str(tmp_path), "lizards/nano"):
+        recipe = parse_recipe("photos_finetune", ["--weights", weights])
+        assert (recipe.model, recipe.weights) == ("svit_nano", weights)
+    given = parse_recipe("photos_finetune", ["--weights", str(tmp_path), "--model", "ssvit_tiny"])
+    assert given.model == "ssvit_tiny", "what does not fit is refused when the weights are loaded"
+    with pytest.raises(FileNotFoundError, match=r"'.*empty' has no config\.json"):
+        (tmp_path / "empty").mkdir()
+        parse_recipe("photos_finetune", ["--weights", str(tmp_path / "empty")])
+
+
+def test_fine_tuning_without_weights_says_where_they_come_from():
+    with pytest.raises(ValueError, match=r"needs --weights .*tools/convert_official\.py .*ORG/NAME on the Hub"):
+        parse_recipe("photos_finetune", ["--data-dir", "photos"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "digits"),
+        ({"data": "imagefolder", "data_dir": Path("/home/me/flowers/data")}, "flowers-data"),
+        ({"data": "parquet", "data_dir": Path("/data")}, "data"),
+        ({"data": "hub", "dataset": "uoft-cs/cifar10:plain_text"}, "uoft-cs-cifar10-plain_text"),
+        ({"data": "fashion-mnist", "data_dir": Path("/mnt/files")}, "fashion-mnist"),
+    ],
+)
+def test_a_run_without_a_name_is_called_after_its_images(changes, name):
+    recipe = dataclasses.replace(get_recipe("digits"), **changes)
+    assert (recipe.run_name, recipe.folder) == (name, Path("runs") / name)
+    assert dataclasses.replace(get_recipe("photos"), **changes).folder == Path("runs/photos")
 
 
 # As the papers and their authors' code have them.

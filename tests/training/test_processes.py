@@ -1,5 +1,7 @@
 """Several processes, on this machine's CPU: the same run as one, whoever gets a signal, however weights are spread."""
 
+import errno
+import io
 import os
 import signal
 import subprocess
@@ -145,7 +147,7 @@ def test_processes_without_their_launcher_checkpoint_and_end(tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "recipes/train.py", *make_options(tmp_path / "run")]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as started:
         for line in started.stderr:
-            if "step/s" in line or "s/step" in line:
+            if line.startswith(("beginning", "resuming")):
                 break
         started.terminate()
         rest = started.stderr.read()  # to its end, when the last process has ended
@@ -166,6 +168,58 @@ def test_drawing_does_not_depend_on_the_steps_before():
     for seed, step, process in others:
         seed_step(seed, step=step, process=process)
         assert torch.rand(4).tolist() != draws[0][0]
+
+
+@pytest.mark.parametrize(
+    ("handling", "number", "reason"),
+    [
+        (signal.SIG_DFL, signal.SIGHUP, "SIGHUP"),
+        (signal.SIG_IGN, signal.SIGHUP, None),  # as nohup has it
+        (signal.SIG_DFL, signal.SIGTERM, "SIGTERM"),
+    ],
+)
+def test_signals_ask_to_stop_unless_nohup_ignores_them(handling, number, reason):
+    before = signal.signal(number, handling)
+    try:
+        with StopRequests() as requests:
+            os.kill(os.getpid(), number)
+            assert requests.reason == reason
+        assert signal.getsignal(number) == handling
+    finally:
+        signal.signal(number, before)
+
+
+def test_ctrl_c_is_answered_at_once_and_interrupts_the_second_time(capfd, monkeypatch):
+    for launched in (False, True):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none") if launched else monkeypatch.delenv("ACCELERATE", False)
+        with StopRequests() as requests:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert requests.reason == "SIGINT"
+            said = capfd.readouterr().err
+            assert "writing a checkpoint of this step" in said
+            assert ("whatever the launcher prints" in said) == launched
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_end_of_a_reader_asks_the_inner_run_to_stop(monkeypatch):
+    """As of a comparison, whose runs have contexts of their own."""
+
+    class Unread(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Unread())
+        with StopRequests() as outer:
+            with StopRequests() as inner:
+                assert inner.reason is None
+                print("lost", file=getattr(sys, name))
+            assert inner.reason == "the end of the reader of its output"
+            assert outer.reason is None
+        assert isinstance(getattr(sys, name), Unread)
+        monkeypatch.setattr(sys, name, io.StringIO())
 
 
 def test_the_end_of_a_launcher_asks_to_stop(monkeypatch):

@@ -18,8 +18,6 @@ def test_the_command_line_overrides_a_named_recipe(images, tmp_path):
         16,
         "--epochs",
         1,
-        "--warmup-epochs",
-        0,
         "--seed",
         3,
         "--cpu-threads",
@@ -29,7 +27,37 @@ def test_the_command_line_overrides_a_named_recipe(images, tmp_path):
     call_command("train.py", "digits", *source, *small, "--output-dir", folder)
     written = json.loads((folder / "recipe.json").read_text())
     assert (written["data"], written["seed"], written["epochs"]) == ("imagefolder", 3, 1)
+    assert written["warmup_epochs"] == pytest.approx(1.5 / 28), "digits' own, shortened"
     assert load_file(folder / "model" / "model.safetensors")["head.weight"].shape[0] == 2
+
+
+def test_fine_tuning_on_photographs_needs_weights_and_a_folder_alone(images, pretrained, tmp_path):
+    small = ("--image-size", 32, "--batch-size", 16, "--epochs", 1, "--num-workers", 0, "--cpu-threads", 1)
+    places = ("--weights", pretrained, "--data-dir", images, "--output-dir", tmp_path / "run")
+    call_command("train.py", "photos_finetune", *places, *small)
+    written = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert (written["model"], written["name"], written["warmup_epochs"]) == ("ssvit_nano", "photos_finetune", 1 / 20)
+    assert load_file(tmp_path / "run" / "model" / "model.safetensors")["head.weight"].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], None),
+        (["digits", "--data", "imagefolder"], None),
+        (["photos"], None),
+        (
+            ["--data", "imagefolder"],
+            "those of the digits: ssvit_nano at 64 px, not mirrored; .*recipes/train.py photos",
+        ),
+        (["--data", "hub", "--dataset", "org/birds"], "those of the digits"),
+    ],
+)
+def test_other_images_without_a_recipes_name_are_told_of_photos(monkeypatch, arguments, words):
+    notes = []
+    monkeypatch.setattr("s3a.training.trainer.train", lambda recipe, *, note: notes.append(note))
+    call_command("train.py", *arguments)
+    assert notes == [None] if words is None else re.search(words, notes[0])
 
 
 @pytest.mark.parametrize(
@@ -52,6 +80,12 @@ def test_the_command_line_overrides_a_named_recipe(images, tmp_path):
         (["--late-drop-path", "1.6", "2"], "--late-drop-path is 1.6 2: it must be a rate between 0 and 1"),
         (["--image-size", "16"], "16 x 16 pixels: each side must be at least 32"),
         (["--data", "imagefolder"], "--data-dir DIR"),
+        (["photos"], "--data-dir DIR, a folder with train/CLASS"),
+        (["photos_finetune"], "photos_finetune needs --weights"),
+        (["--lr", "3"], "--lr, 3; did you mean --learning-rate?"),
+        (["--device", "cpu"], "Accelerate chooses the device"),
+        (["--epochs", "1.5"], "--epochs is '1.5': it must be a whole number"),
+        (["--late-drop-path", "0.5"], "--late-drop-path is '0.5': it must be None or FLOAT INT"),
         (["--data", "imagefolder", "--data-dir", "nowhere"], "'nowhere' does not exist"),
     ],
 )

@@ -70,7 +70,7 @@ def kill_at_random(command: list[str], kills: int, seed: int) -> None:
     for _ in range(kills):
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         for line in process.stderr:
-            if "step/s" in line or "s/step" in line or "nothing left" in line:
+            if line.startswith(("beginning", "resuming")) or "nothing left" in line:
                 break
         time.sleep(draw.uniform(0, 3))
         process.kill()

@@ -1,9 +1,13 @@
 """Runs as a user starts them, on images small enough for a test: what each leaves, and what recipe fields do to it."""
 
 import dataclasses
+import errno
+import io
 import json
 import math
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +21,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import s3a
-from s3a.training import trainer
+from s3a.support.errors import Interrupted
+from s3a.training import progress, trainer
 from s3a.training.evaluation import NonFiniteLossError, UnreadableImagesError
 from s3a.training.recipe import Recipe
 
 
 def test_a_run_learns_and_leaves_all_that_it_promises(digits_recipe, capsys):
-    folder = trainer.train(digits_recipe)
+    folder = trainer.train(digits_recipe, note="a note: of the caller")
     lines = read_metrics(folder)
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     keys = "epoch train_loss val_loss val_top1 val_top5 learning_rate images_per_second loader_wait"
@@ -38,6 +43,13 @@ def test_a_run_learns_and_leaves_all_that_it_promises(digits_recipe, capsys):
     said = capsys.readouterr().err
     assert f"{folder / 'model'}" in said
     assert "recipes/evaluate.py" in said
+    assert [line.split(":")[0] for line in said.splitlines()[:5]] == [
+        f"beginning {folder}",
+        "a note",
+        *(f"epoch {n:>3}" for n in (1, 2, 3)),
+    ]
+    assert "\r" not in said, "bars are for terminals"
+    assert len(said) < 1500
 
 
 def test_the_weights_folder_carries_preprocessing_and_labels(digits_recipe):
@@ -127,6 +139,30 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(digits_recipe, tmp_path,
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (undisturbed, killed.output_dir)]
     assert weights[0] == weights[1]
     assert [line["epoch"] for line in read_metrics(killed.output_dir)] == [1, 2, 3]
+
+
+def test_a_run_whose_output_nobody_reads_writes_a_checkpoint(digits_recipe, monkeypatch):
+    """As before `head -2`: the reader ends after the line of the first epoch."""
+
+    class Head(io.StringIO):
+        def write(self, text: str) -> int:
+            if "epoch   1: train loss" in self.getvalue():
+                raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stderr", Head())
+    with pytest.raises(Interrupted, match=r"stopped by the end of the reader of its output at epoch 2, step 1 of 3"):
+        trainer.train(digits_recipe)
+    assert (digits_recipe.output_dir / "checkpoints" / "step-000000004-epoch-00001").is_dir()
+
+
+def test_progress_names_the_last_score_and_the_time_left(digits_recipe, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "FIRST_LINE", 0)
+    monkeypatch.setattr(progress, "NEXT_LINES", 0)
+    trainer.train(dataclasses.replace(digits_recipe, epochs=2))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ") and "step" in line]
+    assert re.fullmatch(r"epoch 1/2, step 1 of 6: loss \d\.\d{4}, \d+ images/s, \d+ s left", lines[0])
+    assert re.fullmatch(r"epoch 2/2, step 6 of 6: loss \d\.\d{4}, last top-1 \S+ %, \d+ images/s, 0 s left", lines[5])
 
 
 def test_a_late_drop_path_holds_for_the_last_epochs(digits_recipe, tmp_path, monkeypatch):

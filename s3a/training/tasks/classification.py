@@ -35,6 +35,12 @@ class Classification(Task):
         self.num_outputs = len(data.label_names)
 
     def check_recipe(self, recipe: Recipe, images_per_forward: int) -> None:
+        if self.num_outputs < 2:
+            classes = ", ".join(map(repr, self.label_names)) or "none"
+            raise ValueError(
+                f"the images of --data {recipe.data} have {self.num_outputs} class ({classes}): a classifier needs two "
+                "or more to choose from"
+            )
         if mixes_images(recipe) and images_per_forward % 2:
             raise ValueError(
                 f"--batch-size is {recipe.batch_size}, {images_per_forward} images a forward: mixup and cutmix need an "
