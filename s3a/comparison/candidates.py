@@ -8,13 +8,12 @@ from typing import Literal
 
 import timm
 import torch
-from torch import nn
 
-from s3a.analysis.cost import Cost, count_cost
+from s3a.analysis.cost import Cost
 from s3a.geometry import find_scan_pattern
 from s3a.nn.s3a import S3A
 from s3a.support.errors import make_unknown_error
-from s3a.training.build import build_model, check_image_size
+from s3a.training.build import build_model, count_image_cost
 from s3a.training.recipe import Recipe
 
 Equal = Literal["epochs", "compute"]
@@ -122,10 +121,8 @@ def make_contenders(
         raise make_unknown_error("reference", reference, labels)
     costs = []
     for candidate in candidates:
-        model = build_checked_model(
-            replace(recipe, model=candidate.model, scan=candidate.scan, size=candidate.size), label_names
-        )
-        costs.append(count_cost(model, recipe.image_size, recipe.image_size))
+        own = replace(recipe, model=candidate.model, scan=candidate.scan, size=candidate.size)
+        costs.append(count_image_cost(build_model(own, len(label_names)), recipe.image_size))
     reference_gmacs = costs[labels.index(reference or labels[0])].gmacs
     contenders = []
     for candidate, cost in zip(candidates, costs, strict=True):
@@ -135,13 +132,6 @@ def make_contenders(
         folder = plain.label.replace(" ", "-")
         contenders.append(Contender(candidate=candidate, folder=folder, recipe=own, cost=cost))
     return contenders
-
-
-def build_checked_model(recipe: Recipe, label_names: list[str]) -> nn.Module:
-    """The recipe's model; ValueError where it does not take the recipe's images."""
-    model = build_model(recipe, len(label_names))
-    check_image_size(model, recipe.image_size)
-    return model
 
 
 def scale_epochs(recipe: Recipe, factor: float) -> Recipe:

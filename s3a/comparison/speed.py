@@ -15,9 +15,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.functional import cross_entropy
 
 from s3a.analysis.cost import count_channels
-from s3a.comparison.candidates import Contender, build_checked_model
+from s3a.comparison.candidates import Contender
 from s3a.comparison.results import Growth
 from s3a.support.timing import Sample, take_turns
+from s3a.training.build import build_model, count_image_cost
 from s3a.training.recipe import Recipe
 
 Call = Callable[[], object]
@@ -146,8 +147,9 @@ def prepare_training(
 def make_model_and_batch(
     recipe: Recipe, label_names: list[str], batch_size: int, side: int, device: torch.device
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """The model on the device, with noise for images, and labels."""
-    model = build_checked_model(replace(recipe, image_size=side), label_names).to(device)
+    """The model on the device, with noise for images, and labels; ValueError where it takes no images of that side."""
+    model = build_model(replace(recipe, image_size=side), len(label_names)).to(device)
+    count_image_cost(model, side)
     images = torch.randn(batch_size, count_channels(model), side, side, device=device)
     return model, images, torch.arange(batch_size, device=device) % len(label_names)
 

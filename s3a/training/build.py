@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from s3a.analysis.cost import copy_to_meta, count_cost
+from s3a.analysis.cost import Cost, copy_to_meta, count_cost
 from s3a.data import EvalLoader, ImageData, TrainLoader, load_data
 from s3a.models.backbone import Backbone
 from s3a.nn.compilation import compile_model
@@ -48,6 +48,7 @@ class Run:
     Attributes:
         lock: of the folder, on the main process; a context that unlocks it.
         data_config: timm's preprocessing keys.
+        cost: of an image, at the recipe's size.
         shell: the model without memory, neither compiled nor spread over processes: weights are saved in a copy of it.
         model: as it is trained; compiled, and wrapped for several processes.
         ema: timm's moving average of the weights.
@@ -59,6 +60,7 @@ class Run:
     accelerator: Accelerator
     lock: AbstractContextManager[object]
     data_config: dict[str, Any]
+    cost: Cost
     train_loader: TrainLoader
     val_loader: EvalLoader
     shell: nn.Module
@@ -117,7 +119,7 @@ def build_run(recipe: Recipe, task_type: type[Task] = Classification, requests: 
     check_processes(recipe, accelerator)
     task.check_recipe(recipe, recipe.batch_size // (accelerator.num_processes * recipe.accumulate))
     shell = build_shell(recipe, task)
-    check_image_size(shell, recipe.image_size)
+    cost = count_image_cost(shell, recipe.image_size)
     data_config = configure_data(recipe, shell)
     # The loaders refuse a batch that cannot be cut, and the task an augmentation; they read nothing before an epoch.
     train_loader = build_train_loader(recipe, task, data_config, accelerator)
@@ -149,6 +151,7 @@ def build_run(recipe: Recipe, task_type: type[Task] = Classification, requests: 
         accelerator=accelerator,
         lock=lock,
         data_config=data_config,
+        cost=cost,
         train_loader=train_loader,
         val_loader=val_loader,
         shell=shell,
@@ -200,10 +203,10 @@ def check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
         raise ValueError("--precision is fp16, which needs a GPU: use bf16 or no")
 
 
-def check_image_size(model: nn.Module, side: int) -> None:
-    """Raises ValueError where the model does not take squares of so many pixels, by a forward on the meta device."""
+def count_image_cost(model: nn.Module, side: int) -> Cost:
+    """The cost of a square image; ValueError where the model does not take so many pixels."""
     try:
-        count_cost(model, side, side)
+        return count_cost(model, side, side)
     except ValueError as error:
         raise ValueError(f"--image-size is {side}: {error}") from error
 

@@ -478,10 +478,12 @@ def describe_data(summary: Mapping[str, Any]) -> str:
 
 
 def write_history(run: Run, progress: Progress) -> None:
-    """Writes what a user watches: metrics and curves."""
+    """Writes what a user watches: metrics, and curves, which are redrawn every half minute and at the end."""
     history = progress.history
     write_metrics(run.folder, history)
-    if history:
+    curves = run.folder / CURVES_NAME
+    is_recent = curves.exists() and time.time() - curves.stat().st_mtime < 30
+    if history and not (is_recent and progress.epoch < run.recipe.total_epochs):
         rates = {"learning rate": [metrics.learning_rate for metrics in history]}
         panels = [*run.task.list_panels(run.recipe, history), Panel(title="learning rate", curves=rates, color=PEER)]
         draw_curves(run.folder, [metrics.epoch for metrics in history], panels)
@@ -545,7 +547,11 @@ def write_weights(run: Run, progress: Progress, name: str) -> None:
         data_config=run.data_config,
         config={**run.task.config, "data": summarize_data(run), "score": score},
         card=build_card(
-            model, collect_facts(run, progress, name), data_config=run.data_config, place=run.folder / name
+            model,
+            collect_facts(run, progress, name),
+            data_config=run.data_config,
+            cost=run.cost,
+            place=run.folder / name,
         ),
     )
 

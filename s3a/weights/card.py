@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from s3a.analysis.cost import count_cost
+from s3a.analysis.cost import Cost, count_cost
 from s3a.quantization.schemes import SCHEMES, Quantization, get_quantization, group_names
 from s3a.support.errors import make_unknown_error
 
@@ -114,6 +114,7 @@ def build_card(
     facts: TrainingFacts | None = None,
     *,
     data_config: Mapping[str, Any] | None = None,
+    cost: Cost | None = None,
     place: str | Path = PLACEHOLDER,
 ) -> str:
     """The text of a model card, the README.md of a weights folder.
@@ -122,6 +123,7 @@ def build_card(
         model: made by timm's factory.
         facts: how it was trained; None if that is not known.
         data_config: timm's preprocessing keys, as far as they differ from the model's own.
+        cost: of an image of that size, where it is known; None counts it.
         place: the folder that the card is for, as its code shows it.
     """
     data_config = {**resolve_model_data_config(model), **(data_config or {})}
@@ -131,7 +133,7 @@ def build_card(
     purpose = facts.purpose if facts else CLASSIFIER
     intro = f"{purpose.description} of timm's registry, trained or saved by s3a (Sparse Scan Self-Attention)."
     parts = [f"---\n{format_metadata(model, purpose, facts, title, licence)}\n---", f"# {title}", intro]
-    parts += describe_model(model, purpose, data_config, licence)
+    parts += describe_model(model, purpose, data_config, licence, cost)
     quantization = get_quantization(model)
     if quantization:
         parts += ["## Quantization", describe_quantization(quantization)]
@@ -228,10 +230,12 @@ def list_results(purpose: Purpose, values: Mapping[str, float], dataset: str, na
     ]
 
 
-def describe_model(model: nn.Module, purpose: Purpose, data_config: Mapping[str, Any], licence: str) -> list[str]:
+def describe_model(
+    model: nn.Module, purpose: Purpose, data_config: Mapping[str, Any], licence: str, cost: Cost | None = None
+) -> list[str]:
     """A table of what the model is and costs, and a note on both costs."""
     channels, height, width = data_config["input_size"]
-    cost = count_cost(model, height, width)
+    cost = cost or count_cost(model, height, width)
     rows = {
         purpose.outputs: f"{model.num_classes:,}",
         "image": f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}",
