@@ -131,6 +131,20 @@ def test_wrong_outcomes_are_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         verify(model, lambda images: model(images)[:, 1:], torch.randn(2, 3, 64, 64))
 
 
+@pytest.mark.parametrize("size", [1, 7])
+def test_a_file_for_any_batch_is_run_at_more_than_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int):
+    """One that is wrong at a single size: of one image, where axes broadcast, or of more than it was traced for."""
+    model = make_confident(**TINY)
+
+    def load(path: Path):
+        return lambda images: model(images) + (0.1 if len(images) == size else 0.0)
+
+    monkeypatch.setattr(exports, "export_program", lambda *_: None)  # nothing has to be traced for it
+    monkeypatch.setitem(FORMATS, "pt2", replace(FORMATS["pt2"], write=lambda _, path: path.touch(), load=load))
+    with pytest.raises(ExportError, match=rf"is off by 1\.0e-01 for {size} images"):
+        export(model, tmp_path / "model.pt2", "pt2", height=64, width=64, dynamic_batch=True)
+
+
 def test_sizes_that_the_model_does_not_take(tmp_path: Path):
     with pytest.raises(ValueError, match="16 x 64 pixels"):
         export(make_confident(**TINY), tmp_path / "model.pt2", "pt2", height=16, width=64)

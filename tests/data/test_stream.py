@@ -11,7 +11,7 @@ from helpers.numbered_images import make_loader, read_steps, write_shards
 import s3a.data.stream
 from s3a.data import load_data
 from s3a.data.images import Shuffle
-from s3a.data.stream import SUBSTITUTES, WINDOW, shuffle_in_window
+from s3a.data.stream import SUBSTITUTES, WINDOW, Walk, shuffle_in_window
 from s3a.data.webdataset import TarPart
 
 NUM_TRAIN = 61
@@ -39,6 +39,18 @@ def test_a_loader_walks_once_an_epoch(tmp_path, monkeypatch):
     walked.clear()
     assert len(list(zip(*(loader.epoch(2) for loader in loaders), strict=True))) == 5
     assert set(walked.values()) == {2}
+
+
+def test_a_walk_has_a_row_ahead_as_often_as_it_is_still_to_be_taken(shards):
+    """Or a loader that asks for a row twice would go on with a walk that keeps it once."""
+    shuffle = Shuffle(seed=0, epoch=0, num_rows=4)
+    walk = Walk(shards.train, shuffle, np.array([5, 5, 7]))
+    assert walk.has_ahead(np.array([5, 7, 5]), shuffle)
+    assert not walk.has_ahead(np.array([5, 7]), None)
+    walk.take(np.array([5]))
+    assert walk.has_ahead(np.array([5, 7]), shuffle)
+    assert not walk.has_ahead(np.array([5, 5]), shuffle)
+    assert not walk.has_ahead(np.array([6]), shuffle)
 
 
 def test_rows_of_a_stream_overtake_each_other_within_the_window():

@@ -29,7 +29,7 @@ from s3a.comparison.report import (
     make_tables,
 )
 from s3a.comparison.results import Results
-from s3a.comparison.scores import add_differences, subtract_seeds, summarise_seeds
+from s3a.comparison.scores import add_differences, make_score, subtract_seeds, summarise_seeds
 from s3a.comparison.speed import extrapolate_memory, measure_growth, measure_peak_memory
 from s3a.data import load_data
 from s3a.training.named_recipes import get_recipe
@@ -166,6 +166,16 @@ def test_spreads():
     single = {"mean": 0.5, "deviation": None, "seeds": [0.5]}
     assert summarise_seeds([0.5]) == single
     assert subtract_seeds(single, summarise_seeds([0.0])) == {**single, "error": None}
+
+
+def test_a_row_has_the_last_epoch_and_the_best_one_apart():
+    """Of two runs whose last epoch is worse than their best."""
+    (contender,) = make_contenders([Candidate(model="ssvit_nano")], small_recipe(), NAMES)
+    top1 = ((0.5, 0.9, 0.7), (0.8, 0.6, 0.5))
+    histories = [[{"val_top1": score, "val_loss": 1 - score} for score in run] for run in top1]
+    row = make_score(contender, histories, num_images=100)
+    found = {name: row[name]["seeds"] for name in ("top1", "best_top1", "val_loss")}
+    assert found == {"top1": [0.7, 0.5], "best_top1": [0.9, 0.8], "val_loss": [1 - 0.7, 1 - 0.5]}
 
 
 @pytest.mark.parametrize("reference", [None, "b"])

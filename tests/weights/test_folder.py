@@ -1,6 +1,7 @@
 """Weights folders: what is written comes back bit by bit, and nothing else is loaded."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -275,6 +276,30 @@ def test_wrong_shape(folder: Path):
     change_weights(folder, **{"norm.weight": torch.ones(255)})
     with pytest.raises(ValueError, match=r"norm\.weight is \(255,\), must be \(256,\)"):
         SSViT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype"),
+    [
+        ("norm.weight", torch.int64),
+        ("norm.weight", torch.uint8),
+        ("norm.weight", torch.bool),
+        ("norm.weight", torch.float8_e4m3fn),
+        ("norm.num_batches_tracked", torch.float32),
+        ("norm.num_batches_tracked", torch.int32),
+    ],
+)
+def test_another_kind_of_numbers(folder: Path, key: str, dtype: torch.dtype):
+    """Of the right shape: without a word the model would compute in them."""
+    change_weights(folder, **{key: load_file(folder / "model.safetensors")[key].to(dtype)})
+    with pytest.raises(ValueError, match=rf"another kind of numbers: {re.escape(key)}$"):
+        SSViT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_floats_are_loaded(folder: Path, dtype: torch.dtype):
+    change_weights(folder, **{"norm.weight": load_file(folder / "model.safetensors")["norm.weight"].to(dtype)})
+    assert SSViT.from_pretrained(folder).norm.weight.dtype == dtype
 
 
 @pytest.mark.parametrize("num_classes", [4, 0, 1000])

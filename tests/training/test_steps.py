@@ -1,0 +1,115 @@
+"""Single optimizer steps and checkpoints of a run, held against what they must be, not against another run."""
+
+import dataclasses
+import itertools
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from s3a.data import TrainLoader
+from s3a.training import checkpoints, trainer
+from s3a.training.build import Run, build_run
+from s3a.training.evaluation import NonFiniteLossError
+from s3a.training.recipe import Recipe
+
+
+def build_again(recipe: Recipe, **changes: object) -> Run:
+    """The run of a changed recipe, as in a new process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return build_run(dataclasses.replace(recipe, **changes))
+
+
+def take_steps(run: Run, count: int = 1) -> trainer.Progress:
+    """Takes the first steps of a run."""
+    progress = trainer.Progress()
+    trainer.prepare_epoch(run, progress)
+    for batches in itertools.islice(run.train_loader.epoch(0), count):
+        trainer.train_step(run, progress, batches)
+    return progress
+
+
+# --------------------------------------------------------------------------------------------------------
+# Gradients
+# --------------------------------------------------------------------------------------------------------
+
+
+def measure_norms(run: Run) -> list[float]:
+    """The norms of the gradients that the optimizer of a run is given in its first two steps."""
+    norms = []
+
+    def measure(optimizer, *arguments):
+        gradients = [each.grad for group in optimizer.param_groups for each in group["params"]]
+        norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
+
+    run.optimizer.optimizer.register_step_pre_hook(measure)
+    take_steps(run, 2)
+    return norms
+
+
+def test_the_optimizer_gets_gradients_of_the_norm_allowed(recipe):
+    free, clipped = measure_norms(build_again(recipe)), measure_norms(build_again(recipe, clip_grad=1e-3))
+    assert min(free) > 1e-2
+    assert clipped == pytest.approx([1e-3, 1e-3], rel=1e-2)
+
+
+def spoil_gradients(run: Run) -> None:
+    """Makes the gradient of the head infinite, whatever the loss is."""
+    run.bare_model.head.weight.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+
+
+def test_an_infinite_gradient_stops_a_run_whose_loss_is_finite(recipe):
+    run = build_again(recipe)
+    spoil_gradients(run)
+    with pytest.raises(NonFiniteLossError, match=r"the loss is \d\.\d+ and the gradient's norm (inf|nan) at step 1"):
+        take_steps(run)
+
+
+def test_an_infinite_gradient_is_skipped_where_that_is_asked_for(recipe):
+    run = build_again(recipe, on_non_finite="skip")
+    spoil_gradients(run)
+    before = {key: value.clone() for key, value in run.bare_model.state_dict().items()}
+    assert take_steps(run).skipped == 1
+    assert all(torch.equal(before[key], value) for key, value in run.bare_model.state_dict().items())
+
+
+# --------------------------------------------------------------------------------------------------------
+# Images
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_the_order_of_the_images_is_that_of_the_seed(recipe):
+    run = build_again(recipe, seed=3, repeats=2)
+    alone = TrainLoader(run.data.train, lambda image: torch.zeros(1), channels=3, batch_size=16, repeats=2, seed=3)
+    for epoch in (0, 1):
+        ours, right = ([batch.indices.tolist() for (batch,) in each.epoch(epoch)] for each in (run.train_loader, alone))
+        assert ours == right
+
+
+# --------------------------------------------------------------------------------------------------------
+# Checkpoints
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_every_checkpoint_begins_the_minutes_anew(recipe, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
+    run, due = build_again(recipe, checkpoint_every="10m"), []
+    for now in (599.0, 601.0, 1199.0, 1202.0):  # noqa: B007  read by the clock
+        due.append(run.clock.is_due(step=1))
+        if due[-1]:
+            trainer.save(run, trainer.Progress(step=1))
+    assert due == [False, True, False, True]
+
+
+def test_other_pixels_in_the_same_files_are_not_the_data_of_the_run(recipe, tmp_path):
+    """As many images of the same names and classes: only the fingerprint tells."""
+    folder = Path(shutil.copytree(recipe.data_dir, tmp_path / "images"))
+    trainer.save(build_again(recipe, data_dir=folder), trainer.Progress())
+    assert trainer.resume(build_again(recipe, data_dir=folder)).epoch == 0
+    shutil.copy(folder / "train" / "dark" / "001.png", folder / "train" / "dark" / "000.png")
+    with pytest.raises(ValueError, match=r"the data is not that of the run in .*had 48 and 18 images \(fingerprint"):
+        trainer.resume(build_again(recipe, data_dir=folder))
