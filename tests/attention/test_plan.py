@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,6 +184,30 @@ def test_plans_are_built_once(backend):
     assert lay_out_scan(sparse_scan(14, 21), 14, 21, torch.device("cpu"), (backend, backend)) is plan
     assert (plan.height, plan.width, plan.backends, plan.scan) == (14, 21, (backend, backend), sparse_scan(14, 21))
     assert tuple(each.neighborhood for each in plan.passes) == plan.scan
+
+
+def test_a_plan_is_looked_up_by_all_that_matters(monkeypatch):
+    """Each of these may change which backend is chosen, or forbid the one that is named."""
+    asked = []
+    monkeypatch.setattr("s3a.attention.plan.choose_backend", lambda *what: asked.append(what) or "tiled")
+    clear_caches()
+    scan, base = sparse_scan(9, 12, 3), Operands(CPU, torch.float32, 16, needs_grad=False)
+    others = [
+        replace(base, **change)
+        for change in (
+            {"device": torch.device("meta")},
+            {"dtype": torch.bfloat16},
+            {"head_dim": 32},
+            {"needs_grad": True},
+        )
+    ]
+    plans = [plan_scan(scan, 9, 12, operands) for operands in (base, *others, base)]
+    assert asked == [(9 * 12, operands) for operands in (base, *others) for _ in scan]
+    assert [plan.passes[0].layout.batches[0].keys.device.type for plan in plans[:2]] == ["cpu", "meta"]
+    plan_scan(scan, 9, 12, base, "flex")
+    with pytest.raises(ValueError, match="no backward on the CPU"):
+        plan_scan(scan, 9, 12, replace(base, needs_grad=True), "flex")
+    clear_caches()
 
 
 def test_plans_of_different_things_differ():

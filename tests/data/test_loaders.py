@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from timm.data import create_transform
 
 import s3a.data.batches
 from s3a.data import DatasetImages, EvalLoader, load_data
+from s3a.data.batches import list_upcoming_positions
 from s3a.data.decode import decode_image
 from s3a.data.images import Shuffle
+from s3a.data.slices import Slices
 
 NUM_TRAIN, NUM_VAL = 61, 23
 BROKEN = (3, 17, 18, NUM_TRAIN + 5)
@@ -200,6 +203,15 @@ def test_repeats_are_side_by_side_and_augmented_apart(images):
 def test_repeats_choose_from_the_whole_split(images):
     seen = {index for epoch in range(12) for index in list_indices(read_steps(images, epoch, repeats=3))}
     assert len(seen) > 0.9 * NUM_TRAIN
+
+
+def test_a_worker_expects_the_batches_of_its_turns(monkeypatch):
+    """Of three workers the second makes the batches 1, 4, 7 and 10, of two rows each."""
+    slices = Slices(24, batch_size=2, accumulate=1, process_index=0, num_processes=1)
+    assert list_upcoming_positions(slices, 9).tolist() == [20, 21, 22, 23]
+    monkeypatch.setattr(s3a.data.batches, "get_worker_info", lambda: SimpleNamespace(num_workers=3))
+    assert list_upcoming_positions(slices, 1).tolist() == [8, 9, 14, 15, 20, 21]
+    assert list_upcoming_positions(slices, 10).tolist() == []
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -53,6 +53,15 @@ def test_a_walk_has_a_row_ahead_as_often_as_it_is_still_to_be_taken(shards):
     assert not walk.has_ahead(np.array([6]), shuffle)
 
 
+def test_a_part_without_a_needed_row_is_not_opened(tmp_path, monkeypatch):
+    images = load_data("webdataset", write_shards(tmp_path, "tar", NUM_TRAIN, 3), streaming=True).train
+    opened, read = [], TarPart.read
+    monkeypatch.setattr(TarPart, "read", lambda part, needed: opened.append(part.name) or read(part, needed))
+    [candidates] = images.read(np.array([NUM_TRAIN - 1]), None, lambda: np.array([], dtype=np.int64))
+    assert [row.index for row in candidates] == [NUM_TRAIN - 1]
+    assert opened == [images.parts[len(images.parts) - 1].name]
+
+
 def test_rows_of_a_stream_overtake_each_other_within_the_window():
     order = shuffle_in_window((50_000,), Shuffle(seed=0, epoch=0, num_rows=50_000))
     assert sorted(order) == list(range(50_000))

@@ -30,8 +30,9 @@ from s3a.comparison.report import (
 )
 from s3a.comparison.results import Results
 from s3a.comparison.scores import add_differences, make_score, subtract_seeds, summarise_seeds
-from s3a.comparison.speed import extrapolate_memory, measure_growth, measure_peak_memory
+from s3a.comparison.speed import convert_to_throughput, extrapolate_memory, measure_growth, measure_peak_memory
 from s3a.data import load_data
+from s3a.support.timing import Sample
 from s3a.training.named_recipes import get_recipe
 
 NAMES = ["dark", "light"]
@@ -205,6 +206,16 @@ class Hungry(nn.Module):
         small = self.weight.repeat(2)
         large = small.repeat(4)
         return small + large.sum()
+
+
+def test_throughput_is_of_images():
+    """Batches of 8 that take 10 ms, at best 5 and at worst 20."""
+    sample = Sample(median=10.0, fastest=5.0, slowest=20.0, turns=3)
+    assert convert_to_throughput("training", sample, batch_size=8) == {
+        "training_images_per_second": 800.0,
+        "training_images_per_second_fastest": 1600.0,
+        "training_images_per_second_slowest": 400.0,
+    }
 
 
 def test_peak_memory():

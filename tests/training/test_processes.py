@@ -24,7 +24,7 @@ from helpers.real_runs import (
 from helpers.small_runs import call_command
 
 from s3a.training import trainer
-from s3a.training.processes import StopRequests, seed_step
+from s3a.training.processes import StopRequests, count_own_cores, seed_step
 
 LOSSES = """
 import sys
@@ -168,6 +168,15 @@ def test_drawing_does_not_depend_on_the_steps_before():
     for seed, step, process in others:
         seed_step(seed, step=step, process=process)
         assert torch.rand(4).tolist() != draws[0][0]
+
+
+@pytest.mark.parametrize(("processes", "cores"), [(None, 8), ("1", 8), ("3", 2), ("100", 1)])
+def test_processes_share_the_cores(monkeypatch, processes, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert count_own_cores() == cores
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])

@@ -73,8 +73,10 @@ def take_part(rank: int, port: int, recipe: Recipe) -> None:
 
 def watch(rank: int, folder: Path) -> dict:
     """Has this process note what it does in a run; it is forked, so nothing is put back."""
-    seen = {"synchronised": [], "draws": [], "weights": [], "own_statistics": [], "shared_statistics": []}
+    names = ("synchronised", "draws", "own_losses", "losses", "weights", "own_statistics", "shared_statistics")
+    seen = {name: [] for name in names}
     build_run, train_step, validate = trainer.build_run, trainer.train_step, trainer.validate
+    exchange = trainer.exchange
     claim_folder, init_trackers = build.claim_folder, Accelerator.init_trackers
 
     def watched_build(*arguments):
@@ -87,6 +89,12 @@ def watch(rank: int, folder: Path) -> dict:
         train_step(run, progress, batches)
         seen["weights"].append(hash_tensors(run.bare_model.parameters()))
         seen["own_statistics"].append(hash_tensors(run.bare_model.buffers()))
+
+    def watched_exchange(run, progress, loss_share, *rest):
+        news = exchange(run, progress, loss_share, *rest)
+        seen["own_losses"].append(loss_share.item())
+        seen["losses"].append(news.loss)
+        return news
 
     def watched_validation(run, progress, model):
         seen["shared_statistics"].append(hash_tensors(model.buffers()))
@@ -105,6 +113,7 @@ def watch(rank: int, folder: Path) -> dict:
         init_trackers(*arguments, **options)
 
     trainer.build_run, trainer.train_step, trainer.validate = watched_build, watched_step, watched_validation
+    trainer.exchange = watched_exchange
     build.claim_folder, Accelerator.init_trackers = slow_claim, watched_trackers
     return seen
 
@@ -134,6 +143,12 @@ def test_all_processes_have_the_same_weights_after_every_step(facts):
     first, second = facts
     assert first["weights"] == second["weights"]
     assert len(set(first["weights"])) == STOP_AFTER
+
+
+def test_the_loss_of_a_step_is_the_mean_of_the_processes(facts):
+    first, second = facts
+    means = [(one + other) / 2 for one, other in zip(first["own_losses"], second["own_losses"], strict=True)]
+    assert first["losses"] == second["losses"] == pytest.approx(means, rel=1e-6)
 
 
 def test_every_process_draws_for_itself(facts):

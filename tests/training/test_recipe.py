@@ -64,3 +64,8 @@ def test_bad_options_are_one_line(capsys, tmp_path, arguments, expected):
 def test_the_learning_rate_follows_the_global_batch(recipe):
     assert recipe.peak_learning_rate == pytest.approx(4e-3 * 16 / 512)
     assert dataclasses.replace(recipe, batch_size=1024, accumulate=4).peak_learning_rate == pytest.approx(8e-3)
+
+
+def test_late_drop_path_counts_the_cooldown(recipe):
+    recipe = dataclasses.replace(recipe, epochs=5, cooldown_epochs=2, drop_path=0.1, late_drop_path=(0.5, 3))
+    assert [recipe.drop_path_at(epoch) for epoch in range(7)] == [0.1] * 4 + [0.5] * 3

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from helpers.small_runs import load_weights
 
-from s3a.data import TrainLoader
+from s3a.data import TrainLoader, load_data
 from s3a.training import checkpoints, trainer
 from s3a.training.build import Run, build_run
-from s3a.training.evaluation import NonFiniteLossError
+from s3a.training.evaluation import Evaluation, NonFiniteLossError
 from s3a.training.recipe import Recipe
 
 
@@ -87,6 +88,63 @@ def test_the_order_of_the_images_is_that_of_the_seed(recipe):
     for epoch in (0, 1):
         ours, right = ([batch.indices.tolist() for (batch,) in each.epoch(epoch)] for each in (run.train_loader, alone))
         assert ours == right
+
+
+# --------------------------------------------------------------------------------------------------------
+# Epochs
+# --------------------------------------------------------------------------------------------------------
+
+
+def train_hollow(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, plain: list[float], averaged: list[float]) -> dict:
+    """Trains a recipe with steps that compute nothing, and validations that score what is given, epoch by epoch.
+
+    A step sets the head's bias to 2 times the epoch, and in the average to 1 more.
+
+    Returns:
+        indices: of the images of each step. rates: the learning rate of each step.
+    """
+    seen = {"indices": [], "rates": []}
+
+    def step(run, progress, batches):
+        seen["indices"].append([index for batch in batches for index in batch.indices.tolist()])
+        seen["rates"].append(run.optimizer.param_groups[0]["lr"])
+        with torch.no_grad():
+            run.bare_model.head.bias.fill_(2 * progress.epoch)
+            run.ema.module.head.bias.fill_(2 * progress.epoch + 1)
+        progress.step += 1
+
+    def score(run, progress, model):
+        top1 = (plain if model is run.bare_model else averaged)[progress.epoch]
+        return Evaluation(scores={"loss": 1.0, "top1": top1, "top5": 1.0}, images=18, images_per_second=1.0)
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(trainer, "validate", score)
+    for name in ("save", "draw_curves"):  # takes long, and is of no interest here
+        monkeypatch.setattr(trainer, name, lambda *_: None)
+    trainer.train(recipe)
+    return seen
+
+
+def test_each_weights_folder_holds_the_weights_of_its_epoch(recipe, monkeypatch):
+    """The plain weights are best in the first epoch, the average in the second."""
+    recipe = dataclasses.replace(recipe, epochs=3, ema_decay=0.9)
+    train_hollow(monkeypatch, recipe, plain=[0.9, 0.5, 0.7], averaged=[0.6, 0.8, 0.5])
+    folders = ("model", "best", "ema", "ema-best")
+    biases = {name: load_weights(recipe.output_dir / name)["head.bias"].tolist() for name in folders}
+    assert biases == {"model": [4, 4], "best": [0, 0], "ema": [5, 5], "ema-best": [3, 3]}
+
+
+def test_every_epoch_and_step_has_images_and_a_learning_rate_of_its_own(recipe, monkeypatch):
+    recipe = dataclasses.replace(recipe, epochs=2, warmup_epochs=1, schedule="step", ema_decay=0.9, seed=3)
+    monkeypatch.setattr(trainer, "write_weights", lambda *_: None)
+    seen = train_hollow(monkeypatch, recipe, plain=[0.5, 0.6], averaged=[0.5, 0.6])
+    images = load_data(recipe.data, recipe.data_dir).train
+    alone = TrainLoader(images, lambda image: torch.zeros(1), channels=3, batch_size=16, seed=3)
+    assert seen["indices"] == [batch.indices.tolist() for epoch in (0, 1) for (batch,) in alone.epoch(epoch)]
+    peak, lowest = recipe.peak_learning_rate, recipe.min_learning_rate
+    warmup = [1e-6 + (peak - 1e-6) * step / 3 for step in (1, 2)]
+    cosine = [lowest + (peak - lowest) * (1 + math.cos(math.pi * step / 6)) / 2 for step in (3, 4, 5, 6)]
+    assert seen["rates"] == pytest.approx([*warmup, *cosine], rel=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------

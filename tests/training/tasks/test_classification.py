@@ -47,6 +47,13 @@ def test_every_option_of_the_mixing_reaches_timm(recipe):
     assert (mixup.num_classes, mixup.mix_prob, mixup.mode) == (2, 1.0, "batch")
 
 
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.0, 0.0)])
+def test_one_kind_of_mixing_alone_mixes(recipe, mixup, cutmix):
+    task = Classification(load_data(recipe.data, recipe.data_dir))
+    recipe = dataclasses.replace(recipe, mixup=mixup, cutmix=cutmix)
+    assert (task.make_loss(recipe).mixup is not None) == (mixup + cutmix > 0)
+
+
 def test_scores_are_counts_by_hand():
     """Six classes, so that the first five leave one out: the label is the highest logit, the fifth, the sixth."""
     logits = torch.tensor([6.0, 5, 4, 3, 2, 1]).repeat(4, 1)
