@@ -28,7 +28,7 @@ from s3a import S3A, Neighborhood, neighborhood_attention, sparse_scan, sparse_s
 from s3a.attention.backends import BACKENDS, Operands
 from s3a.attention.backends.blocks import BlockLayout
 from s3a.attention.backends.reference import AxisKeys
-from s3a.attention.backends.tiled import attend_key_list, multiply
+from s3a.attention.backends.tiled import attend_key_list, is_compiled_inference, multiply
 from s3a.attention.backends.tiles import TileLayout, list_keys
 from s3a.attention.plan import attend_plan, choose_backend, lay_out_scan, plan_scan
 
@@ -508,6 +508,25 @@ def test_what_is_compiled_is_the_dense_mask(kernel_size, dilation, batch: int, h
     assert error(attend_key_list(*flat, key_list, scale), expected) <= 1e-12
     heads_first = [tensor.transpose(1, 2).contiguous() for tensor in flat]
     assert error(multiply(*heads_first, mask, scale).transpose(1, 2), expected) <= 1e-5, "its softmax is in float32"
+
+
+@pytest.mark.parametrize(
+    ("compiling", "exporting", "needs_grad", "device", "expected"),
+    [
+        (True, False, False, "cpu", True),
+        (False, False, False, "cpu", False),  # eager code would hold what is gathered
+        (True, True, False, "cpu", False),  # so may an exported program
+        (True, False, True, "cpu", False),  # and a backward
+        (True, False, False, "meta", False),  # measured on CPUs
+    ],
+)
+def test_what_is_fused_is_compiled_inference_on_a_cpu(compiling, exporting, needs_grad, device, expected, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: compiling)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exporting)
+    tensors = [torch.zeros(1, device=device), torch.zeros(1, device=device, requires_grad=needs_grad)]
+    assert is_compiled_inference(*tensors) == expected
+    with torch.no_grad():
+        assert is_compiled_inference(*tensors) == (expected or (needs_grad and compiling))
 
 
 LARGE_MAP = """

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from helpers.small_runs import load_weights
 
 from s3a.data import TrainLoader, load_data
-from s3a.training import checkpoints, trainer
+from s3a.training import build, checkpoints, trainer
 from s3a.training.build import Run, build_run
 from s3a.training.evaluation import Evaluation, NonFiniteLossError
 from s3a.training.recipe import Recipe
@@ -126,12 +126,16 @@ def train_hollow(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, plain: list[fl
 
 
 def test_each_weights_folder_holds_the_weights_of_its_epoch(recipe, monkeypatch):
-    """The plain weights are best in the first epoch, the average in the second."""
-    recipe = dataclasses.replace(recipe, epochs=3, ema_decay=0.9)
+    """The plain weights are best in the first epoch, the average in the second; the better of both is published."""
+    recipe = dataclasses.replace(recipe, epochs=3, ema_decay=0.9, push_to_hub="lizards/best")
+    published = []
+    monkeypatch.setattr(build, "create_repository", lambda repo: None)
+    monkeypatch.setattr(trainer, "push_folder", lambda folder, repo: published.append(folder.name))
     train_hollow(monkeypatch, recipe, plain=[0.9, 0.5, 0.7], averaged=[0.6, 0.8, 0.5])
     folders = ("model", "best", "ema", "ema-best")
     biases = {name: load_weights(recipe.output_dir / name)["head.bias"].tolist() for name in folders}
     assert biases == {"model": [4, 4], "best": [0, 0], "ema": [5, 5], "ema-best": [3, 3]}
+    assert published == ["best"]
 
 
 def test_every_epoch_and_step_has_images_and_a_learning_rate_of_its_own(recipe, monkeypatch):
@@ -147,9 +151,58 @@ def test_every_epoch_and_step_has_images_and_a_learning_rate_of_its_own(recipe, 
     assert seen["rates"] == pytest.approx([*warmup, *cosine], rel=1e-6)
 
 
+def test_a_schedule_of_epochs_has_one_learning_rate_in_each(recipe, monkeypatch):
+    """The first is where the warm-up begins; the cosine goes on as if there had been none."""
+    recipe = dataclasses.replace(recipe, epochs=3, warmup_epochs=1, schedule="epoch", ema_decay=0.9)
+    monkeypatch.setattr(trainer, "write_weights", lambda *_: None)
+    seen = train_hollow(monkeypatch, recipe, plain=[0.5] * 3, averaged=[0.5] * 3)
+    peak, lowest = recipe.peak_learning_rate, recipe.min_learning_rate
+    cosine = [lowest + (peak - lowest) * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in (1, 2)]
+    assert seen["rates"] == pytest.approx([rate for rate in (1e-6, *cosine) for _ in range(3)], rel=1e-6)
+
+
 # --------------------------------------------------------------------------------------------------------
 # Checkpoints
 # --------------------------------------------------------------------------------------------------------
+
+
+def list_state(run: Run) -> dict[str, torch.Tensor]:
+    """All tensors of a run that its steps change, by a name of each."""
+    parameters = dict(run.bare_model.named_parameters())
+    moments = {
+        f"{kind} of {name}": value
+        for name, parameter in parameters.items()
+        for kind, value in run.optimizer.optimizer.state[parameter].items()
+    }
+    averages = {f"average of {key}": value for key, value in run.ema.module.state_dict().items()}
+    return {**run.bare_model.state_dict(), **averages, **moments}
+
+
+def test_a_run_resumes_with_all_that_it_saved(recipe):
+    recipe = dataclasses.replace(recipe, ema_decay=0.9)
+    run = build_again(recipe)
+    with run.lock:
+        saved = take_steps(run, 2)
+        saved.unreadable = ["somewhere/torn.png"]
+        trainer.save(run, saved)
+    again = build_again(recipe)
+    assert trainer.resume(again) == saved
+    before, after = list_state(run), list_state(again)
+    assert before.keys() == after.keys()
+    assert [key for key, value in before.items() if not torch.equal(value, after[key])] == []
+    assert sum(key.startswith("exp_avg_sq of") for key in after) == len(list(run.model.parameters()))
+
+
+def test_a_resumed_epoch_goes_on_with_the_images_that_are_left(recipe, monkeypatch):
+    recipe = dataclasses.replace(recipe, epochs=2, ema_decay=0.9)
+    run = build_again(recipe)
+    with run.lock:
+        trainer.save(run, trainer.Progress(step=1))
+    monkeypatch.setattr(trainer, "write_weights", lambda *_: None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    seen = train_hollow(monkeypatch, recipe, plain=[0.5, 0.6], averaged=[0.5, 0.6])
+    epochs = run.train_loader.epoch(0, first_step=1), run.train_loader.epoch(1)
+    assert seen["indices"] == [batch.indices.tolist() for (batch,) in itertools.chain(*epochs)]
 
 
 def test_every_checkpoint_begins_the_minutes_anew(recipe, monkeypatch):
