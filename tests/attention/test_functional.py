@@ -27,6 +27,7 @@ from torch import Tensor
 from s3a import S3A, Neighborhood, neighborhood_attention, sparse_scan, sparse_scan_attention
 from s3a.attention.backends import BACKENDS, Operands
 from s3a.attention.backends.blocks import BlockLayout
+from s3a.attention.backends.flex import compile_pass
 from s3a.attention.backends.reference import AxisKeys
 from s3a.attention.backends.tiled import attend_key_list, is_compiled_inference, multiply
 from s3a.attention.backends.tiles import TileLayout, list_keys
@@ -302,6 +303,7 @@ def test_flex_stays_compiled_over_many_scales(graphs: Counter):
         attended = neighborhood_attention(*inputs, 3, scale=scale, backend="flex")
         assert error(attended, masked_attention(*inputs, mask, scale)) <= 1e-5
     assert graphs["runs"] == len(scales)
+    assert compile_pass.cache_info().currsize == len(scales), "code of its own for each"
 
 
 def test_flex_stays_compiled_over_modes(graphs: Counter):
@@ -316,6 +318,7 @@ def test_flex_stays_compiled_over_modes(graphs: Counter):
         expected = masked_attention(*in_double(inputs), mask)
         assert (attended - expected).abs().max() <= (3e-2 if autocast else 1e-5)
     assert graphs["runs"] == len(settings)
+    assert compile_pass.cache_info().currsize == len(modes), "code of its own for each"
 
 
 # --------------------------------------------------------------------------------------------------------

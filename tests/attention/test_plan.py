@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s3a import Neighborhood, neighborhood_attention, sparse_scan, sparse_scan_attention
 from s3a.attention.backends import BACKENDS, Operands
-from s3a.attention.backends.blocks import BlockLayout, lay_out_blocks
+from s3a.attention.backends.blocks import BlockLayout, lay_out_blocks, walk_tiles
 from s3a.attention.backends.reference import lay_out_keys
 from s3a.attention.backends.tiles import TileLayout, lay_out_tiles
 from s3a.attention.plan import attend_plan, lay_out_scan, plan_scan
@@ -38,6 +38,7 @@ CASES = [
     (1, 1, 5, 30),  # every token alone
     (5, 1, 1, 40),  # one row
     (5, 1, 1, 1),
+    (29, 1, 1, 64),  # blocks of 16 that lack a single key to be full
 ]
 
 
@@ -116,6 +117,15 @@ def test_order_pads_to_whole_blocks(kernel_size, dilation, height: int, width: i
     seen = layout.block_mask.mask_mod(0, 0, index[:, None], index[None])
     assert seen.any(1).all(), "a query without keys has no softmax"
     assert not seen[:, num_tokens:].any(), "a padding key is seen"
+
+
+def test_tokens_are_walked_group_by_group_and_inside_a_group_tile_by_tile():
+    """Four rows of one group, four columns of two (their places 0 1 and 2 3), in tiles of 2 x 1."""
+    tile = [(0, 0), (1, 0)]
+    group = [*tile, *((row, 1) for row, _ in tile), *((row + 2, column) for column in (0, 1) for row, _ in tile)]
+    rows, columns = walk_tiles(*Neighborhood(3, (1, 2)).windows(4, 4), (2, 1))
+    walked = list(zip(rows.tolist(), columns.tolist(), strict=True))
+    assert walked == [*group, *((row, column + 2) for row, column in group)]
 
 
 def test_some_blocks_are_full():

@@ -15,6 +15,7 @@ from torch._inductor.exc import CppCompileError
 
 import s3a
 import s3a.nn.compilation
+from s3a.nn import compilation
 from s3a.nn.layers import Region
 from s3a.support.compiler import raise_compilation_errors
 
@@ -85,6 +86,25 @@ def test_blocks_share_code_and_batch_sizes_stop_compiling(name, first, backend, 
             images = torch.randn(batch_size, 3, 48, 48)
             torch.testing.assert_close(model(images), plain(images), rtol=1e-4, atol=1e-5)
         assert graphs() == 2 * kinds
+
+
+def test_blocks_of_another_scan_have_code_of_their_own(monkeypatch):
+    """Dynamo would compile the shared code anew for each of them, and gives up after eight."""
+    variants = set()
+    monkeypatch.setattr(
+        compilation, "compile_region", lambda variant, any_batch: variants.add(variant) or compilation.call_module
+    )
+    model = s3a.compile_model(timm.create_model("ssvit_nano").eval())
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 96, 96))
+    blocks = [(shape, scans) for kind, shape, scans, _ in variants if kind.__name__ == "ScanBlock"]
+    expected = set()
+    for side, dim in ((24, 32), (12, 64), (6, 128)):
+        for fixed in ("window", "anchors"):
+            scan = s3a.sparse_scan(side, side, 3, fixed)
+            expected.add(((side, side, dim), ((scan, ("tiled",) * len(scan)),)))
+    assert set(blocks) == expected
+    assert len(expected) > 3
 
 
 def test_another_resolution_compiles_once():

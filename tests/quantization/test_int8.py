@@ -39,7 +39,7 @@ def test_products_of_bytes():
 
 
 def test_a_linear_layer_is_exact_where_rounding_is():
-    """Against whole numbers: tokens that their scale leaves as they are, and weights that do not cancel out.
+    """Against whole numbers: tokens whose scale is 1 and that are rounded up, and weights that do not cancel out.
 
     A zero that is off by one adds the sum of a weight's row, which cancels out in weights of both signs.
     """
@@ -48,9 +48,9 @@ def test_a_linear_layer_is_exact_where_rounding_is():
     layer[0].weight.data[:, 0] = 127  # so that the scale of every row is 1
     convert.quantize_(layer.bfloat16(), convert.CONFIGS["int8-dynamic"](SCHEMES["int8-dynamic"]))
     weight = layer[0].weight.detach()
-    tokens = torch.randint(-127, 128, (1, 2, 3, 32))
+    tokens = torch.randint(-31, 31, (1, 2, 3, 32)) + 0.75
     tokens[..., 0], tokens[..., 1] = 127, -127
-    right = tokens @ weight.qdata.long().T * weight.scale.flatten().double()
+    right = tokens.round().long() @ weight.qdata.long().T * weight.scale.flatten().double()
     found = int8.int8_linear(tokens.bfloat16(), weight, None)
     torch.testing.assert_close(found.double(), right, rtol=1 / 128, atol=0)
     assert weight.qdata.min() > 0

@@ -103,6 +103,7 @@ def test_a_write_that_stops_half_way_leaves_the_last_checkpoint(tmp_path, monkey
     with pytest.raises(OSError, match="is full: a checkpoint needs"):
         write_checkpoint(tmp_path / "step-00002", {"epoch": 2}, keep=1)
     monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00001"], "the room is free again"
     assert read_newest(tmp_path, complain) == {"epoch": 1}
     write_checkpoint(tmp_path / "step-00002", {"epoch": 2}, keep=1)
     assert read_newest(tmp_path, complain) == {"epoch": 2}

@@ -312,7 +312,7 @@ def test_wrong_number_of_classes(folder: Path, num_classes: int):
 @pytest.mark.parametrize("num_classes", ["five", -1, 2.5, True])
 def test_meaningless_number_of_classes(folder: Path, num_classes: object):
     change_config(folder, num_classes=num_classes)
-    with pytest.raises(ValueError, match="num_classes"):
+    with pytest.raises(ValueError, match=rf"num_classes is {num_classes!r}: it must be an integer of 0 or more"):
         SSViT.from_pretrained(folder)
 
 
