@@ -14,6 +14,7 @@ from torch import nn
 from s3a import export as exports
 from s3a.export import FORMATS, ExportError, check_format, export, verify
 from s3a.quantization.convert import quantize
+from s3a.quantization.schemes import Quantization, mark_quantized
 
 BLOCK_IMPORTS = """
 import sys
@@ -103,6 +104,15 @@ def test_quantized_programs(tmp_path: Path, scheme: str):
 # --------------------------------------------------------------------------------------------------------
 # Refused
 # --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["aoti", "onnx"])
+def test_quantized_weights_are_for_programs_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, format: str):
+    model, suffix = make_confident(**TINY), FORMATS[format].suffix
+    mark_quantized(model, Quantization("int8-dynamic", ()))
+    monkeypatch.setattr(exports, "export_program", None)
+    with pytest.raises(ValueError, match=rf"quantized, by 'int8-dynamic': '{format}' takes float32 weights"):
+        export(model, tmp_path / f"model{suffix}", format, height=64, width=64)
 
 
 def test_formats_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch):

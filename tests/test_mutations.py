@@ -81,7 +81,7 @@ def test_mutations_are_applied_to_a_copy(tmp_path: Path):
 
 
 def test_mutations_are_selected_by_file_and_word():
-    chosen = mutations.select([str(ROOT / "s3a" / "nn")], "ROTAT")
+    chosen = mutations.select([str(ROOT / "s3a" / "nn")], ["ROTAT"])
     assert {mutation.file for mutation in chosen} == {"s3a/nn/s3a.py", "s3a/nn/rotary.py"}
-    assert mutations.select([], "") == MUTATIONS
+    assert mutations.select([], [""]) == MUTATIONS
     assert set(BLIND) <= set(MUTATIONS)

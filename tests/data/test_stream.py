@@ -70,6 +70,17 @@ def test_rows_of_a_stream_overtake_each_other_within_the_window():
     assert np.abs(displacement).mean() > WINDOW / 8
 
 
+def test_the_rows_that_are_repeated_are_spread_over_the_stream(tmp_path, monkeypatch):
+    """A third of the rows, thrice each: of every part some, also where they hardly overtake each other."""
+    monkeypatch.setattr(s3a.data.stream, "WINDOW", 1)
+    shuffle_in_window.cache_clear()
+    images = load_data("webdataset", write_shards(tmp_path, "tar", NUM_TRAIN, 3), streaming=True).train
+    indices = {index for [batch] in make_loader(images, repeats=3).epoch(0) for index in batch.indices.tolist()}
+    shuffle_in_window.cache_clear()
+    assert len(images.parts) > 1
+    assert {images.parts.locate(index)[0] for index in indices} == set(range(len(images.parts)))
+
+
 def test_a_worker_holds_its_share_of_the_window_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(s3a.data.stream, "WINDOW", 30)
     shuffle_in_window.cache_clear()

@@ -90,21 +90,34 @@ def test_blocks_share_code_and_batch_sizes_stop_compiling(name, first, backend, 
 
 def test_blocks_of_another_scan_have_code_of_their_own(monkeypatch):
     """Dynamo would compile the shared code anew for each of them, and gives up after eight."""
-    variants = set()
-    monkeypatch.setattr(
-        compilation, "compile_region", lambda variant, any_batch: variants.add(variant) or compilation.call_module
-    )
+    variants = {}
+
+    def compile_region(variant, any_batch):
+        variants[variant] = any_batch
+        return compilation.call_module
+
+    monkeypatch.setattr(compilation, "compile_region", compile_region)
     model = s3a.compile_model(timm.create_model("ssvit_nano").eval())
     with torch.no_grad():
         model(torch.zeros(1, 3, 96, 96))
-    blocks = [(shape, scans) for kind, shape, scans, _ in variants if kind.__name__ == "ScanBlock"]
     expected = set()
     for side, dim in ((24, 32), (12, 64), (6, 128)):
         for fixed in ("window", "anchors"):
             scan = s3a.sparse_scan(side, side, 3, fixed)
             expected.add(((side, side, dim), ((scan, ("tiled",) * len(scan)),)))
-    assert set(blocks) == expected
+    assert {(shape, scans) for kind, shape, scans, _ in variants if kind.__name__ == "ScanBlock"} == expected
     assert len(expected) > 3
+    assert set(variants.values()) == {True}, "on a CPU one code serves all batch sizes"
+
+
+def test_inside_of_a_larger_graph_regions_are_plain(monkeypatch):
+    model = timm.create_model("ssvit_nano").eval()
+    plain, images = copy.deepcopy(model), torch.randn(1, 3, 32, 40)
+    s3a.compile_model(model)
+    monkeypatch.setattr(compilation, "compile_region", None)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.no_grad():
+        assert torch.equal(model(images), plain(images))
 
 
 def test_another_resolution_compiles_once():
