@@ -13,6 +13,7 @@ the repository in which the mutation is applied, and runs the test there.
 """
 
 import argparse
+import atexit
 import contextlib
 import gc
 import importlib
@@ -688,8 +689,7 @@ DATA = [
         ("range(number + step, slices.num_batches, step)", "range(number + 1, slices.num_batches)",
          "a worker keeps the images of the others", "test_a_worker_expects_the_batches_of_its_turns"),
         ("[*dict.fromkeys(unreadable)]", "unreadable",
-         "an unreadable image is named as often as it is met",
-         "test_training_puts_the_next_image_in_place_and_names_the_unreadable"),
+         "an unreadable image is named as often as it is met", "test_an_unreadable_image_is_named_once_a_batch"),
     ),
     *mutate("s3a/data/loaders.py", "tests/data/test_loaders.py",
         ("epoch, first_step * self.accumulate", "epoch, first_step",
@@ -1050,7 +1050,7 @@ REST = [
         ("+= flops // 2", "+= flops",
          "a multiply-accumulate counts twice", "test_cost_is_the_published_one"),
         ("        self.inside_scan = False\n        self.macs", "        self.macs",
-         "layers behind a scan are not counted", "test_cost_equals_a_count_by_hand"),
+         "products behind a scan are not counted", "test_products_around_a_scan_are_counted"),
         ("if is_layer or not self.inside_scan:", "if True:",
          "what a backend runs is counted beside its pairs", "test_cost_equals_a_count_by_hand"),
         ("copies[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty",
@@ -1084,11 +1084,11 @@ REST = [
         ("alone = not any(do_overlap", "alone = True or any(do_overlap",
          "windows overlap", "test_framed_windows_do_not_overlap_and_are_strong"),
         ("min(last[0] + self.wide / 2, self.view.left + self.view.width)", "last[0] + self.wide / 2",
-         "windows leave what the network saw", "test_windows_stay_within_what_the_network_saw"),
+         "windows leave what the network saw", "test_the_last_tokens_of_an_odd_picture_are_cut"),
     ),
     *mutate("s3a/analysis/explain.py", "tests/analysis/test_explain.py",
         ("100 * self.num_pairs / self.num_tokens**2", "100 * self.num_pairs / self.num_tokens",
-         "a density is above 100 %", "test_passes_are_those_of_the_plans"),
+         "a density is above 100 %", "test_scans_of_an_ablation"),
         ("Operands(device, dtype, head_dim, training))", "Operands(device, dtype, head_dim, False))",
          "training is explained as inference", "test_the_backend_has_its_reasons"),
     ),
@@ -1127,6 +1127,8 @@ REST = [
          "test_the_ninth_shape_is_an_error_and_not_run_uncompiled"),
         ("except (RuntimeError, FailOnRecompileLimitHit) as error:", "except RuntimeError as error:",
          "the ninth kind of input is a traceback", "test_the_ninth_shape_is_an_error_and_not_run_uncompiled"),
+        ("    return torch.compile(copy, fullgraph=True)\n", "    return torch.compile(copy)\n",
+         "what cannot be compiled runs uncompiled in silence", "test_a_copy_is_one_graph_or_an_error"),
         ("    with torch.inference_mode(False), _disable_current_modes():\n", "    with _disable_current_modes():\n",
          "plans of inference cannot be trained on",
          "tests/attention/test_plan.py::test_plans_survive_the_mode_they_are_built_in"),
@@ -1137,7 +1139,7 @@ REST = [
     ),
     *mutate("s3a/support/timing.py", "tests/support/test_timing.py",
         ("statistics.median(each)", "statistics.fmean(each)",
-         "a slow turn spoils the figure", "test_candidates_take_turns_after_a_warm_up"),
+         "a slow turn spoils the figure", "test_a_slow_turn_leaves_the_median_as_it_is"),
         ("return 1e3 * (time.perf_counter() - started)", "return time.perf_counter() - started",
          "times are seconds", "test_times_are_milliseconds"),
     ),
@@ -1248,6 +1250,7 @@ def start_worker(home: str) -> None:
     Some libraries read the environment when they are imported. So the Hub of the tests gets its address here, and a
     child serves it there.
     """
+    os.environ.pop("PYTHONWARNINGS")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -1264,6 +1267,7 @@ def start_worker(home: str) -> None:
             importlib.import_module(name)
     sys.modules["torch"].set_num_threads(1)  # a forked process has no threads but one
     gc.freeze()  # a child would look through all that was imported again and again
+    atexit.register(gc.unfreeze)
     assert "s3a" not in sys.modules
 
 
@@ -1369,6 +1373,7 @@ def main() -> None:
     if set(BLIND) <= set(selected):
         trials.append(make_trial(*BLIND))
     with tempfile.TemporaryDirectory(prefix="s3a-mutations-") as home:
+        os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # tests that are killed
         spawn = multiprocessing.get_context("spawn")  # workers must not have what this process has imported
         with ProcessPoolExecutor(options.jobs, spawn, start_worker, (home,)) as pool:
             check_unmutated(pool, selected, options)
@@ -1382,9 +1387,7 @@ def parse_options() -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("paths", nargs="*", help="files or folders of the library whose mutations are run")
-    parser.add_argument(
-        "-k", dest="words", action="append", help="only those with this text in them; or with another -k"
-    )
+    parser.add_argument("-k", dest="words", action="append", help="only those with this text; or that of another -k")
     parser.add_argument("--list", action="store_true", help="print the mutations, run nothing")
     parser.add_argument("--jobs", type=int, default=1, help="how many run at a time")
     parser.add_argument("--timeout", type=float, default=300, help="seconds after which a test does not end")

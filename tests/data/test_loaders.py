@@ -282,6 +282,13 @@ def test_training_puts_the_next_image_in_place_and_names_the_unreadable(broken_i
         assert labels.tolist() == [index % NUM_CLASSES for index in indices.tolist()]
 
 
+def test_an_unreadable_image_is_named_once_a_batch():
+    """All rows before a readable one meet it, each as its substitute."""
+    images = make_images(12, broken=(3, 4, 5))
+    [batch] = next(make_loader(images, show_number).epoch(0))
+    assert sorted(batch.unreadable) == [images.name_of(index) for index in (3, 4, 5)]
+
+
 def test_replacement_is_the_same_however_a_step_is_cut(broken_images):
     assert_equal(
         read_steps(broken_images, num_processes=2, accumulate=3, num_workers=2, repeats=2),

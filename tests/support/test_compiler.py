@@ -24,9 +24,15 @@ def double(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
 
 
-def test_the_ninth_shape_is_an_error_and_not_run_uncompiled():
+def break_graph(x: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.graph_break()
+    return 2 * x
+
+
+@pytest.mark.parametrize("is_one_graph", [True, False])
+def test_the_ninth_shape_is_an_error_and_not_run_uncompiled(is_one_graph: bool):
     """A rank is compiled for anew each; eight are the limit."""
-    compiled = compile_copy(double, "double")
+    compiled = compile_copy(double, "double") if is_one_graph else torch.compile(double)
     with raise_compilation_errors(instead="do without"):
         for rank in range(1, 9):
             assert torch.equal(compiled(torch.ones(rank * [2])), torch.full(rank * [2], 2.0))
@@ -35,6 +41,14 @@ def test_the_ninth_shape_is_an_error_and_not_run_uncompiled():
         raise_compilation_errors(instead="do without"),
     ):
         compiled(torch.ones(9 * [2]))
+
+
+def test_a_copy_is_one_graph_or_an_error():
+    with (
+        pytest.raises(CompilationError, match=r"torch\.compile failed here: .*graph.*; or do without$"),
+        raise_compilation_errors(instead="do without"),
+    ):
+        compile_copy(break_graph, "break_graph")(torch.ones(2))
 
 
 def test_other_errors_are_left_alone():

@@ -222,6 +222,8 @@ def test_peak_memory():
     model = Hungry()
     with torch.no_grad():
         assert measure_peak_memory(model, (model,)) == pytest.approx(1 + 2 + 8 + 2, abs=0.01)
+        unused = torch.zeros(2**20)  # of 4 MiB, there all the same
+        assert measure_peak_memory(model, (model, unused)) == pytest.approx(1 + 2 + 8 + 2 + 4, abs=0.01)
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 
