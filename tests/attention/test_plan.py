@@ -171,6 +171,21 @@ def test_tiles_stay_sparse(kernel_size: int, dilation: int):
     assert paired <= 0.25 * (56 * 56) ** 2
 
 
+@pytest.mark.parametrize(
+    ("kernel_size", "dilation", "height", "width", "device", "listed"),
+    [
+        (7, 1, 16, 16, "cpu", True),
+        (3, 4, 13, 22, "cpu", True),
+        (7, 4, 28, 28, "cpu", False),
+        (7, 1, 16, 16, "meta", False),
+    ],
+)
+def test_keys_are_listed_where_that_is_cheaper(kernel_size, dilation, height: int, width: int, device: str, listed):
+    """By costs that were measured, on CPUs alone."""
+    layout = lay_out_tiles(Neighborhood(kernel_size, dilation), height, width, torch.device(device))
+    assert (layout.key_list is not None) == listed
+
+
 @pytest.mark.parametrize(("kernel_size", "dilation", "height", "width"), CASES)
 def test_gathers_are_the_rule(kernel_size, dilation, height: int, width: int):
     layout = lay_out_keys(Neighborhood(kernel_size, dilation), height, width, CPU)

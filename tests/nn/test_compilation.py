@@ -90,6 +90,8 @@ def test_blocks_share_code_and_batch_sizes_stop_compiling(name, first, backend, 
 
 def test_blocks_of_another_scan_have_code_of_their_own(monkeypatch):
     """Dynamo would compile the shared code anew for each of them, and gives up after eight."""
+    kind = (Region, (8, 8, 32), (), ())
+    assert compilation.compile_region(kind, any_batch=True) is compilation.compile_region(kind, any_batch=True)
     variants = {}
 
     def compile_region(variant, any_batch):
