@@ -14,6 +14,7 @@ from torch import nn
 from s3a import export as exports
 from s3a.export import FORMATS, ExportError, check_format, export, verify
 from s3a.quantization.convert import quantize
+from s3a.quantization.schemes import Quantization, mark_quantized
 
 BLOCK_IMPORTS = """
 import sys
@@ -105,6 +106,15 @@ def test_quantized_programs(tmp_path: Path, scheme: str):
 # --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("format", ["aoti", "onnx"])
+def test_quantized_weights_are_for_programs_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, format: str):
+    model, suffix = make_confident(**TINY), FORMATS[format].suffix
+    mark_quantized(model, Quantization("int8-dynamic", ()))
+    monkeypatch.setattr(exports, "export_program", None)
+    with pytest.raises(ValueError, match=rf"quantized, by 'int8-dynamic': '{format}' takes float32 weights"):
+        export(model, tmp_path / f"model{suffix}", format, height=64, width=64)
+
+
 def test_formats_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"format 'onxx' is unknown: .* did you mean 'onnx'"):
         check_format("onxx", Path("model.onnx"))
@@ -129,6 +139,20 @@ def test_wrong_outcomes_are_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert path.read_text() == "of old"
     with pytest.raises(ExportError, match=r"gives \(2, 4\): the model itself gives \(2, 5\)"):
         verify(model, lambda images: model(images)[:, 1:], torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_a_file_for_any_batch_is_run_at_more_than_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int):
+    """One that is wrong at a single size: of one image, where axes broadcast, or of more than it was traced for."""
+    model = make_confident(**TINY)
+
+    def load(path: Path):
+        return lambda images: model(images) + (0.1 if len(images) == size else 0.0)
+
+    monkeypatch.setattr(exports, "export_program", lambda *_: None)  # nothing has to be traced for it
+    monkeypatch.setitem(FORMATS, "pt2", replace(FORMATS["pt2"], write=lambda _, path: path.touch(), load=load))
+    with pytest.raises(ExportError, match=rf"is off by 1\.0e-01 for {size} images"):
+        export(model, tmp_path / "model.pt2", "pt2", height=64, width=64, dynamic_batch=True)
 
 
 def test_sizes_that_the_model_does_not_take(tmp_path: Path):

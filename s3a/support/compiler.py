@@ -14,10 +14,11 @@ import numpy as np
 import torch
 import torch._dynamo
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils._python_dispatch import _disable_current_modes
 
 NUMBERS = count()
+MOST_VARIANTS = 8  # of compiled code for one code object, torch's own limit
 
 
 class CompilationError(RuntimeError):
@@ -71,19 +72,21 @@ def raise_compilation_errors(instead: str) -> Iterator[None]:
         CompilationError: with the cause and the remedy.
     """
     try:
-        with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        with torch._dynamo.config.patch(recompile_limit=MOST_VARIANTS, fail_on_recompile_limit_hit=True):
             yield
-    except RuntimeError as error:
+    except (RuntimeError, FailOnRecompileLimitHit) as error:
         reason = diagnose(error)
         if reason is None:
             raise
         raise CompilationError(f"torch.compile failed here: {reason}; or {instead}") from error
 
 
-def diagnose(error: RuntimeError) -> str | None:
+def diagnose(error: Exception) -> str | None:
     """Cause and remedy of a failed compilation; None for an error of another kind."""
     story = f"{type(error).__name__}: {error}"  # names the errors inside it too
     first_line = str(error).strip().partition("\n")[0]
+    if isinstance(error, FailOnRecompileLimitHit):
+        return f"one function met more than {MOST_VARIANTS} kinds of input; s3a.clear_caches() lets it begin anew"
     if "InvalidCxxCompiler" in story:
         return "there is no working C++ compiler; install g++ or clang, or set CXX to one"
     if "CppCompileError" in story:

@@ -160,6 +160,31 @@ def test_cost_of_other_models() -> None:
     assert convolutional.published_gmacs * 2**30 == pytest.approx(convolutional.gmacs * 1e9)
 
 
+class Gram(torch.nn.Module):
+    """Products of all tokens with each other, which are no layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(1, 2)  # [batch, tokens, dim]
+        return tokens @ tokens.mT
+
+
+def test_products_around_a_scan_are_counted() -> None:
+    """Those behind it too; what its backend runs is not."""
+    attention = s3a.S3A(32, 2, size=3)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 1), ChannelsLast(), attention, Gram())
+    cost = count_cost(model, 8, 12)
+    tokens = 8 * 12
+    layers = tokens * (3 * 32 + 32 * 96 + 32 * 32 + 25 * 32)
+    pairs = sum(each.count_pairs(8, 12) for each in attention.scan(8, 12))
+    assert cost.published_gmacs * 2**30 == pytest.approx(layers)
+    assert cost.gmacs * 1e9 == pytest.approx(layers + 2 * 32 * pairs + 32 * tokens**2)
+
+
+class ChannelsLast(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
 def test_cost_counts_functional_layers() -> None:
     """BEiT hands its weights to F.linear: they are a layer nonetheless."""
     with torch.device("meta"):

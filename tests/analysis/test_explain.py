@@ -38,6 +38,7 @@ def test_passes_are_those_of_the_plans(height, width, size):
     ("options", "backend", "reason"),
     [
         ({"height": 56, "width": 56}, "tiled", "not flex: on cpu tiles are faster"),
+        ({"height": 56, "width": 56, "training": True}, "tiled", "not flex: FlexAttention has no backward on the CPU"),
         ({"height": 56, "width": 56, "device": "cuda"}, "flex", "not tiled: on CUDA"),
         ({"height": 14, "width": 14, "device": "cuda"}, "tiled", "not flex: a map of 196 tokens"),
         ({"height": 56, "width": 56, "device": "cuda", "head_dim": 8}, "tiled", "head dims of 16 and more, not 8"),

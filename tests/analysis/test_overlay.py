@@ -1,6 +1,7 @@
 """The picture of where a model looked: its marks lie where the network saw what they mark."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from s3a.analysis.attribution import Attribution, ScanRelevance
-from s3a.analysis.overlay import View, choose_framed, draw_overlay, find_marks, prepare_image
+from s3a.analysis.overlay import Grid, View, Window, choose_framed, draw_overlay, find_marks, prepare_image
 from s3a.geometry import Neighborhood
 from s3a.support.palette import ANCHOR_ON_IMAGE, PAPER, WINDOW_ON_IMAGE
 
@@ -158,6 +159,13 @@ def test_the_legend_says_what_the_marks_mean():
     assert frames.endswith("looked: these 2 account for 70 % of all contributions")  # two of three windows overlap
     assert read_legend({(2, 3): 3.0})[1].endswith("this one accounts for 100 % of all contributions")
     assert read_legend({}) == ["anchors that contributed to the class: here there is none"]
+
+
+def test_the_last_tokens_of_an_odd_picture_are_cut():
+    """61 pixels have 16 tokens of 4; the last is centred on pixel 60, and reaches half a pixel less than one beyond."""
+    grid = Grid(View(top=10, left=20, tall=1, wide=1, height=61, width=61), SimpleNamespace(stride=4))
+    box = grid.find_box(Window(first_row=14, last_row=15, first_column=0, last_column=15))
+    assert box == (20, 10 + 56.5 - 2, 61, 61 - (56.5 - 2))
 
 
 def test_the_picture_shows_image_and_marks(tmp_path: Path):

@@ -4,6 +4,8 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -22,8 +24,13 @@ from helpers.golden import (
 )
 from torch import Tensor
 
-from s3a import neighborhood_attention, sparse_scan, sparse_scan_attention
+from s3a import S3A, Neighborhood, neighborhood_attention, sparse_scan, sparse_scan_attention
 from s3a.attention.backends import BACKENDS, Operands
+from s3a.attention.backends.blocks import BlockLayout
+from s3a.attention.backends.flex import compile_pass
+from s3a.attention.backends.reference import AxisKeys
+from s3a.attention.backends.tiled import attend_key_list, is_compiled_inference, multiply
+from s3a.attention.backends.tiles import TileLayout, list_keys
 from s3a.attention.plan import attend_plan, choose_backend, lay_out_scan, plan_scan
 
 EAGER = list_backends(torch.float64)
@@ -37,6 +44,7 @@ CASES = [
     ((3, 7), 1, 1, 12, 17),
     ((5, 3), (1, 4), 3, 9, 19),
     (7, 3, 1, 5, 4),  # smaller than the window
+    (5, 2, 1, 5, 7),  # groups of 3 and 2 rows, of 4 and 3 columns
     (3, 9, 2, 6, 8),  # dilation beyond the map
     (5, 1, 1, 1, 23),  # one row
 ]
@@ -295,6 +303,7 @@ def test_flex_stays_compiled_over_many_scales(graphs: Counter):
         attended = neighborhood_attention(*inputs, 3, scale=scale, backend="flex")
         assert error(attended, masked_attention(*inputs, mask, scale)) <= 1e-5
     assert graphs["runs"] == len(scales)
+    assert compile_pass.cache_info().currsize == len(scales), "code of its own for each"
 
 
 def test_flex_stays_compiled_over_modes(graphs: Counter):
@@ -309,6 +318,7 @@ def test_flex_stays_compiled_over_modes(graphs: Counter):
         expected = masked_attention(*in_double(inputs), mask)
         assert (attended - expected).abs().max() <= (3e-2 if autocast else 1e-5)
     assert graphs["runs"] == len(settings)
+    assert compile_pass.cache_info().currsize == len(modes), "code of its own for each"
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -324,6 +334,8 @@ def test_flex_stays_compiled_over_modes(graphs: Counter):
         ("cuda", torch.float32, 32, True, 3136, "flex"),
         ("cuda", torch.bfloat16, 16, False, 784, "flex"),
         ("cuda", torch.bfloat16, 16, True, 49, "tiled"),
+        ("cuda", torch.bfloat16, 16, True, 256, "tiled"),
+        ("cuda", torch.bfloat16, 16, True, 257, "flex"),
         ("cuda", torch.float64, 32, False, 3136, "tiled"),
         ("cuda", torch.float32, 8, False, 3136, "tiled"),
         ("mps", torch.float32, 32, False, 3136, "tiled"),
@@ -341,6 +353,24 @@ def test_explicit_choice_is_kept(backend: str, side: int):
     scan, operands = sparse_scan(side, side, 2), Operands(torch.device("cpu"), torch.bfloat16, 32, needs_grad=False)
     plan = plan_scan(scan, side, side, operands, backend)
     assert plan.backends == (backend,) * len(scan) != ()
+
+
+@pytest.mark.parametrize(("backend", "layout"), [("flex", BlockLayout), ("tiled", TileLayout), ("reference", AxisKeys)])
+def test_the_backend_that_is_named_attends(backend: str, layout: type, monkeypatch: pytest.MonkeyPatch):
+    """Through every door, by its own layout, and no other backend does."""
+    attended = []
+
+    def watch(name: str) -> Callable[..., Tensor]:
+        return lambda query, key, value, plan, scale: attended.append((name, type(plan))) or value
+
+    for name, row in list(BACKENDS.items()):
+        monkeypatch.setitem(BACKENDS, name, replace(row, attend=watch(name)))
+    inputs = draw(1, 6, 7, 2, 16)
+    with torch.no_grad():
+        neighborhood_attention(*inputs, 3, backend=backend)
+        sparse_scan_attention(*inputs, size=3, backend=backend)
+        S3A(32, 2, size=3, backend=backend)(torch.zeros(1, 6, 7, 32))
+    assert attended == (1 + 2 * len(sparse_scan(6, 7, 3))) * [(backend, layout)]
 
 
 @pytest.mark.parametrize(
@@ -468,6 +498,38 @@ def test_compiled_inference_is_the_oracle(height, width, size, fixed, listed, dt
     assert attended.dtype == dtype
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
     torch.testing.assert_close(attended.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("kernel_size", "dilation", "batch", "height", "width"), CASES)
+def test_what_is_compiled_is_the_dense_mask(kernel_size, dilation, batch: int, height: int, width: int):
+    """The functions that compiled inference takes in place of tiles, here uncompiled: with windows cut short too."""
+    inputs, scale = draw(batch, height, width, 2, 8, dtype=torch.float64), 0.3
+    mask = dense_mask(height, width, kernel_size, dilation)
+    expected = masked_attention(*inputs, mask, scale).flatten(1, 2)
+    key_list = list_keys(Neighborhood(kernel_size, dilation), height, width, torch.device("cpu"))
+    flat = [tensor.flatten(1, 2) for tensor in inputs]
+    assert error(attend_key_list(*flat, key_list, scale), expected) <= 1e-12
+    heads_first = [tensor.transpose(1, 2).contiguous() for tensor in flat]
+    assert error(multiply(*heads_first, mask, scale).transpose(1, 2), expected) <= 1e-5, "its softmax is in float32"
+
+
+@pytest.mark.parametrize(
+    ("compiling", "exporting", "needs_grad", "device", "expected"),
+    [
+        (True, False, False, "cpu", True),
+        (False, False, False, "cpu", False),  # eager code would hold what is gathered
+        (True, True, False, "cpu", False),  # so may an exported program
+        (True, False, True, "cpu", False),  # and a backward
+        (True, False, False, "meta", False),  # measured on CPUs
+    ],
+)
+def test_what_is_fused_is_compiled_inference_on_a_cpu(compiling, exporting, needs_grad, device, expected, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: compiling)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exporting)
+    tensors = [torch.zeros(1, device=device), torch.zeros(1, device=device, requires_grad=needs_grad)]
+    assert is_compiled_inference(*tensors) == expected
+    with torch.no_grad():
+        assert is_compiled_inference(*tensors) == (expected or (needs_grad and compiling))
 
 
 LARGE_MAP = """

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s3a import Neighborhood, neighborhood_attention, sparse_scan, sparse_scan_attention
 from s3a.attention.backends import BACKENDS, Operands
-from s3a.attention.backends.blocks import BlockLayout, lay_out_blocks
+from s3a.attention.backends.blocks import BlockLayout, lay_out_blocks, walk_tiles
 from s3a.attention.backends.reference import lay_out_keys
 from s3a.attention.backends.tiles import TileLayout, lay_out_tiles
 from s3a.attention.plan import attend_plan, lay_out_scan, plan_scan
@@ -37,6 +38,7 @@ CASES = [
     (1, 1, 5, 30),  # every token alone
     (5, 1, 1, 40),  # one row
     (5, 1, 1, 1),
+    (29, 1, 1, 64),  # blocks of 16 that lack a single key to be full
 ]
 
 
@@ -117,6 +119,15 @@ def test_order_pads_to_whole_blocks(kernel_size, dilation, height: int, width: i
     assert not seen[:, num_tokens:].any(), "a padding key is seen"
 
 
+def test_tokens_are_walked_group_by_group_and_inside_a_group_tile_by_tile():
+    """Four rows of one group, four columns of two (their places 0 1 and 2 3), in tiles of 2 x 1."""
+    tile = [(0, 0), (1, 0)]
+    group = [*tile, *((row, 1) for row, _ in tile), *((row + 2, column) for column in (0, 1) for row, _ in tile)]
+    rows, columns = walk_tiles(*Neighborhood(3, (1, 2)).windows(4, 4), (2, 1))
+    walked = list(zip(rows.tolist(), columns.tolist(), strict=True))
+    assert walked == [*group, *((row, column + 2) for row, column in group)]
+
+
 def test_some_blocks_are_full():
     """Partial and full blocks both occur above; a map of one full block, and one with some of each."""
     whole = lay_out_blocks(Neighborhood(7), 4, 4, CPU, 16)
@@ -160,6 +171,21 @@ def test_tiles_stay_sparse(kernel_size: int, dilation: int):
     assert paired <= 0.25 * (56 * 56) ** 2
 
 
+@pytest.mark.parametrize(
+    ("kernel_size", "dilation", "height", "width", "device", "listed"),
+    [
+        (7, 1, 16, 16, "cpu", True),
+        (3, 4, 13, 22, "cpu", True),
+        (7, 4, 28, 28, "cpu", False),
+        (7, 1, 16, 16, "meta", False),
+    ],
+)
+def test_keys_are_listed_where_that_is_cheaper(kernel_size, dilation, height: int, width: int, device: str, listed):
+    """By costs that were measured, on CPUs alone."""
+    layout = lay_out_tiles(Neighborhood(kernel_size, dilation), height, width, torch.device(device))
+    assert (layout.key_list is not None) == listed
+
+
 @pytest.mark.parametrize(("kernel_size", "dilation", "height", "width"), CASES)
 def test_gathers_are_the_rule(kernel_size, dilation, height: int, width: int):
     layout = lay_out_keys(Neighborhood(kernel_size, dilation), height, width, CPU)
@@ -183,6 +209,30 @@ def test_plans_are_built_once(backend):
     assert lay_out_scan(sparse_scan(14, 21), 14, 21, torch.device("cpu"), (backend, backend)) is plan
     assert (plan.height, plan.width, plan.backends, plan.scan) == (14, 21, (backend, backend), sparse_scan(14, 21))
     assert tuple(each.neighborhood for each in plan.passes) == plan.scan
+
+
+def test_a_plan_is_looked_up_by_all_that_matters(monkeypatch):
+    """Each of these may change which backend is chosen, or forbid the one that is named."""
+    asked = []
+    monkeypatch.setattr("s3a.attention.plan.choose_backend", lambda *what: asked.append(what) or "tiled")
+    clear_caches()
+    scan, base = sparse_scan(9, 12, 3), Operands(CPU, torch.float32, 16, needs_grad=False)
+    others = [
+        replace(base, **change)
+        for change in (
+            {"device": torch.device("meta")},
+            {"dtype": torch.bfloat16},
+            {"head_dim": 32},
+            {"needs_grad": True},
+        )
+    ]
+    plans = [plan_scan(scan, 9, 12, operands) for operands in (base, *others, base)]
+    assert asked == [(9 * 12, operands) for operands in (base, *others) for _ in scan]
+    assert [plan.passes[0].layout.batches[0].keys.device.type for plan in plans[:2]] == ["cpu", "meta"]
+    plan_scan(scan, 9, 12, base, "flex")
+    with pytest.raises(ValueError, match="no backward on the CPU"):
+        plan_scan(scan, 9, 12, replace(base, needs_grad=True), "flex")
+    clear_caches()
 
 
 def test_plans_of_different_things_differ():

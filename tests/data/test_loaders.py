@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from timm.data import create_transform
 
 import s3a.data.batches
 from s3a.data import DatasetImages, EvalLoader, load_data
+from s3a.data.batches import list_upcoming_positions
 from s3a.data.decode import decode_image
 from s3a.data.images import Shuffle
+from s3a.data.slices import Slices
 
 NUM_TRAIN, NUM_VAL = 61, 23
 BROKEN = (3, 17, 18, NUM_TRAIN + 5)
@@ -202,6 +205,15 @@ def test_repeats_choose_from_the_whole_split(images):
     assert len(seen) > 0.9 * NUM_TRAIN
 
 
+def test_a_worker_expects_the_batches_of_its_turns(monkeypatch):
+    """Of three workers the second makes the batches 1, 4, 7 and 10, of two rows each."""
+    slices = Slices(24, batch_size=2, accumulate=1, process_index=0, num_processes=1)
+    assert list_upcoming_positions(slices, 9).tolist() == [20, 21, 22, 23]
+    monkeypatch.setattr(s3a.data.batches, "get_worker_info", lambda: SimpleNamespace(num_workers=3))
+    assert list_upcoming_positions(slices, 1).tolist() == [8, 9, 14, 15, 20, 21]
+    assert list_upcoming_positions(slices, 10).tolist() == []
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_loaders_leave_the_global_generators_alone(images, num_workers):
     def draws():
@@ -268,6 +280,13 @@ def test_training_puts_the_next_image_in_place_and_names_the_unreadable(broken_i
     for pixels, labels, indices, _ in seen:
         assert pixels.flatten().tolist() == indices.tolist()
         assert labels.tolist() == [index % NUM_CLASSES for index in indices.tolist()]
+
+
+def test_an_unreadable_image_is_named_once_a_batch():
+    """All rows before a readable one meet it, each as its substitute."""
+    images = make_images(12, broken=(3, 4, 5))
+    [batch] = next(make_loader(images, show_number).epoch(0))
+    assert sorted(batch.unreadable) == [images.name_of(index) for index in (3, 4, 5)]
 
 
 def test_replacement_is_the_same_however_a_step_is_cut(broken_images):

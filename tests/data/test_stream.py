@@ -11,7 +11,7 @@ from helpers.numbered_images import make_loader, read_steps, write_shards
 import s3a.data.stream
 from s3a.data import load_data
 from s3a.data.images import Shuffle
-from s3a.data.stream import SUBSTITUTES, WINDOW, shuffle_in_window
+from s3a.data.stream import SUBSTITUTES, WINDOW, Walk, shuffle_in_window
 from s3a.data.webdataset import TarPart
 
 NUM_TRAIN = 61
@@ -41,12 +41,44 @@ def test_a_loader_walks_once_an_epoch(tmp_path, monkeypatch):
     assert set(walked.values()) == {2}
 
 
+def test_a_walk_has_a_row_ahead_as_often_as_it_is_still_to_be_taken(shards):
+    """Or a loader that asks for a row twice would go on with a walk that keeps it once."""
+    shuffle = Shuffle(seed=0, epoch=0, num_rows=4)
+    walk = Walk(shards.train, shuffle, np.array([5, 5, 7]))
+    assert walk.has_ahead(np.array([5, 7, 5]), shuffle)
+    assert not walk.has_ahead(np.array([5, 7]), None)
+    walk.take(np.array([5]))
+    assert walk.has_ahead(np.array([5, 7]), shuffle)
+    assert not walk.has_ahead(np.array([5, 5]), shuffle)
+    assert not walk.has_ahead(np.array([6]), shuffle)
+
+
+def test_a_part_without_a_needed_row_is_not_opened(tmp_path, monkeypatch):
+    images = load_data("webdataset", write_shards(tmp_path, "tar", NUM_TRAIN, 3), streaming=True).train
+    opened, read = [], TarPart.read
+    monkeypatch.setattr(TarPart, "read", lambda part, needed: opened.append(part.name) or read(part, needed))
+    [candidates] = images.read(np.array([NUM_TRAIN - 1]), None, lambda: np.array([], dtype=np.int64))
+    assert [row.index for row in candidates] == [NUM_TRAIN - 1]
+    assert opened == [images.parts[len(images.parts) - 1].name]
+
+
 def test_rows_of_a_stream_overtake_each_other_within_the_window():
     order = shuffle_in_window((50_000,), Shuffle(seed=0, epoch=0, num_rows=50_000))
     assert sorted(order) == list(range(50_000))
     displacement = order - np.arange(50_000)
     assert np.abs(displacement).max() <= WINDOW
     assert np.abs(displacement).mean() > WINDOW / 8
+
+
+def test_the_rows_that_are_repeated_are_spread_over_the_stream(tmp_path, monkeypatch):
+    """A third of the rows, thrice each: of every part some, also where they hardly overtake each other."""
+    monkeypatch.setattr(s3a.data.stream, "WINDOW", 1)
+    shuffle_in_window.cache_clear()
+    images = load_data("webdataset", write_shards(tmp_path, "tar", NUM_TRAIN, 3), streaming=True).train
+    indices = {index for [batch] in make_loader(images, repeats=3).epoch(0) for index in batch.indices.tolist()}
+    shuffle_in_window.cache_clear()
+    assert len(images.parts) > 1
+    assert {images.parts.locate(index)[0] for index in indices} == set(range(len(images.parts)))
 
 
 def test_a_worker_holds_its_share_of_the_window_alone(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from torch._inductor.exc import CppCompileError
 
 import s3a
 import s3a.nn.compilation
+from s3a.nn import compilation
 from s3a.nn.layers import Region
 from s3a.support.compiler import raise_compilation_errors
 
@@ -85,6 +86,40 @@ def test_blocks_share_code_and_batch_sizes_stop_compiling(name, first, backend, 
             images = torch.randn(batch_size, 3, 48, 48)
             torch.testing.assert_close(model(images), plain(images), rtol=1e-4, atol=1e-5)
         assert graphs() == 2 * kinds
+
+
+def test_blocks_of_another_scan_have_code_of_their_own(monkeypatch):
+    """Dynamo would compile the shared code anew for each of them, and gives up after eight."""
+    kind = (Region, (8, 8, 32), (), ())
+    assert compilation.compile_region(kind, any_batch=True) is compilation.compile_region(kind, any_batch=True)
+    variants = {}
+
+    def compile_region(variant, any_batch):
+        variants[variant] = any_batch
+        return compilation.call_module
+
+    monkeypatch.setattr(compilation, "compile_region", compile_region)
+    model = s3a.compile_model(timm.create_model("ssvit_nano").eval())
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 96, 96))
+    expected = set()
+    for side, dim in ((24, 32), (12, 64), (6, 128)):
+        for fixed in ("window", "anchors"):
+            scan = s3a.sparse_scan(side, side, 3, fixed)
+            expected.add(((side, side, dim), ((scan, ("tiled",) * len(scan)),)))
+    assert {(shape, scans) for kind, shape, scans, _ in variants if kind.__name__ == "ScanBlock"} == expected
+    assert len(expected) > 3
+    assert set(variants.values()) == {True}, "on a CPU one code serves all batch sizes"
+
+
+def test_inside_of_a_larger_graph_regions_are_plain(monkeypatch):
+    model = timm.create_model("ssvit_nano").eval()
+    plain, images = copy.deepcopy(model), torch.randn(1, 3, 32, 40)
+    s3a.compile_model(model)
+    monkeypatch.setattr(compilation, "compile_region", None)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.no_grad():
+        assert torch.equal(model(images), plain(images))
 
 
 def test_another_resolution_compiles_once():

@@ -105,6 +105,10 @@ def test_s3a_builds_a_plan_once():
 def test_s3a_takes_a_plan():
     module, x = S3A(32, 2), torch.randn(1, 14, 16, 32)
     assert torch.equal(module(x, module.plan(x)), module(x))
+    other = S3A(32, 2, fixed="anchors")
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(module(x, other.plan(x)), other(x)), "it is used, whatever the module would look up"
+    assert not torch.equal(other(x), module(x))
 
 
 @pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])

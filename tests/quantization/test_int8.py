@@ -38,6 +38,24 @@ def test_products_of_bytes():
     torch.testing.assert_close(int8.multiply_bytes(codes, weight, scale).double(), right, rtol=1 / 128, atol=0)
 
 
+def test_a_linear_layer_is_exact_where_rounding_is():
+    """Against whole numbers: tokens whose scale is 1 and that are rounded up, and weights that do not cancel out.
+
+    A zero that is off by one adds the sum of a weight's row, which cancels out in weights of both signs.
+    """
+    layer = nn.Sequential(nn.Linear(32, 8, bias=False))
+    layer[0].weight.data = torch.randint(1, 128, (8, 32)).float()
+    layer[0].weight.data[:, 0] = 127  # so that the scale of every row is 1
+    convert.quantize_(layer.bfloat16(), convert.CONFIGS["int8-dynamic"](SCHEMES["int8-dynamic"]))
+    weight = layer[0].weight.detach()
+    tokens = torch.randint(-31, 31, (1, 2, 3, 32)) + 0.75
+    tokens[..., 0], tokens[..., 1] = 127, -127
+    right = tokens.round().long() @ weight.qdata.long().T * weight.scale.flatten().double()
+    found = int8.int8_linear(tokens.bfloat16(), weight, None)
+    torch.testing.assert_close(found.double(), right, rtol=1 / 128, atol=0)
+    assert weight.qdata.min() > 0
+
+
 def test_products_of_bytes_follow_their_weight():
     """The layout of a weight is kept as long as the weight stays the same, and no longer."""
     codes, scale = torch.randint(0, 256, (5, 16), dtype=torch.uint8), torch.rand(7)

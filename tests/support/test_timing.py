@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from s3a.support.timing import make_row, read_results, take_turns, write_result
+from s3a.support import timing
+from s3a.support.timing import Sample, make_row, read_results, take_turns, write_result
 
 
 def test_candidates_take_turns_after_a_warm_up():
@@ -16,6 +17,12 @@ def test_candidates_take_turns_after_a_warm_up():
     samples = take_turns({"first": lambda: calls.append(1), "second": lambda: calls.append(2)}, turns=3, warm_up=1)
     assert calls == [1, 2] * 4
     assert samples["first"].turns == 3
+
+
+def test_a_slow_turn_leaves_the_median_as_it_is(monkeypatch):
+    times = iter([2.0, 90.0, 1.0])
+    monkeypatch.setattr(timing, "time_call", lambda call: next(times))
+    assert take_turns({"one": int}, turns=3)["one"] == Sample(median=2.0, fastest=1.0, slowest=90.0, turns=3)
 
 
 def test_times_are_milliseconds():

@@ -33,9 +33,10 @@ from s3a.comparison.report import (
     make_tables,
 )
 from s3a.comparison.results import Results
-from s3a.comparison.scores import add_differences, subtract_seeds, summarise_seeds
-from s3a.comparison.speed import extrapolate_memory, measure_growth, measure_peak_memory
+from s3a.comparison.scores import add_differences, make_score, subtract_seeds, summarise_seeds
+from s3a.comparison.speed import convert_to_throughput, extrapolate_memory, measure_growth, measure_peak_memory
 from s3a.data import load_data
+from s3a.support.timing import Sample
 from s3a.training.named_recipes import get_recipe
 
 NAMES = ["dark", "light"]
@@ -172,6 +173,16 @@ def test_spreads():
     assert subtract_seeds(single, summarise_seeds([0.0])) == {**single, "error": None}
 
 
+def test_a_row_has_the_last_epoch_and_the_best_one_apart():
+    """Of two runs whose last epoch is worse than their best."""
+    (contender,) = make_contenders([Candidate(model="ssvit_nano")], small_recipe(), NAMES)
+    top1 = ((0.5, 0.9, 0.7), (0.8, 0.6, 0.5))
+    histories = [[{"val_top1": score, "val_loss": 1 - score} for score in run] for run in top1]
+    row = make_score(contender, histories, num_images=100)
+    found = {name: row[name]["seeds"] for name in ("top1", "best_top1", "val_loss")}
+    assert found == {"top1": [0.7, 0.5], "best_top1": [0.9, 0.8], "val_loss": [1 - 0.7, 1 - 0.5]}
+
+
 @pytest.mark.parametrize("reference", [None, "b"])
 def test_differences_are_paired_by_seed(reference):
     """Two models that move together with the seed differ by more than their deviations let on."""
@@ -201,10 +212,22 @@ class Hungry(nn.Module):
         return small + large.sum()
 
 
+def test_throughput_is_of_images():
+    """Batches of 8 that take 10 ms, at best 5 and at worst 20."""
+    sample = Sample(median=10.0, fastest=5.0, slowest=20.0, turns=3)
+    assert convert_to_throughput("training", sample, batch_size=8) == {
+        "training_images_per_second": 800.0,
+        "training_images_per_second_fastest": 1600.0,
+        "training_images_per_second_slowest": 400.0,
+    }
+
+
 def test_peak_memory():
     model = Hungry()
     with torch.no_grad():
         assert measure_peak_memory(model, (model,)) == pytest.approx(1 + 2 + 8 + 2, abs=0.01)
+        unused = torch.zeros(2**20)  # of 4 MiB, there all the same
+        assert measure_peak_memory(model, (model, unused)) == pytest.approx(1 + 2 + 8 + 2 + 4, abs=0.01)
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 

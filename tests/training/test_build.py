@@ -142,6 +142,34 @@ def test_a_model_of_one_fixed_size_is_built_for_the_recipes(digits_recipe, side)
     assert model(torch.randn(1, 3, side, side)).shape == (1, 2)
 
 
+def test_what_a_recipe_asks_of_model_and_loader_is_built(recipe):
+    """Fields that change neither weights nor scores by more than rounding: no run shows whether they are heeded."""
+    fields = {"grad_checkpointing": True, "accumulate": 2, "precision": "bf16", "crop_pct": 0.8}
+    run = build_run(dataclasses.replace(recipe, **fields))
+    assert all(stage.grad_checkpointing for stage in run.bare_model.stages)
+    assert run.train_loader.accumulate == 2
+    assert run.accelerator.mixed_precision == "bf16"
+    assert (run.data_config["crop_pct"], run.data_config["input_size"]) == (0.8, (3, 32, 32))
+
+
+def test_a_run_for_a_quantization_scheme_rounds_as_it_trains(recipe):
+    model = build_run(dataclasses.replace(recipe, quantize="int8-weight-only")).bare_model.eval()
+    plain = timm.create_model("ssvit_nano", num_classes=2).eval()
+    plain.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    rounded, exact = (each.forward_features(images) for each in (model, plain))
+    assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+def test_the_first_weights_are_those_of_the_seed(recipe):
+    weights = []
+    for name, seed in (("one", 3), ("again", 3), ("other", 4)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        run = build_run(dataclasses.replace(recipe, seed=seed, output_dir=recipe.output_dir / name))
+        weights.append(run.bare_model.head.weight.tolist())
+    assert weights[0] == weights[1] != weights[2]
+
+
 def test_drop_path_reaches_the_model(digits_recipe):
     assert build_run(digits_recipe).model.stages[-1].blocks[-1].drop_path.drop_prob == digits_recipe.drop_path
 

@@ -1,6 +1,8 @@
 """Checkpoints are whole or not there, and come when they are due."""
 
+import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,9 +103,43 @@ def test_a_write_that_stops_half_way_leaves_the_last_checkpoint(tmp_path, monkey
     with pytest.raises(OSError, match="is full: a checkpoint needs"):
         write_checkpoint(tmp_path / "step-00002", {"epoch": 2}, keep=1)
     monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00001"], "the room is free again"
     assert read_newest(tmp_path, complain) == {"epoch": 1}
     write_checkpoint(tmp_path / "step-00002", {"epoch": 2}, keep=1)
     assert read_newest(tmp_path, complain) == {"epoch": 2}
+
+
+def test_files_are_on_the_disk_before_a_checkpoint_has_its_name(tmp_path, monkeypatch):
+    """The order of fsync and rename, by the numbers that the file system has for files and folders."""
+    events, fsync, rename = [], os.fsync, Path.rename
+
+    def watched_fsync(descriptor):
+        events.append(("flush", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def watched_rename(path, target):
+        events.append(("rename", path.stat().st_ino))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    folder = tmp_path / "step-00001"
+    write_checkpoint(folder, {"tensor": torch.ones(2)}, keep=1)
+    [renamed] = [index for index, (event, _) in enumerate(events) if event == "rename"]
+    assert events[renamed] == ("rename", folder.stat().st_ino)
+    written = {path.stat().st_ino for path in (folder, *folder.iterdir())}
+    assert len(written) == 4
+    assert {number for _, number in events[:renamed]} == written
+    assert events[renamed + 1 :] == [("flush", tmp_path.stat().st_ino)]
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    """Also where the run goes on from an earlier step, and so writes under another name."""
+    for name in (".partial-step-00001", ".partial-step-00007"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tensors.safetensors").write_bytes(b"half")
+    write_checkpoint(tmp_path / "step-00001", {"epoch": 1}, keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00001"]
 
 
 def test_a_clock_of_minutes(monkeypatch):

@@ -14,6 +14,8 @@ from PIL import Image
 
 import s3a
 from s3a.training import progress, trainer
+from s3a.training.build import build_run
+from s3a.training.evaluation import evaluate
 
 
 def test_the_weights_evaluate_to_what_training_said(digits_recipe, capsys, images, monkeypatch):
@@ -42,6 +44,18 @@ def test_evaluation_counts_what_plain_code_counts(digits_recipe, images):
             with Image.open(path) as image, torch.no_grad():
                 right += int(model(transform(image.convert("RGB"))[None]).argmax() == label)
     assert right / 18 == read_metrics(folder)[-1]["val_top1"]
+
+
+@pytest.mark.parametrize(("training", "stopped"), [(True, False), (True, True), (False, False)])
+def test_a_model_is_left_as_it_is(recipe, training, stopped):
+    """In the mode that it was in, with the statistics that it had."""
+    run = build_run(recipe)
+    model = run.bare_model.train(training)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = evaluate(model, run.task, run.val_loader, run.accelerator, stop=lambda: stopped)
+    assert (found is None) == stopped
+    assert all(module.training == training for module in model.modules())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_evaluation_refuses_data_of_other_classes(digits_recipe, capsys):

@@ -23,8 +23,10 @@ from helpers.real_runs import (
     run_command,
     train,
 )
+from helpers.small_runs import call_command
 
-from s3a.training.processes import StopRequests, seed_step
+from s3a.training import trainer
+from s3a.training.processes import StopRequests, count_own_cores, seed_step
 
 LOSSES = """
 import sys
@@ -220,6 +222,53 @@ def test_the_end_of_a_reader_asks_the_inner_run_to_stop(monkeypatch):
             assert outer.reason is None
         assert isinstance(getattr(sys, name), Unread)
         monkeypatch.setattr(sys, name, io.StringIO())
+
+
+@pytest.mark.parametrize(("processes", "cores"), [(None, 8), ("1", 8), ("3", 2), ("100", 1)])
+def test_processes_share_the_cores(monkeypatch, processes, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert count_own_cores() == cores
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_is_noted_and_the_handlers_are_put_back(name):
+    """Without its handler each of them would end this process, or raise here."""
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+    before = [signal.getsignal(number) for number in numbers]
+    with StopRequests() as requests:
+        assert all(signal.getsignal(number) == requests.handle_signal for number in numbers)
+        signal.raise_signal(signal.Signals[name])
+        assert requests.reason == name
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_second_interrupt_ends_at_once():
+    with StopRequests() as requests:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    assert requests.reason == "SIGTERM", "a scheduler may repeat its own"
+
+
+def test_the_command_that_a_signal_stops_ends_with_75(images, tmp_path, monkeypatch, capsys):
+    """By its schedulers' meaning: the same command goes on."""
+    step = trainer.train_step
+
+    def interrupted_step(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        step(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", interrupted_step)
+    options = {"--data-dir": images, "--image-size": 32, "--batch-size": 16, "--output-dir": tmp_path / "run"}
+    arguments = [word for pair in options.items() for word in pair]
+    with pytest.raises(SystemExit) as stop:
+        call_command("train.py", "digits", "--data", "imagefolder", *arguments)
+    assert stop.value.code == 75
+    assert "stopped by SIGTERM at epoch 1, step 1 of 3: the checkpoint is written" in capsys.readouterr().err
 
 
 def test_the_end_of_a_launcher_asks_to_stop(monkeypatch):

@@ -95,6 +95,37 @@ def test_bad_options_are_one_line(capsys, tmp_path, arguments, expected):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("crop_scale", (1.0, 0.1)),
+        ("crop_scale", (0.0, 1.0)),
+        ("crop_scale", (0.5, 1.5)),
+        ("crop_ratio", (2.0, 1.0)),
+        ("clip_grad", 0.0),
+        ("accumulate", 0),
+        ("seed", -1),
+        ("min_learning_rate", float("inf")),
+        ("mixup_switch", 1.5),
+        ("random_erasing", -0.1),
+        ("drop_path", 1.0),
+        ("ema_decay", 1.0),
+        ("crop_pct", 0.0),
+        ("checkpoint_every", "0m"),
+        ("warmup_epochs", 2),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(recipe, field, value):
+    """By the name of their option, before anything else is looked at."""
+    with pytest.raises(ValueError, match=rf"^--{field.replace('_', '-')} is .*must be"):
+        dataclasses.replace(recipe, **{field: value})
+
+
 def test_the_learning_rate_follows_the_global_batch(recipe):
     assert recipe.peak_learning_rate == pytest.approx(4e-3 * 16 / 512)
     assert dataclasses.replace(recipe, batch_size=1024, accumulate=4).peak_learning_rate == pytest.approx(8e-3)
+
+
+def test_late_drop_path_counts_the_cooldown(recipe):
+    recipe = dataclasses.replace(recipe, epochs=5, cooldown_epochs=2, drop_path=0.1, late_drop_path=(0.5, 3))
+    assert [recipe.drop_path_at(epoch) for epoch in range(7)] == [0.1] * 4 + [0.5] * 3

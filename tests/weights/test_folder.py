@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -357,6 +358,30 @@ def test_wrong_shape(folder: Path):
         SSViT.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "dtype"),
+    [
+        ("norm.weight", torch.int64),
+        ("norm.weight", torch.uint8),
+        ("norm.weight", torch.bool),
+        ("norm.weight", torch.float8_e4m3fn),
+        ("norm.num_batches_tracked", torch.float32),
+        ("norm.num_batches_tracked", torch.int32),
+    ],
+)
+def test_another_kind_of_numbers(folder: Path, key: str, dtype: torch.dtype):
+    """Of the right shape: without a word the model would compute in them."""
+    change_weights(folder, **{key: load_file(folder / "model.safetensors")[key].to(dtype)})
+    with pytest.raises(ValueError, match=rf"another kind of numbers: {re.escape(key)}$"):
+        SSViT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_floats_are_loaded(folder: Path, dtype: torch.dtype):
+    change_weights(folder, **{"norm.weight": load_file(folder / "model.safetensors")["norm.weight"].to(dtype)})
+    assert SSViT.from_pretrained(folder).norm.weight.dtype == dtype
+
+
 @pytest.mark.parametrize("num_classes", [4, 0, 1000])
 def test_wrong_number_of_classes(folder: Path, num_classes: int):
     change_config(folder, num_classes=num_classes)
@@ -367,7 +392,7 @@ def test_wrong_number_of_classes(folder: Path, num_classes: int):
 @pytest.mark.parametrize("num_classes", ["five", -1, 2.5, True])
 def test_meaningless_number_of_classes(folder: Path, num_classes: object):
     change_config(folder, num_classes=num_classes)
-    with pytest.raises(ValueError, match="num_classes"):
+    with pytest.raises(ValueError, match=rf"num_classes is {num_classes!r}: it must be an integer of 0 or more"):
         SSViT.from_pretrained(folder)
 
 

@@ -14,7 +14,14 @@ from torch import nn
 from s3a.data import load_data
 from s3a.training.processes import seed_step
 from s3a.training.run_folder import EpochMetrics
-from s3a.training.tasks.classification import Classification, list_operations, make_augmentation, posterize
+from s3a.training.tasks import classification
+from s3a.training.tasks.classification import (
+    Classification,
+    count_correct,
+    list_operations,
+    make_augmentation,
+    posterize,
+)
 
 
 def test_mixed_targets_are_smoothed_and_their_loss_is_soft(recipe):
@@ -45,6 +52,62 @@ def test_the_legend_says_why_the_training_loss_is_larger(recipe, changes, label)
     metrics = EpochMetrics.from_line(line | {"images_per_second": 1.0, "loader_wait": 0.0})
     loss, _ = task.list_panels(dataclasses.replace(recipe, **changes), [metrics])
     assert loss.curves == {label: [2.5], "validation, plain": [1.5]}
+
+
+def test_every_option_of_the_mixing_reaches_timm(recipe):
+    """A run has no other place where they show: it trains with swapped ones too."""
+    task = Classification(load_data(recipe.data, recipe.data_dir))
+    fields = {"mixup": 0.3, "cutmix": 0.7, "mixup_switch": 0.2, "label_smoothing": 0.15}
+    mixup = task.make_loss(dataclasses.replace(recipe, **fields)).mixup
+    found = {name: getattr(mixup, name) for name in ("mixup_alpha", "cutmix_alpha", "switch_prob", "label_smoothing")}
+    assert found == {"mixup_alpha": 0.3, "cutmix_alpha": 0.7, "switch_prob": 0.2, "label_smoothing": 0.15}
+    assert (mixup.num_classes, mixup.mix_prob, mixup.mode) == (2, 1.0, "batch")
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.0, 0.0)])
+def test_one_kind_of_mixing_alone_mixes(recipe, mixup, cutmix):
+    task = Classification(load_data(recipe.data, recipe.data_dir))
+    recipe = dataclasses.replace(recipe, mixup=mixup, cutmix=cutmix)
+    assert (task.make_loss(recipe).mixup is not None) == (mixup + cutmix > 0)
+
+
+def test_scores_are_counts_by_hand():
+    """Six classes, so that the first five leave one out: the label is the highest logit, the fifth, the sixth."""
+    logits = torch.tensor([6.0, 5, 4, 3, 2, 1]).repeat(4, 1)
+    labels = torch.tensor([0, 4, 5, -1])  # the last is no image
+    right, among_five, loss = count_correct(logits, labels).tolist()
+    assert (right, among_five) == (1, 2)
+    assert loss == pytest.approx(sum(logits[0].logsumexp(0).item() - score for score in (6, 2, 1)), rel=1e-6)
+    scores = Classification.compute_scores(None, [1.0, 2.0, 6.0], 3)
+    assert scores == {"loss": 2.0, "top1": 1 / 3, "top5": 2 / 3}
+
+
+def test_every_option_of_the_augmentation_reaches_timm(recipe, monkeypatch):
+    given = {}
+    create = classification.create_transform
+    monkeypatch.setattr(
+        classification, "create_transform", lambda **options: given.update(options) or create(**options)
+    )
+    fields = {
+        "crop_scale": (0.3, 0.6),
+        "crop_ratio": (0.8, 1.1),
+        "horizontal_flip": 0.25,
+        "color_jitter": 0.35,
+        "auto_augment": "rand-m7",
+        "random_erasing": 0.45,
+    }
+    make_augmentation(dataclasses.replace(recipe, **fields), DATA_CONFIG)
+    assert given == {
+        "is_training": True,
+        "scale": (0.3, 0.6),
+        "ratio": (0.8, 1.1),
+        "hflip": 0.25,
+        "color_jitter": 0.35,
+        "auto_augment": "rand-m7",
+        "re_prob": 0.45,
+        "re_mode": "pixel",
+        **DATA_CONFIG,
+    }
 
 
 DATA_CONFIG = {"input_size": (3, 8, 8), "interpolation": "bicubic", "mean": (0, 0, 0), "std": (1, 1, 1)}

@@ -1,0 +1,1439 @@
+"""Mutations: faults that are put into the library one by one, each with the test that must notice it.
+
+    python tests/mutations.py                             # all of them, in about half an hour
+    python tests/mutations.py s3a/data -k window --jobs 2 # those of a file or folder, with a word in their description
+    python tests/mutations.py --list
+
+Prints which were killed, which survived, and which are faults of this list (a test that cannot be collected, or that
+fails without the mutation); exit status 1 where any survived, 2 for faults of the list. `test_mutations.py` checks in
+the default suite that every mutation can still be applied and that its test exists; running them is for this script.
+
+A worker imports the libraries once, but not `s3a`, and forks for every mutation: the child imports `s3a` from a copy of
+the repository in which the mutation is applied, and runs the test there.
+"""
+
+import argparse
+import atexit
+import contextlib
+import gc
+import importlib
+import importlib.util
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("s3a", "tests", "recipes", "tools", "docs")  # folders that tests read; and all files beside them
+IGNORED = shutil.ignore_patterns("*.egg-info", "runs", ".git", ".*_cache")
+# Imported before a worker forks. Not s3a, nor anything that imports it.
+LIBRARIES = (
+    "pytest",
+    "torch",
+    "torch._dynamo",
+    "torch._inductor",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "datasets",
+    "torchao.quantization",
+    "sklearn.datasets",
+    "sklearn.model_selection",
+    "matplotlib.figure",
+    "tyro",
+    "xdist.plugin",  # where it is installed
+)
+BROKEN = 70  # exit status of a child that could not run the tests at all
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault.
+
+    Attributes:
+        file: in which text is replaced, from the root of the repository.
+        old: text that stands in the file exactly once.
+        new: what takes its place.
+        breaks: what goes wrong then, in a sentence.
+        test: the id of the test that must fail; with its parameters in brackets, or for all of them.
+    """
+
+    file: str
+    old: str
+    new: str
+    breaks: str
+    test: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.breaks}"
+
+
+def mutate(file: str, tests: str, *rows: tuple[str, str, str, str]) -> list[Mutation]:
+    """The mutations of a file.
+
+    Args:
+        tests: the file of those tests that are named by their function alone.
+        rows: (old, new, breaks, test).
+    """
+    return [
+        Mutation(file, old, new, breaks, test if "::" in test else f"{tests}::{test}")
+        for old, new, breaks, test in rows
+    ]
+
+
+# One mutation in two lines, where it fits: what is replaced; what breaks, and the test that must notice.
+# fmt: off
+
+# --------------------------------------------------------------------------------------------------------
+# The operator
+# --------------------------------------------------------------------------------------------------------
+
+OPERATOR = [
+    *mutate("s3a/geometry.py", "tests/test_geometry.py",
+        ("index - kernel_size // 2, 0", "index - kernel_size // 2 + 1, 0",
+         "windows are off centre", "test_windows_shift_inwards_at_borders"),
+        ("np.maximum(group_length - kernel_size, 0))", "np.maximum(group_length - 1, 0))",
+         "windows do not move inwards at the end", "test_windows_shift_inwards_at_borders"),
+        ("np.clip(index - kernel_size // 2, 0, np.maximum(group_length - kernel_size, 0))",
+         "np.minimum(index - kernel_size // 2, np.maximum(group_length - kernel_size, 0))",
+         "windows do not move inwards at the beginning", "test_windows_shift_inwards_at_borders"),
+        ("start + np.minimum(kernel_size, group_length)", "start + kernel_size",
+         "a kernel leaves its group where it is larger", "test_a_kernel_larger_than_the_group_sees_the_group"),
+        ("np.lexsort((token, token % dilation))", "np.lexsort((token, token // dilation))",
+         "dilation groups are neighbours", "test_windows_shift_inwards_at_borders"),
+        ("-(-(length - group) // dilation)", "length // dilation",
+         "the longer of ragged groups lose a token", "test_keys_of_every_query_on_one_axis"),
+        ("find_axis_windows(width, self.kernel_size[1], self.dilation[1])",
+         "find_axis_windows(width, self.kernel_size[0], self.dilation[0])",
+         "columns have the window of the rows", "test_rows_and_columns_are_not_mixed_up"),
+        ("(rows.stop - rows.start).sum() * (columns.stop - columns.start).sum()",
+         "(rows.stop - rows.start).sum() * (rows.stop - rows.start).sum()",
+         "pairs are counted as on square maps", "test_count_pairs"),
+        ("windows.start[place] : windows.stop[place]]", "windows.start[place] : windows.stop[place] - 1]",
+         "the last key of a window is not listed", "test_windows_shift_inwards_at_borders"),
+        ("return number if number % 2 else number + 1", "return number if number % 2 else number - 1",
+         "even kernels shrink", "test_scans_at_224_pixels"),
+        (" and not isinstance(value, bool)", "",
+         "True is a kernel size", "test_wrong_kernels_are_refused"),
+        ("if rows % 2 == 0 or columns % 2 == 0:", "if rows % 2 == 0 and columns % 2 == 0:",
+         "a kernel may be even on one axis", "test_wrong_kernels_are_refused"),
+        ("for one in find_passes(height, width, size, fixed, passes) if",
+         "for one in find_passes(height, width, size, fixed, passes)[::-1] if",
+         "the anchor pass comes first", "test_scans_at_224_pixels"),
+        ("shorter = min(height, width)", "shorter = max(height, width)",
+         "scans follow the longer side", "test_scans_of_oblong_maps_follow_the_shorter_side"),
+        ('(size, shorter // size) if fixed == "window"', '(size, shorter // size) if fixed == "anchors"',
+         "what is fixed is swapped", "test_scans_at_224_pixels"),
+        ("min(window, shorter // make_odd(anchors))", "window",
+         "anchors reach beyond the map", "test_scans_at_224_pixels"),
+        ("shorter // make_odd(anchors)))", "shorter // anchors))",
+         "the dilation is that of an even number of anchors", "test_scans_of_every_map"),
+        ("Neighborhood(make_odd(anchors), dilation) if", "Neighborhood(make_odd(anchors)) if",
+         "anchors are neighbours", "test_scans_at_224_pixels"),
+        ("window > 1 and", "window > 0 and",
+         "a window of one token is a pass", "test_scans_of_every_map"),
+        ("anchors > 1 and", "anchors > 0 and",
+         "one anchor is a pass", "test_scans_at_224_pixels"),
+        ("Neighborhood(make_odd(max(height, width)))", "Neighborhood(make_odd(min(height, width)))",
+         "a dense scan does not reach the ends of oblong maps", "test_a_dense_scan_is_one_pass_over_all_tokens"),
+        ("self.fixed[block % len(self.fixed)]", "self.fixed[(block + 1) % len(self.fixed)]",
+         "the blocks of a stage begin with anchors", "test_rules_say_what_each_block_runs"),
+        ('passes != "anchor"', 'passes != "local"',
+         "the ablations leave out the wrong pass", "test_one_pass_leaves_the_other_out"),
+    ),
+    *mutate("s3a/attention/functional.py", "tests/attention/test_functional.py",
+        ("return (Neighborhood(kernel_size, dilation),)", "return (Neighborhood(kernel_size),)",
+         "dilation is ignored", "test_dense_mask"),
+        ("for axis in (1, 2, 4))", "for axis in (2, 1, 4))",
+         "maps are attended transposed", "test_dense_mask"),
+        ("attend_plan(query, key, value, plan, scale)", "attend_plan(query, key, value, plan)",
+         "scale is ignored", "test_scale"),
+        ("needs_grad = torch.is_grad_enabled() and", "needs_grad = False and",
+         "a backend without a backward is used for training", "test_flex_refuses_what_it_cannot_run"),
+        ("needs_grad = torch.is_grad_enabled() and any", "needs_grad = any",
+         "flex refuses trainable inputs without a graph", "test_flex_runs_trainable_inputs_without_a_graph"),
+        ("sparse_scan, (size, fixed, passes), scale", "sparse_scan, (size, fixed), scale",
+         "passes is ignored", "test_ablated_scans"),
+        ("height, width, operands, backend)", "height, width, operands)",
+         "a backend that is named is not used", "test_the_backend_that_is_named_attends"),
+        ("query.ndim != 5 or 0 in query.shape", "query.ndim != 5",
+         "empty maps are attended", "test_wrong_shapes"),
+        ('for quality in ("shape", "dtype", "device"):', 'for quality in ("shape", "device"):',
+         "keys may have another dtype", "test_wrong_dtypes_and_devices"),
+    ),
+    *mutate("s3a/attention/plan.py", "tests/attention/test_functional.py",
+        ("for each in plan.passes:", "for each in plan.passes[:1]:",
+         "the second pass is left out", "test_sparse_scan_is_two_chained_passes"),
+        ("for each in plan.passes:", "for each in plan.passes[::-1]:",
+         "the second pass is attended first", "test_sparse_scan_is_two_chained_passes"),
+        ("        value = BACKENDS[each.backend].attend", "        query = value = BACKENDS[each.backend].attend",
+         "what the first pass returned asks in the second one", "test_sparse_scan_is_two_chained_passes"),
+        ("        value = BACKENDS[each.backend].attend", "        key = value = BACKENDS[each.backend].attend",
+         "what the first pass returned is the second one's keys", "test_sparse_scan_is_two_chained_passes"),
+        ("query.shape[-1] ** -0.5", "query.shape[-2] ** -0.5",
+         "the scale is that of the number of heads", "test_dense_mask"),
+        ("lay_out_scan(scan, height, width, operands.device, backends)",
+         'lay_out_scan(scan, height, width, torch.device("cpu"), backends)',
+         "plans are on the CPU whatever attends",
+         "tests/attention/test_plan.py::test_a_plan_is_looked_up_by_all_that_matters"),
+        ("tuple(backend or choose_backend", "tuple(choose_backend",
+         "every pass gets the automatic choice", "test_explicit_choice_is_kept"),
+        ("zip(scan, backends, strict=True)", "zip(scan, backends[:1] * len(scan), strict=True)",
+         "all passes have the backend of the first",
+         "tests/attention/test_plan.py::test_the_passes_of_a_scan_mix_backends"),
+        ("    with make_plain_tensors():\n", "    if True:\n",
+         "plans are lost with the mode they were built in",
+         "tests/attention/test_plan.py::test_plans_survive_the_mode_they_are_built_in"),
+        ("    if reason is not None:\n", "    if reason is not None and not BACKENDS:\n",
+         "a backend that cannot run is used all the same", "test_flex_refuses_what_it_cannot_run"),
+        ("if num_tokens <= SMALL_MAP:", "if num_tokens < SMALL_MAP:",
+         "flex is chosen for a map of two blocks", "test_automatic_choice"),
+        ('if operands.device.type != "cuda":', 'if operands.device.type == "cuda":',
+         "flex is chosen where tiles are faster", "test_automatic_choice"),
+        ("choose_backend(height * width, operands) for", "choose_backend(height, operands) for",
+         "the choice is made for a map of one column",
+         "tests/attention/test_plan.py::test_a_plan_is_looked_up_by_all_that_matters"),
+        ("@cache_results(maxsize=1024)\ndef plan_scan", "def plan_scan",
+         "every call plans anew", "tests/attention/test_plan.py::test_one_forward_builds_what_the_next_one_uses"),
+        ("@cache_results(maxsize=256)\ndef lay_out_scan", "def lay_out_scan",
+         "a plan is laid out again for another dtype", "tests/attention/test_plan.py::test_plans_are_built_once"),
+    ),
+    *mutate("s3a/attention/backends/backend.py", "tests/attention/test_plan.py",
+        ("    needs_grad: bool\n", "    needs_grad: bool\n\n    def __eq__(self, other: object) -> bool:\n"
+         "        return isinstance(other, Operands) and self.device == other.device\n\n"
+         "    def __hash__(self) -> int:\n        return hash(self.device)\n",
+         "plans are looked up by the device alone", "test_a_plan_is_looked_up_by_all_that_matters"),
+    ),
+    *mutate("s3a/attention/backends/table.py", "tests/attention/test_functional.py",
+        ('name="tiled", layout=tiles.lay_out_tiles, attend=tiled.attend',
+         'name="tiled", layout=reference.lay_out_keys, attend=reference.attend',
+         "the tiled backend is the reference", "test_the_backend_that_is_named_attends"),
+    ),
+    *mutate("s3a/attention/backends/reference.py", "tests/attention/test_plan.py",
+        ("seen = places < stop[:, None]", "seen = places <= stop[:, None]",
+         "short windows see a key too many", "test_gathers_are_the_rule"),
+        ("token_order = np.argsort(windows.position)", "token_order = windows.position",
+         "queries of dilated passes have each other's keys", "test_gathers_are_the_rule"),
+        ("scores = scale * torch.einsum", "scores = torch.einsum",
+         "the scale is ignored", "tests/attention/test_functional.py::test_scale"),
+        ("scores.masked_fill(~seen, -torch.inf).softmax", "scores.softmax",
+         "keys that stand in for missing ones count", "tests/attention/test_functional.py::test_dense_mask"),
+    ),
+    *mutate("s3a/attention/backends/tiles.py", "tests/attention/test_plan.py",
+        ("np.arange(windows.start[begin], windows.stop[end - 1])",
+         "np.arange(windows.start[begin], windows.stop[begin])",
+         "a halo ends with the keys of the first query", "test_tiles_are_the_rule"),
+        ("np.arange(windows.start[begin], windows.stop[end - 1])",
+         "np.arange(windows.start[end - 1], windows.stop[end - 1])",
+         "a halo begins with the keys of the last query", "test_tiles_are_the_rule"),
+        ("(start <= halo) & (halo < stop)", "(start <= halo) & (halo <= stop)",
+         "a query of a tile sees a key too many", "test_tiles_are_the_rule"),
+        ("shape = (mask.shape, mask.tobytes())", 'shape = (mask.shape, b"")',
+         "tiles of different masks share one", "test_tiles_are_the_rule"),
+        ("windows.position[begin:end], windows.position[halo]", "windows.position[begin:end], halo",
+         "keys are places, not positions", "test_tiles_are_the_rule"),
+        ("rows.mask[:, None, :, None] & columns.mask[None, :, None, :]",
+         "rows.mask[:, None, :, None] | columns.mask[None, :, None, :]",
+         "a key is seen if one axis has it", "test_tiles_are_the_rule"),
+        ("of_rows[:, None, :, None] * width + of_columns",
+         "of_rows[:, None, :, None] * len(columns.queries) + of_columns",
+         "tiles lie elsewhere on oblong maps", "test_tiles_are_the_rule"),
+        ("mask=None if mask.all() else", "mask=None if mask.any() else",
+         "no mask is stored", "test_tiles_are_the_rule"),
+        ("key=lambda cost: cost.total)", "key=lambda cost: -cost.total)",
+         "the dearest tiles are chosen", "test_tiles_stay_sparse"),
+        ("whole = all(", "whole = any(",
+         "a map is taken for one tile if it is one on an axis", "test_tiles_are_the_rule"),
+        ("seen=None if seen.all() else fix_size(seen)", "seen=None",
+         "compiled inference sees keys that are missing",
+         "tests/attention/test_functional.py::test_what_is_compiled_is_the_dense_mask"),
+        ("< tiles\n", "> tiles\n",
+         "keys are listed where tiles are cheaper", "test_keys_are_listed_where_that_is_cheaper"),
+        ("in enumerate((height, width))", "in enumerate((width, height))",
+         "rows of oblong maps are cut as columns are", "test_tiles_are_the_rule"),
+    ),
+    *mutate("s3a/attention/backends/tiled.py", "tests/attention/test_functional.py",
+        ("first = num_tokens * torch", "first = 0 * torch",
+         "all images of a batch are the first one", "test_dense_mask"),
+        ("index_copy_(0, query_rows, attended)", "index_copy_(0, query_rows.sort().values, attended)",
+         "tiles do not go back to their places", "test_dense_mask"),
+        ("attn_mask=mask, scale=scale).transpose(1, 2)\n    return",
+         "attn_mask=None, scale=scale).transpose(1, 2)\n    return",
+         "a map that is one tile has no mask", "test_dense_mask"),
+        ("scores = scale * products.sum(-1)", "scores = products.sum(-1)",
+         "compiled inference has no scale", "test_what_is_compiled_is_the_dense_mask"),
+        ("scores.masked_fill(~layout.seen[:, :, None], -torch.inf)", "scores",
+         "compiled inference does not mask", "test_what_is_compiled_is_the_dense_mask"),
+        ("((scale * query) @ key.mT)", "(query @ key.mT)",
+         "compiled bfloat16 tiles have no scale", "test_what_is_compiled_is_the_dense_mask"),
+        ("scores.masked_fill(~mask, -torch.inf)", "scores",
+         "compiled bfloat16 tiles have no mask", "test_what_is_compiled_is_the_dense_mask"),
+        ("return compiled and not needs_grad and", "return compiled and",
+         "compiled training holds all keys of all queries at once",
+         "test_what_is_fused_is_compiled_inference_on_a_cpu"),
+        ("torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()",
+         "torch.compiler.is_dynamo_compiling()",
+         "exported programs hold all keys at once", "test_what_is_fused_is_compiled_inference_on_a_cpu"),
+    ),
+    *mutate("s3a/attention/backends/flex.py", "tests/attention/test_functional.py",
+        ("index_select(1, layout.inverse)", "index_select(1, layout.order[: len(layout.inverse)])",
+         "the tokens come back in another order", "test_flex_is_the_dense_mask"),
+        ("block_mask=block_mask, scale=scale)", "block_mask=block_mask)",
+         "the scale is ignored", "test_flex_scales"),
+        ("if operands.head_dim < 16:", "if operands.head_dim < 8:",
+         "head dims without a kernel are taken", "test_flex_refuses_what_it_cannot_run"),
+        ("not in (torch.float32, torch.bfloat16, torch.float16):",
+         "not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):",
+         "float64 is taken", "test_flex_refuses_what_it_cannot_run"),
+        ('if device == "cpu" and operands.needs_grad:', 'if device == "xpu" and operands.needs_grad:',
+         "it trains on a CPU without a backward",
+         "tests/nn/test_s3a.py::test_s3a_refuses_to_train_on_flex_without_cuda"),
+        ("query.dtype, scale, mode)", "query.dtype, scale, None)",
+         "modes share code until dynamo gives up", "test_flex_stays_compiled_over_modes"),
+        ("query.dtype, scale, mode)", "query.dtype, 0, mode)",
+         "scales share code until dynamo gives up", "test_flex_stays_compiled_over_many_scales"),
+        ("compile_pass(layout, query.shape[1]", "compile_pass(None, query.shape[1]",
+         "maps share code until dynamo gives up", "test_flex_stays_compiled_over_many_maps"),
+    ),
+    *mutate("s3a/attention/backends/blocks.py", "tests/attention/test_plan.py",
+        ("(row < row_window[1, query])", "(row <= row_window[1, query])",
+         "queries see a row of keys too many", "test_block_mask_is_the_rule"),
+        ("(column < column_window[1, query])", "(column <= column_window[1, query])",
+         "queries see a column of keys too many", "test_block_mask_is_the_rule"),
+        ("in_rows & (column_window[0, query] <= column)", "in_rows | (column_window[0, query] <= column)",
+         "a key is seen if one axis has it", "test_block_mask_is_the_rule"),
+        ("(0, padding), constant_values=-1)", '(0, padding), mode="edge")',
+         "padding is seen as a key", "test_order_pads_to_whole_blocks"),
+        ("np.argsort(order[:num_tokens])", "order[:num_tokens]",
+         "the inverse of the order is the order", "test_order_pads_to_whole_blocks"),
+        ("key=lambda order: len(order.pairs))", "key=lambda order: -len(order.pairs))",
+         "the order that touches most blocks is taken", "test_touched_blocks_at_56_by_56"),
+        ("full = (key + 1) * block_size <= len(row)", "full = key * block_size <= len(row)",
+         "a padded block is full", "test_block_mask_is_the_rule"),
+        ("(highest < common_stop)", "(highest <= common_stop)",
+         "blocks are full that lack a key", "test_block_mask_is_the_rule"),
+        ("np.maximum.reduceat(windows.start[place], starts)", "np.minimum.reduceat(windows.start[place], starts)",
+         "a block is full if one query sees it", "test_block_mask_is_the_rule"),
+        ("*index_blocks(full, num_blocks, device)", "*index_blocks(full[:0], num_blocks, device)",
+         "full blocks are lost", "test_block_mask_is_the_rule"),
+        ("columns.stop[last] - 1, num_rows", "columns.start[last], num_rows",
+         "blocks at the ends of windows are not touched", "test_block_mask_is_the_rule"),
+        ("columns.start[first], num_rows", "columns.stop[first] - 1, num_rows",
+         "blocks at the beginnings of windows are not touched", "test_block_mask_is_the_rule"),
+        ("column_tile[column], row_tile[row], columns.group[column], rows.group[row]",
+         "columns.group[column], rows.group[row], column_tile[column], row_tile[row]",
+         "tokens are walked tile by tile over all groups",
+         "test_tokens_are_walked_group_by_group_and_inside_a_group_tile_by_tile"),
+    ),
+    *mutate("s3a/nn/s3a.py", "tests/nn/test_s3a.py",
+        ("rotate(heads[:, :, :2], plan.cosine, plan.sine).unbind(2)", "heads[:, :, :2].unbind(2)",
+         "queries and keys are not rotated", "test_s3a_is_the_official_mathematics"),
+        ('"b h w (three n d) -> b (h w) three n d"', '"b h w (n three d) -> b (h w) three n d"',
+         "heads are cut before queries, keys and values", "test_s3a_is_the_official_mathematics"),
+        ('"b (h w) n d -> b h w (n d)"', '"b (h w) n d -> b h w (d n)"',
+         "heads come back interleaved", "test_s3a_is_the_official_mathematics"),
+        ("qkv[..., 2 * self.dim :]", "qkv[..., self.dim : 2 * self.dim]",
+         "LePE is of the keys", "test_s3a_is_the_official_mathematics"),
+        ("self.proj(attended + self.lepe(", "self.proj(attended - self.lepe(",
+         "LePE is subtracted", "test_s3a_is_the_official_mathematics"),
+        ("x.requires_grad or self.qkv.weight.requires_grad", "x.requires_grad",
+         "weights are trained by a backend without a backward", "test_s3a_refuses_to_train_on_flex_without_cuda"),
+        ("height, width = operator.index(x.shape[1]), operator.index(x.shape[2])",
+         "width, height = operator.index(x.shape[1]), operator.index(x.shape[2])",
+         "maps are planned transposed", "test_s3a_is_the_official_mathematics"),
+        ("scan = height, width, self.size, self.fixed, self.passes",
+         'scan = height, width, self.size, "window", self.passes',
+         "fixed is ignored", "test_s3a_is_the_official_mathematics"),
+        ("scan = height, width, self.size, self.fixed, self.passes", "scan = height, width, 7, self.fixed, self.passes",
+         "size is ignored", "test_s3a_is_the_official_mathematics"),
+        ("torch.promote_types(operands.dtype, torch.float32)", "operands.dtype",
+         "rotary tables are as coarse as the tokens",
+         "tests/attention/test_plan.py::test_rotary_tables_survive_the_mode_they_are_built_in"),
+        ("join_plan(scan, operands.head_dim, operands.device, dtype)",
+         "join_plan(scan, operands.head_dim, operands.device, torch.float32)",
+         "rotary tables are float32 for float64 too", "test_s3a_is_the_official_mathematics"),
+        ("(dim // num_heads) % 4", "(dim // num_heads) % 2",
+         "head dims without pairs for both axes are taken", "test_s3a_refuses_sizes_without_meaning"),
+        ("plan = plan or self.plan(x)", "plan = self.plan(x)",
+         "a plan that is handed in is not used", "test_s3a_takes_a_plan"),
+        ("height, width, operands, backend)\n    dtype", "height, width, operands)\n    dtype",
+         "a backend that is named is not used",
+         "tests/attention/test_functional.py::test_the_backend_that_is_named_attends"),
+    ),
+    *mutate("s3a/nn/rotary.py", "tests/nn/test_rotary.py",
+        ('torch.linspace(0, 1, head_dim // 4, dtype=torch.float64, device="cpu")',
+         'torch.linspace(0, 1, head_dim // 4 + 1, dtype=torch.float64, device="cpu")[:-1]',
+         "the frequencies end before 1 / 10000", "test_rotation_by_hand"),
+        ("[rows.expand(-1, width, -1), columns.expand(height, -1, -1)]",
+         "[columns.expand(height, -1, -1), rows.expand(-1, width, -1)]",
+         "columns turn the first half of the pairs", "test_rotation_by_hand"),
+        ("dtype=torch.float64", "dtype=None",
+         "angles are as coarse as the default dtype", "test_rotation_does_not_depend_on_the_default_dtype"),
+        ("odd * cosine + even * sine", "odd * cosine - even * sine",
+         "it is no rotation", "test_rotation_by_hand"),
+        ("x.unflatten(-1, (-1, 2)).unbind(-1)", "x.unflatten(-1, (2, -1)).unbind(-2)",
+         "halves are pairs, not neighbours", "test_rotation"),
+        ("turned.flatten(-2).to(x.dtype)", "turned.flatten(-2)",
+         "bfloat16 becomes float32", "test_rotation_keeps_the_dtype"),
+    ),
+]
+
+# --------------------------------------------------------------------------------------------------------
+# What a run compared with itself does not show: resumed or not, on one process or two, it has the same fault
+# --------------------------------------------------------------------------------------------------------
+
+BLIND = [
+    *mutate("s3a/training/trainer.py", "tests/training/test_steps.py",
+        ("most = math.inf if recipe.clip_grad is None else recipe.clip_grad", "most = math.inf",
+         "gradients are not clipped", "test_the_optimizer_gets_gradients_of_the_norm_allowed"),
+        ("count_steps(run, progress), accelerator.process_index)", "count_steps(run, progress), 0)",
+         "every process draws the same", "tests/training/test_ranks.py::test_every_process_draws_for_itself"),
+    ),
+    *mutate("s3a/training/build.py", "tests/training/test_steps.py",
+        ("        seed=recipe.seed,\n", "        seed=0,\n",
+         "the order of the images is that of seed 0", "test_the_order_of_the_images_is_that_of_the_seed"),
+    ),
+    *mutate("s3a/training/tasks/classification.py", "tests/training/tasks/test_classification.py",
+        ("CrossEntropyLoss(label_smoothing=recipe.label_smoothing)", "CrossEntropyLoss()",
+         "labels are smoothed only where images are mixed", "test_mixed_targets_are_smoothed_and_their_loss_is_soft"),
+        ("mixup_alpha=recipe.mixup,\n                cutmix_alpha=recipe.cutmix,",
+         "mixup_alpha=recipe.cutmix,\n                cutmix_alpha=recipe.mixup,",
+         "mixup and cutmix are swapped", "test_every_option_of_the_mixing_reaches_timm"),
+        ("                switch_prob=recipe.mixup_switch,\n", "",
+         "cutmix stands in for mixup half of the time, whatever the recipe says",
+         "test_every_option_of_the_mixing_reaches_timm"),
+        ("re_prob=recipe.random_erasing,", "re_prob=0.0,",
+         "nothing is erased", "test_every_option_of_the_augmentation_reaches_timm"),
+        ("            scale=recipe.crop_scale,\n", "",
+         "crops are of timm's area", "test_every_option_of_the_augmentation_reaches_timm"),
+        ("            ratio=recipe.crop_ratio,\n", "",
+         "crops are of timm's aspect", "test_every_option_of_the_augmentation_reaches_timm"),
+        ("hflip=recipe.horizontal_flip,", "hflip=0.5,",
+         "half of the images are mirrored, whatever the recipe says",
+         "test_every_option_of_the_augmentation_reaches_timm"),
+        ("color_jitter=recipe.color_jitter,", "color_jitter=None,",
+         "colours do not jitter", "test_every_option_of_the_augmentation_reaches_timm"),
+        ("logits.topk(min(5, ", "logits.topk(min(4, ",
+         "top-5 looks at four classes", "test_scores_are_counts_by_hand"),
+    ),
+]
+
+# --------------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------------
+
+TRAINING = [
+    *mutate("s3a/training/trainer.py", "tests/training/test_steps.py",
+        ("(accelerator.scaler is not None or math.isfinite(norm))", "True",
+         "an infinite gradient is stepped along", "test_an_infinite_gradient_is_skipped_where_that_is_asked_for"),
+        ("if index == len(micro_batches) else", "if index == 1 else",
+         "the first micro-batch is synchronised, not the last",
+         "tests/training/test_ranks.py::test_all_processes_have_the_same_weights_after_every_step"),
+        ("run.accelerator.no_sync(run.model):", "nullcontext():",
+         "every micro-batch is synchronised",
+         "tests/training/test_ranks.py::test_gradients_are_synchronised_in_the_last_micro_batch_alone"),
+        ("stop=stop > 0", "stop=stop > 1",
+         "all processes must be asked to stop",
+         "tests/training/test_ranks.py::test_a_signal_to_one_process_stops_both_after_the_same_step"),
+        ("    run.clock.restart()\n", "",
+         "once it is due, a checkpoint is written at every step", "test_every_checkpoint_begins_the_minutes_anew"),
+        ('if state["data"] != summarize_data(run) | run.task.config:',
+         'if {**state["data"], "fingerprint": ""} != {**summarize_data(run), **run.task.config, "fingerprint": ""}:',
+         "a run goes on with other images", "test_other_pixels_in_the_same_files_are_not_the_data_of_the_run"),
+        ("    share_buffers(run)\n", "",
+         "every process validates with its own statistics",
+         "tests/training/test_ranks.py::test_all_processes_validate_with_the_same_statistics"),
+        ("run.compute_loss(run.model, batch) / len(micro_batches)", "run.compute_loss(run.model, batch)",
+         "the gradient grows with the micro-batches",
+         "tests/training/test_trainer.py::test_accumulated_passes_are_one_step"),
+        ("            run.ema.update(run.bare_model)\n", "            run.ema.update(run.shell)\n",
+         "the average is of other weights", "tests/training/test_trainer.py::test_the_average_is_that_of_the_steps"),
+        ("validate(run, progress, run.ema.module)", "validate(run, progress, run.bare_model)",
+         "the average's score is that of the plain weights",
+         "tests/training/tasks/test_task.py::test_what_a_task_scores_is_what_plain_code_scores"),
+        ("max(self.step - self.skipped, 1)", "max(self.step, 1)",
+         "skipped steps count as steps of loss 0",
+         "tests/training/test_trainer.py::test_steps_that_are_not_finite_are_skipped_and_counted"),
+        ("run.bare_model.get_buffer(name).copy_(buffer)", "buffer.copy_(run.bare_model.get_buffer(name))",
+         "a skipped step leaves its statistics",
+         "tests/training/test_trainer.py::test_steps_that_are_not_finite_are_skipped_and_counted"),
+        ("run.train_loader.epoch(progress.epoch, first_step=progress.step)", "run.train_loader.epoch(progress.epoch)",
+         "a resumed epoch begins with the first images again",
+         "test_a_resumed_epoch_goes_on_with_the_images_that_are_left"),
+        ("run.train_loader.epoch(progress.epoch, ", "run.train_loader.epoch(0, ",
+         "every epoch has the order and the augmentation of the first",
+         "test_every_epoch_and_step_has_images_and_a_learning_rate_of_its_own"),
+        ("run.scheduler.step_update(count_steps(run, progress) + 1)",
+         "run.scheduler.step_update(count_steps(run, progress))",
+         "the learning rate of a step is that of the step before",
+         "test_every_epoch_and_step_has_images_and_a_learning_rate_of_its_own"),
+        ("run.scheduler.step(progress.epoch)", "run.scheduler.step(progress.epoch + 1)",
+         "the learning rate of an epoch is that of the next one",
+         "test_a_schedule_of_epochs_has_one_learning_rate_in_each"),
+        ("                module.eval()\n", "                module.train()\n",
+         "frozen statistics move", "tests/training/test_trainer.py::test_accumulated_passes_are_one_step"),
+        ("        model.set_drop_path(rate)\n", "        model.set_drop_path(0.0)\n",
+         "late drop path is none", "tests/training/test_trainer.py::test_a_late_drop_path_holds_for_the_last_epochs"),
+        ('run.ema.module.load_state_dict(state["ema"])', "run.ema.module.load_state_dict(run.bare_model.state_dict())",
+         "a resumed average begins anew", "test_a_run_resumes_with_all_that_it_saved"),
+        ('state["model"], state["optimizer"])', 'state["model"], None)',
+         "a resumed optimizer has forgotten its moments", "test_a_run_resumes_with_all_that_it_saved"),
+        ("if name in origins and origins[name].metrics is progress.history[-1]:", "if name in origins:",
+         "the best weights are the last ones", "test_each_weights_folder_holds_the_weights_of_its_epoch"),
+        ("name = max((name for name in", "name = min((name for name in",
+         "the worse of plain weights and average is published",
+         "test_each_weights_folder_holds_the_weights_of_its_epoch"),
+        ('if run.ema is not None and name.startswith("ema"):', 'if run.ema is not None and name == "ema":',
+         "the best average's folder holds plain weights", "test_each_weights_folder_holds_the_weights_of_its_epoch"),
+        ("if len(progress.unreadable) > most:", "if len(progress.unreadable) >= most:",
+         "as many unreadable images as are allowed stop the run",
+         "tests/training/test_trainer.py::test_unreadable_images_are_listed_up_to_the_limit"),
+        ("most = int(run.recipe.max_bad_val_images * run.data.val.num_images)",
+         "most = int(run.recipe.max_bad_images * run.data.val.num_images)",
+         "the limit of training images holds for validation images",
+         "tests/training/test_trainer.py::test_of_validation_images_none_may_be_unreadable_unless_allowed"),
+        ("loss=loss / run.accelerator.num_processes,", "loss=loss,",
+         "the loss grows with the processes",
+         "tests/training/test_ranks.py::test_the_loss_of_a_step_is_the_mean_of_the_processes"),
+        ("if task != type(run.task).__name__:", 'if task == "":',
+         "another task takes a run over",
+         "tests/training/tasks/test_task.py::test_a_run_is_not_taken_over_by_another_task"),
+        ("        if progress.step == 0:\n            write_history(run, progress)\n", "",
+         "nothing is there to watch before the end",
+         "tests/training/test_trainer.py::test_a_run_learns_and_leaves_all_that_it_promises"),
+        ("            save(run, progress)\n            fail_at_unreadable", "            fail_at_unreadable",
+         "an epoch is lost to unreadable validation images",
+         "tests/training/test_trainer.py::test_of_validation_images_none_may_be_unreadable_unless_allowed"),
+    ),
+    *mutate("s3a/training/build.py", "tests/training/test_build.py",
+        ("    with accelerator.main_process_first():\n", "    with nullcontext():\n",
+         "other processes go on before the folder is claimed",
+         "tests/training/test_ranks.py::test_the_main_process_claims_the_folder_before_the_others_go_on"),
+        ("weight_decay=recipe.weight_decay)", "weight_decay=0.05)",
+         "weight decay is the default", "test_weight_decay_spares_biases_and_vectors"),
+        ("recipe.ema_decay ** (recipe.batch_size / 512)", "recipe.ema_decay",
+         "the average's decay does not follow the batch size",
+         "tests/training/test_trainer.py::test_the_average_is_that_of_the_steps"),
+        ("min_lr=recipe.min_learning_rate,", "min_lr=0.0,",
+         "the cosine ends at 0",
+         "tests/training/test_trainer.py::test_the_learning_rate_follows_batch_size_warm_up_and_cosine"),
+        ("        warmup_epochs=recipe.warmup_epochs,", "        warmup_epochs=0,",
+         "there is no warm-up",
+         "tests/training/test_trainer.py::test_the_learning_rate_follows_batch_size_warm_up_and_cosine"),
+        ('"crop_pct": recipe.crop_pct}', '"crop_pct": 1.0}',
+         "the evaluation crops otherwise than the recipe says", "test_what_a_recipe_asks_of_model_and_loader_is_built"),
+        ("        cast(TimmModel, model).set_grad_checkpointing()\n", "        pass\n",
+         "activations are kept in spite of the recipe", "test_what_a_recipe_asks_of_model_and_loader_is_built"),
+        ("        accumulate=recipe.accumulate,\n", "",
+         "a step is one micro-batch", "test_what_a_recipe_asks_of_model_and_loader_is_built"),
+        ("        repeats=recipe.repeats,\n", "",
+         "augmentation is not repeated",
+         "tests/training/test_steps.py::test_the_order_of_the_images_is_that_of_the_seed"),
+        ("        compile_model(model)\n", "        pass\n",
+         "nothing is compiled",
+         "tests/training/test_trainer.py::test_a_compiled_run_learns_and_saves_ordinary_weights"),
+        ("mixed_precision=recipe.precision,", "mixed_precision=None,",
+         "precision is ignored", "test_what_a_recipe_asks_of_model_and_loader_is_built"),
+        ("    if recipe.weights is not None:\n        task.fit_head(model)\n", "",
+         "fine-tuned weights keep their head", "test_fine_tuning_on_other_classes_and_another_size"),
+        ("clock=CheckpointClock(recipe.checkpoint_every),", "clock=CheckpointClock(None),",
+         "no checkpoint comes between epochs",
+         "tests/training/test_steps.py::test_every_checkpoint_begins_the_minutes_anew"),
+        ("seed_step(recipe.seed, step=0, process=-1)", "seed_step(0, step=0, process=-1)",
+         "the first weights are those of seed 0", "test_the_first_weights_are_those_of_the_seed"),
+        ("        fake_quantize(model, recipe.quantize)\n", "        pass\n",
+         "training does not know of the quantization", "test_a_run_for_a_quantization_scheme_rounds_as_it_trains"),
+        ("    check_folder(recipe)\n    task", "    task",
+         "a folder of another run is found after the data is loaded",
+         "test_a_folder_of_another_run_is_refused_before_anything_is_built"),
+    ),
+    *mutate("s3a/training/processes.py", "tests/training/test_processes.py",
+        ('names = ("SIGTERM", "SIGUSR1", "SIGINT")', 'names = ("SIGTERM",)',
+         "SIGTERM alone is noted", "test_a_signal_is_noted_and_the_handlers_are_put_back"),
+        ("            raise KeyboardInterrupt\n", "            pass\n",
+         "a second Ctrl-C is ignored", "test_a_second_interrupt_ends_at_once"),
+        ("            signal.signal(number, handler)\n", "            pass\n",
+         "the handlers stay after the run", "test_a_signal_is_noted_and_the_handlers_are_put_back"),
+        ("self.launcher not in (None, os.getppid())", "self.launcher is None",
+         "the end of the launcher is not noticed", "test_the_end_of_a_launcher_asks_to_stop"),
+        ("SeedSequence((seed, step, process + 1))", "SeedSequence((seed, process + 1))",
+         "every step draws the same", "test_drawing_does_not_depend_on_the_steps_before"),
+        ("    np.random.seed(state)\n", "",
+         "numpy's draws depend on the steps before", "test_drawing_does_not_depend_on_the_steps_before"),
+        ("max(1, cores // processes)", "cores",
+         "processes share no cores", "test_processes_share_the_cores"),
+    ),
+    *mutate("s3a/training/checkpoints.py", "tests/training/test_checkpoints.py",
+        ("    for path in (*folder.iterdir(), folder):\n        flush(path)\n", "",
+         "a checkpoint has its name before its files are on the disk",
+         "test_files_are_on_the_disk_before_a_checkpoint_has_its_name"),
+        ("    flush(folder.parent)\n", "",
+         "the name of a checkpoint may be lost", "test_files_are_on_the_disk_before_a_checkpoint_has_its_name"),
+        ('folder.parent.glob(".partial-step-*")', "folder.parent.glob(partial.name)",
+         "a half-written checkpoint of another name stays for good",
+         "test_what_a_killed_run_left_half_written_is_removed"),
+        ("[keep:]", "[keep + 1 :]",
+         "a checkpoint more than asked for stays", "test_the_newest_few_stay"),
+        ('parent.glob("step-[0-9]*")', 'parent.glob("*")',
+         "folders of the user are taken for checkpoints", "test_folders_of_the_user_are_left_alone"),
+        ("if hash_file(folder / name) != expected:", "if hash_file(folder / name)['bytes'] != expected['bytes']:",
+         "altered bytes are not noticed", "test_a_damaged_checkpoint_is_said_and_skipped"),
+        ("time.monotonic() - self.written >= self.seconds", "time.monotonic() - self.written >= self.seconds / 60",
+         "minutes are seconds", "test_a_clock_of_minutes"),
+        ("step % self.steps == 0", "step % self.steps == 1",
+         "checkpoints come a step late", "test_a_clock_of_minutes"),
+        ('{"dict": [[key, pack(value, tensors)] for key', '{"dict": [[str(key), pack(value, tensors)] for key',
+         "the integer keys of optimizers become strings", "test_an_optimizer_goes_on_from_its_checkpoint"),
+        ("        shutil.rmtree(partial, ignore_errors=True)\n        if not", "        if not",
+         "a full disk stays full of half a checkpoint", "test_a_write_that_stops_half_way_leaves_the_last_checkpoint"),
+    ),
+    *mutate("s3a/training/evaluation.py", "tests/training/test_evaluation.py",
+        ("num_images = (batch.labels >= 0).sum()", "num_images = (batch.labels >= -1).sum()",
+         "padding counts as images",
+         "tests/training/test_trainer.py::test_of_validation_images_none_may_be_unreadable_unless_allowed"),
+        ("    model.eval()\n", "",
+         "models are evaluated as they train", "test_the_weights_evaluate_to_what_training_said"),
+        ("if not math.isfinite(score):", "if score == math.inf:",
+         "a NaN is a score", "tests/training/tasks/test_task.py::test_a_score_that_is_not_finite_stops_the_run"),
+        ("    model.train(was_training)\n    *totals", "    *totals",
+         "a model is left in evaluation mode", "test_a_model_is_left_as_it_is"),
+        ("    task.check_weights(model, other_label_names=other_label_names)\n", "",
+         "weights are evaluated on other classes", "test_evaluation_refuses_data_of_other_classes"),
+    ),
+    *mutate("s3a/training/run_folder.py", "tests/training/test_run_folder.py",
+        ("highest = max(history, key", "highest = min(history, key",
+         "the best epoch is the worst", "test_each_weights_folder_knows_its_epoch"),
+        ("highest = max(history, key", "highest = max(history[::-1], key",
+         "of equal epochs the last is the best", "test_each_weights_folder_knows_its_epoch"),
+        ("keys = sorted((ours.keys() | theirs.keys()) - set(INCIDENTAL))", "keys = sorted(ours.keys() | theirs.keys())",
+         "a run cannot move to another machine", "test_how_the_work_is_spread_is_not_another_recipe"),
+        ("if changed:", "if len(changed) > 3:",
+         "a recipe may change under a run", "test_a_folder_of_another_recipe_is_left_alone"),
+        ("for column, count in counts.items() if count}", "for column, count in counts.items()}",
+         "counts of 0 are columns", "test_a_line_of_metrics_has_its_columns_in_order_and_comes_back"),
+        ("        if strangers:\n", "        if len(strangers) > 1:\n",
+         "a run is written among other files", "test_other_files_are_left_alone"),
+    ),
+    *mutate("s3a/training/recipe.py", "tests/training/test_recipe.py",
+        ("self.learning_rate * self.batch_size / 512", "self.learning_rate",
+         "the learning rate does not follow the batch size", "test_the_learning_rate_follows_the_global_batch"),
+        ("epoch >= self.total_epochs - self.late_drop_path[1]", "epoch >= self.epochs - self.late_drop_path[1]",
+         "late drop path does not count the cooldown", "test_late_drop_path_counts_the_cooldown"),
+        ("if not 0 < low <= high <= most:", "if not 0 < low <= most:",
+         "a crop may be larger than it is at most", "test_numbers_out_of_their_range_are_refused"),
+    ),
+    *mutate("s3a/training/named_recipes.py", "tests/training/test_named_recipes.py",
+        ("random_erasing=0.25", "random_erasing=0.2",
+         "a named recipe is not the paper's", "test_every_field_of_a_named_recipe_is_as_written_or_the_default"),
+    ),
+    *mutate("s3a/training/tasks/classification.py", "tests/training/tasks/test_classification.py",
+        ("self.criterion = SoftTargetCrossEntropy()",
+         "self.criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)",
+         "mixed labels are smoothed twice", "test_mixed_targets_are_smoothed_and_their_loss_is_soft"),
+        ("return recipe.mixup > 0 or recipe.cutmix > 0", "return recipe.mixup > 0",
+         "cutmix alone mixes nothing", "test_one_kind_of_mixing_alone_mixes"),
+        ('reduction="none", ignore_index=-1)', 'reduction="none")',
+         "padding has a loss", "test_scores_are_counts_by_hand"),
+        ('("label_names") != self.label_names:', '("label_names") is None:',
+         "fine-tuned weights keep the head of other classes",
+         "tests/training/test_build.py::test_fine_tuning_on_other_classes_and_another_size"),
+    ),
+]
+
+# --------------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------------
+
+DATA = [
+    *mutate("s3a/data/slices.py", "tests/data/test_slices.py",
+        ("(self.process_index * self.accumulate + part) * size",
+         "(part * self.num_processes + self.process_index) * size",
+         "a process has its micro-batches in other places", "test_training_is_cut_as_the_example_says"),
+        ("return self.num_images // self.batch_size", "return -(-self.num_images // self.batch_size)",
+         "an epoch has a batch that is not whole",
+         "tests/data/test_loaders.py::test_an_epoch_has_whole_batches_of_different_images"),
+        ("return -(-left // self.num_processes)", "return left // self.num_processes",
+         "the last images are not evaluated", "test_evaluation_is_cut_as_the_example_says"),
+        ("end = min((number + 1) * self.batch_size, self.num_images)", "end = (number + 1) * self.batch_size",
+         "rows behind the last one are evaluated", "test_every_position_is_in_one_slice"),
+    ),
+    *mutate("s3a/data/batches.py", "tests/data/test_loaders.py",
+        ("positions % self.repeats) * self.images.num_images + indices",
+         "positions % self.repeats) * self.images.num_images + positions",
+         "augmentation depends on the place in the epoch", "test_augmentation_follows_the_documented_draw"),
+        ("(epoch * self.repeats + positions % self.repeats)", "(epoch * self.repeats)",
+         "the copies of an image are augmented alike", "test_repeats_are_side_by_side_and_augmented_apart"),
+        ("-(-slices.num_steps * slices.batch_size // repeats)", "slices.num_steps * slices.batch_size",
+         "repeats have the images of a whole epoch to choose from",
+         "tests/data/test_stream.py::test_the_rows_that_are_repeated_are_spread_over_the_stream"),
+        ("        torch.set_rng_state(states[2])\n", "",
+         "the loader advances the model's generator", "test_loaders_leave_the_global_generators_alone"),
+        ("    np.random.seed(seed)\n", "",
+         "augmentations that draw by numpy are not those of the seed", "test_a_step_is_the_same_however_it_is_cut"),
+        ("image, label = black, -1", "image, label = black, row.label",
+         "an image that cannot be read is scored", "test_evaluation_marks_the_unreadable"),
+        ("labels + [-1] * padding", "labels + [0] * padding",
+         "padding is scored as class 0", "test_few_images_for_many_processes_are_padded"),
+        ("range(number + step, slices.num_batches, step)", "range(number + 1, slices.num_batches)",
+         "a worker keeps the images of the others", "test_a_worker_expects_the_batches_of_its_turns"),
+        ("[*dict.fromkeys(unreadable)]", "unreadable",
+         "an unreadable image is named as often as it is met", "test_an_unreadable_image_is_named_once_a_batch"),
+    ),
+    *mutate("s3a/data/loaders.py", "tests/data/test_loaders.py",
+        ("epoch, first_step * self.accumulate", "epoch, first_step",
+         "an epoch goes on at a micro-batch, not at a step", "test_an_epoch_goes_on_where_it_was_left"),
+        ("        generator=torch.Generator(),\n", "",
+         "iterating advances the model's generator", "test_loaders_leave_the_global_generators_alone"),
+        ("if not 0 <= first_step <= self.steps_per_epoch:", "if not 0 <= first_step:",
+         "an epoch may go on behind its end", "test_steps_that_an_epoch_does_not_have_are_refused"),
+        ("except (DataError, OSError) as error:", "except DataError as error:",
+         "a shard that is taken away is a traceback", "test_a_shard_that_is_taken_away_is_said_in_one_line"),
+    ),
+    *mutate("s3a/data/images.py", "tests/data/test_loaders.py",
+        ("default_rng((self.seed, self.epoch, *purpose))", "default_rng((self.seed, *purpose))",
+         "all epochs have one order", "test_the_order_follows_seed_and_epoch_alone"),
+        ("(row.index + offset) % self.num_images", "row.index + offset",
+         "the last image has no substitute", "test_replacement_goes_round"),
+        ("permutation(num_images)[: shuffle.num_rows]", "permutation(shuffle.num_rows)",
+         "the last images are never seen", "test_over_the_epochs_no_image_is_left_out"),
+    ),
+    *mutate("s3a/data/stream.py", "tests/data/test_stream.py",
+        ("(self.num_wanted[unique] >= counts).all()", "(self.num_wanted[unique] >= 1).all()",
+         "a walk gives a row twice that it has once",
+         "test_a_walk_has_a_row_ahead_as_often_as_it_is_still_to_be_taken"),
+        ("return shuffle == self.shuffle and bool", "return bool",
+         "an epoch goes on with the walk of the last one",
+         "test_a_walk_has_a_row_ahead_as_often_as_it_is_still_to_be_taken"),
+        ("            del self.kept[row]\n", "            pass\n",
+         "a stream keeps all that it came by", "test_a_stream_keeps_nothing_behind"),
+        ("generator.random(len(chosen)) * WINDOW", "generator.random(len(chosen)) * 1",
+         "rows do not overtake each other", "test_rows_of_a_stream_overtake_each_other_within_the_window"),
+        ("shuffle.make_generator().permutation(num_parts)", "np.arange(num_parts)",
+         "parts are always read in one order", "test_parts_change_places_and_what_is_left_out_is_spread"),
+        ("np.sort(generator.choice(len(stored), shuffle.num_rows, replace=False))", "np.arange(shuffle.num_rows)",
+         "the same rows are left out of all epochs of a part's order",
+         "test_parts_change_places_and_what_is_left_out_is_spread"),
+        ("            if not needed.any():\n                continue\n", "",
+         "parts are opened of which nothing is needed", "test_a_part_without_a_needed_row_is_not_opened"),
+        ('| {"_walk": None}', "",
+         "a stream in use cannot be handed to a process", "test_a_stream_in_use_can_be_handed_to_a_process"),
+        ("start[:, None] + offsets % size[:, None]", "start[:, None] + offsets % size.sum()",
+         "substitutes are of other parts",
+         "tests/data/test_loaders.py::test_replacement_is_the_same_however_a_step_is_cut"),
+    ),
+    *mutate("s3a/data/parts.py", "tests/data/test_shards.py",
+        ('side="right"', 'side="left"',
+         "the first row of a part is taken for the last of the one before", "test_shards_hold_what_was_written"),
+    ),
+    *mutate("s3a/data/decode.py", "tests/data/test_decode.py",
+        ("ImageOps.exif_transpose(reduce_to_eight_bits(image)).convert(mode)",
+         "reduce_to_eight_bits(image).convert(mode)",
+         "photographs lie on their side", "test_exif_orientation"),
+        ("(pixels >> 8)", "(pixels & 255)",
+         "the lower eight of sixteen bits are taken", "test_sixteen_bits_keep_their_range"),
+        ("        gray.info = dict(image.info)\n", "",
+         "images of sixteen bits lie on their side", "test_exif_orientation_of_sixteen_bits"),
+        ('image.convert("RGBA") if "transparency" in image.info else image', "image",
+         "transparency is a colour", "test_images_of_every_kind_are_read_as_they_look"),
+        ("    Image.DecompressionBombError,\n", "",
+         "a decompression bomb ends the run", "test_a_decompression_bomb_is_unreadable"),
+    ),
+    *mutate("s3a/data/local.py", "tests/data/test_local.py",
+        ("Path(path).relative_to(data_dir), Path(path).stat().st_size, label)",
+         "Path(path).relative_to(data_dir), label)",
+         "the fingerprint of a folder does not know of sizes", "test_fingerprints_change_with_a_folder"),
+        ("Path(path).relative_to(data_dir), Path(path)", "Path(path), Path(path)",
+         "a folder that moves is another one", "test_fingerprints_change_with_a_folder"),
+        ("test_size=360, random_state=0", "test_size=360, random_state=1",
+         "other digits are held out", "test_digits_are_those_of_scikit_learn"),
+        ("(16 + i * size for i in range(count))", "(8 + i * size for i in range(count))",
+         "pixels of Fashion-MNIST are read from its header on", "test_fashion_mnist_is_read_from_idx_files"),
+        ("    check_classes(data_dir, folders)\n", "",
+         "classes may differ between the splits", "test_a_class_missing_from_a_split_is_named"),
+    ),
+    *mutate("s3a/data/parquet.py", "tests/data/test_shards.py",
+        ("read_class_names(data_dir) or find_class_names(label_features, every_label",
+         "find_class_names(label_features, every_label",
+         "classes.txt is not read", "test_classes_are_named_by_a_file"),
+        ("            start += len(table)\n", "",
+         "rows of a later chunk are those of the first", "test_parquet_streams_in_chunks_of_any_size"),
+    ),
+    *mutate("s3a/data/webdataset.py", "tests/data/test_shards.py",
+        ('raise tarfile.ReadError("it is cut off")', "pass",
+         "a tar that is cut off is read as far as it goes", "test_damaged_shards_are_named"),
+        ('name.partition(".")', 'name.rpartition(".")',
+         "keys end at the last dot", "test_file_names_are_cut_as_webdataset_does"),
+        ("images[0].offset_data, images[0].size", "images[0].offset, images[0].size",
+         "images begin with their header", "test_shards_hold_what_was_written"),
+    ),
+    *mutate("s3a/data/shards.py", "tests/data/test_shards.py",
+        ("(path.relative_to(data_dir), path.stat().st_size) for path in files",
+         "path.relative_to(data_dir) for path in files",
+         "the fingerprint of shards does not know of sizes", "test_fingerprints_change_with_shards"),
+    ),
+    *mutate("s3a/data/columns.py", "tests/data/test_columns.py",
+        ("if others != names:", "if len(others) != len(names):",
+         "the splits may number their classes otherwise",
+         "tests/data/test_shards.py::test_classes_numbered_otherwise_in_the_other_split_are_refused"),
+        ("fill_null(-1)", "fill_null(0)",
+         "images without a label are of the first class", "test_missing_labels_are_no_class"),
+        ("(labels < 0) | (labels >= num_classes)", "(labels < 0) | (labels > num_classes)",
+         "a label may be as large as the number of classes", "test_labels_that_are_no_class_are_refused"),
+    ),
+    *mutate("s3a/data/hub.py", "tests/data/test_hub.py",
+        ("[builder.hash, builder.config_id, *class_names]", "[*class_names]",
+         "another revision is the same data", "test_fingerprints_change_with_a_repository"),
+        ('dataset.rpartition(":")', 'dataset.partition("/")',
+         "a configuration is not found", "test_a_configuration_is_named_behind_a_colon"),
+    ),
+    *mutate("s3a/data/sources.py", "tests/data/test_sources.py",
+        ("if streaming and not rule.streams:", "if streaming and rule is None:",
+         "streaming is ignored where a source cannot", "test_options_that_do_not_fit_the_source_are_refused"),
+    ),
+]
+
+# --------------------------------------------------------------------------------------------------------
+# Weights
+# --------------------------------------------------------------------------------------------------------
+
+WEIGHTS = [
+    *mutate("s3a/weights/folder.py", "tests/weights/test_folder.py",
+        ("if dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):",
+         "if dtype != torch.float8_e4m3fn:",
+         "weights of whole numbers are loaded", "test_another_kind_of_numbers[norm.weight-dtype0]"),
+        ('return "float8" if dtype.is_floating_point else str(dtype)',
+         'return "float" if dtype.is_floating_point else str(dtype)',
+         "weights of 8-bit floats are loaded", "test_another_kind_of_numbers[norm.weight-dtype3]"),
+        ("surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())",
+         "surplus = sorted(expected.keys() - state.keys()), []",
+         "surplus tensors are ignored", "test_missing_and_surplus_keys"),
+        ("tuple(state[key].shape) != shape", "len(state[key].shape) != len(shape)",
+         "tensors of another size are loaded", "test_wrong_shape"),
+        ("return model.eval()", "return model.train()",
+         "loaded models are in training mode", "test_round_trip"),
+        ('partial = path.with_name(path.name + ".partial")', "partial = path",
+         "an interrupted write loses the old weights", "test_an_interrupted_save_leaves_the_old_weights"),
+        ("tensor.detach().contiguous()", "tensor.detach()",
+         "channels-last weights cannot be saved", "test_channels_last_weights_are_saved"),
+        ("    if foreign:\n", "    if len(foreign) > 9:\n",
+         "a config chooses the file that is loaded", "test_configs_that_no_model_has"),
+        ("isinstance(classes, bool) or classes < 0", "isinstance(classes, bool)",
+         "a negative number of classes is built", "test_meaningless_number_of_classes"),
+        ("{**saved_args, **model_args}", "saved_args",
+         "more arguments are ignored", "test_more_arguments_reach_the_model"),
+    ),
+    *mutate("s3a/weights/official.py", "tests/weights/test_official.py",
+        ("    if foreign:\n", "    if len(foreign) > 9:\n",
+         "unknown keys of a checkpoint are ignored", "test_surplus_official_keys_are_named"),
+        ('    check_state(converted, expected, "the checkpoint is not of this model")\n', "",
+         "missing keys of a checkpoint are ignored", "test_every_missing_official_key_is_named"),
+        ("if shape is not None and [n for n in shape if n > 1] == [n for n in tensor.shape if n > 1]:",
+         "if shape is not None and tensor.numel() == torch.Size(shape).numel():",
+         "tensors are reshaped to whatever fits", "test_official_shapes_must_fit"),
+        ("weights_only=True", "weights_only=False",
+         "objects are unpickled", "test_read_checkpoint_unpickles_no_objects"),
+    ),
+    *mutate("s3a/weights/pretrained.py", "tests/weights/test_hub.py",
+        ("    load_folder(folder)  # what", "    # what",
+         "weights are published that cannot be loaded", "test_what_cannot_be_loaded_is_not_published"),
+        ("(num_classes)  # every model", "(model.num_classes)  # every model",
+         "another number of classes is ignored",
+         "tests/weights/test_folder.py::test_other_number_of_classes_keeps_the_body"),
+        ("        if revision is not None:\n", "        if revision == '':\n",
+         "the revision of a folder is ignored", "test_a_folder_has_no_revisions"),
+    ),
+    *mutate("s3a/weights/hub.py", "tests/weights/test_hub.py",
+        ("            revision = Path(path).parent.name  # the commit, for the other files\n", "",
+         "files are of different commits", "test_both_files_are_of_one_commit"),
+        ("if cached == revision:", "if cached is not None:",
+         "a cached branch is downloaded without a warning that the Hub is out of reach",
+         "test_no_network_and_a_warm_cache"),
+        ("RETRIED = (408, 429, 500, 502, 503, 504)", "RETRIED = (408, 429, 500, 502, 504)",
+         "an overloaded Hub is not asked again", "test_an_overloaded_hub_and_a_warm_cache"),
+    ),
+    *mutate("s3a/weights/card.py", "tests/weights/test_card.py",
+        ("metric_value=value,", "metric_value=100 * value,",
+         "the Hub reads percents", "test_the_hub_reads_the_card"),
+        ('f"{100 * value:.2f} %"', 'f"{value:.2f} %"',
+         "people read fractions as percents", "test_people_read_the_card"),
+        ("if kind == facts.weights else", "if kind != facts.weights else",
+         "the scores of other weights are called these", "test_people_read_the_card"),
+        ('replace("|", "\\\\|")', 'replace("|", "|")',
+         "a bar in a cell breaks the table", "test_people_read_the_card"),
+    ),
+]
+
+# --------------------------------------------------------------------------------------------------------
+# Quantization and export
+# --------------------------------------------------------------------------------------------------------
+
+DEPLOYMENT = [
+    *mutate("s3a/quantization/int8.py", "tests/quantization/test_int8.py",
+        ("codes, 1.0, ZERO, pack_weight", "codes, 1.0, ZERO - 1, pack_weight",
+         "the product's zero is off by one", "test_a_linear_layer_is_exact_where_rounding_is"),
+        (".round() + ZERO)", ".round() + ZERO + 1)",
+         "the codes' zero is off by one", "test_a_linear_layer_is_exact_where_rounding_is"),
+        ("(rows * (1 / scale)).round()", "(rows * (1 / scale)).floor()",
+         "codes are rounded down", "test_a_linear_layer_is_exact_where_rounding_is"),
+        ("or found[0] != weight._version", "",
+         "a weight that changed is multiplied as it was", "test_products_of_bytes_follow_their_weight"),
+        ("abs().amax(-1, keepdim=True)", "abs().amax()",
+         "all tokens share a scale", "test_compiled_linear_layers"),
+    ),
+    *mutate("s3a/quantization/convert.py", "tests/quantization/test_convert.py",
+        ("matches(name, layers) and not matches(name, skip)", "matches(name, layers)",
+         "layers that are to be skipped are quantized", "test_layers_are_chosen_by_name"),
+        ("in_features % group == 0]", "in_features % group >= 0]",
+         "layers without whole groups are taken", "test_layers_without_whole_groups_are_left"),
+        ("HEAD_DTYPE = torch.float32", "HEAD_DTYPE = torch.bfloat16",
+         "logits that are close together become equal", "test_quantized_models_do_nearly_the_same"),
+        ("deepcopy(model).eval()", "model.eval()",
+         "the float model is changed too", "test_quantized_models_do_nearly_the_same"),
+        ("weight.scale.to(DTYPE).to(weight.scale.dtype)  #", "weight.scale  #",
+         "a folder gives other logits than the model it was written from",
+         "tests/quantization/test_storage.py::test_round_trip"),
+        ('torch.int8, "per_channel", is_symmetric=True', 'torch.int4, "per_channel", is_symmetric=True',
+         "training rounds otherwise than the weights are", "test_fake_quantization_rounds_and_passes_gradients"),
+    ),
+    *mutate("s3a/quantization/storage.py", "tests/quantization/test_storage.py",
+        ("codes[..., ::2] & 15) | (codes[..., 1::2] << 4)", "codes[..., 1::2] & 15) | (codes[..., ::2] << 4)",
+         "the two numbers of a byte are swapped", "test_int4_codes_lie_two_to_a_byte"),
+        ("(signed << 4) >> 4", "signed & 15",
+         "negative numbers are read as positive ones", "test_int4_codes_lie_two_to_a_byte"),
+        ("example.zero_point.clone()", "example.zero_point.clone() + 1",
+         "loaded weights are off by one code", "test_round_trip"),
+    ),
+    *mutate("s3a/quantization/schemes.py", "tests/quantization/test_schemes.py",
+        ("if Version(found) < Version(least):", "if found < least:",
+         "0.9 is newer than 0.18", "test_old_torchao"),
+        ('"float8-weight-only": Scheme(weights="float8")',
+         '"float8-weight-only": Scheme(weights="float8", trains=True)',
+         "a scheme is trained for that cannot be", "test_schemes_that_cannot_be_trained"),
+        ("return None if found >= capability else", "return None if found else",
+         "older GPUs are taken", "test_schemes_that_the_machine_cannot_run"),
+    ),
+    *mutate("s3a/export.py", "tests/test_export.py",
+        ("OPEN_BATCHES = (1, 7)", "OPEN_BATCHES = (1, 2)",
+         "a file is verified at the batch it was traced for", "test_a_file_for_any_batch_is_run_at_more_than_one[7]"),
+        ("OPEN_BATCHES = (1, 7)", "OPEN_BATCHES = (7,)",
+         "a file is not verified for one image", "test_a_file_for_any_batch_is_run_at_more_than_one[1]"),
+        ("difference = max(verify(model, target.load(partial), torch.randn(size, *shape)) for size in sizes)\n"
+         "        partial.replace(path)", "partial.replace(path)\n"
+         "        difference = max(verify(model, target.load(path), torch.randn(size, *shape)) for size in sizes)",
+         "a file is in place before it is verified", "test_wrong_outcomes_are_not_kept"),
+        ("rtol=TOLERANCE, atol=TOLERANCE)", "rtol=TOLERANCE, atol=1.0)",
+         "wrong logits are within the tolerance", "test_wrong_outcomes_are_not_kept"),
+        ("        partial.unlink(missing_ok=True)\n", "        pass\n",
+         "a file that is wrong stays under another name", "test_wrong_outcomes_are_not_kept"),
+        ('if format != "pt2" and quantization:', 'if format == "onnx" and quantization:',
+         "quantized weights are compiled for another machine", "test_quantized_weights_are_for_programs_alone"),
+    ),
+]
+
+# --------------------------------------------------------------------------------------------------------
+# Networks
+# --------------------------------------------------------------------------------------------------------
+
+NETWORKS = [
+    *mutate("s3a/nn/layers.py", "tests/nn/test_layers.py",
+        ("self.fc2(x + self.dwconv(x))", "self.fc2(self.dwconv(x))",
+         "the convolution of a feed-forward network is not residual", "test_conv_ffn"),
+        ("enumerate((2, 1, 2, 1))", "enumerate((2, 2, 1, 1))",
+         "the stem halves the map too early", "test_stem"),
+        ("[act, norm] if norm_last else [norm, act]", "[norm, act]",
+         "norm_last is ignored", "tests/models/test_svit.py::test_stem"),
+        ("(layers if norm_last else layers[:-1])", "(layers)",
+         "the stem ends with an activation", "test_stem"),
+        ("padding=kernel_size // 2, groups=dim", "padding=kernel_size // 2",
+         "depthwise convolutions mix channels", "test_depthwise_conv"),
+        ("self.norm(self.reduction(x.permute(0, 3, 1, 2)))", "self.reduction(x.permute(0, 3, 1, 2))",
+         "downsampling has no norm", "test_downsample"),
+    ),
+    *mutate("s3a/nn/compilation.py", "tests/nn/test_compilation.py",
+        ("tuple(x.shape[1:]), scans, describe_mode(module, x)", "tuple(x.shape[1:]), describe_mode(module, x)",
+         "scans share code until dynamo gives up", "test_blocks_of_another_scan_have_code_of_their_own"),
+        ('any_batch=x.device.type == "cpu")', "any_batch=False)",
+         "every batch size compiles anew", "test_blocks_of_another_scan_have_code_of_their_own"),
+        ("module._compiled_call_impl = partial(call_region, module)", "pass",
+         "nothing is compiled", "test_blocks_of_another_scan_have_code_of_their_own"),
+        ("    if torch.compiler.is_compiling():  # part", "    if False:  # part",
+         "a model is no single graph", "test_inside_of_a_larger_graph_regions_are_plain"),
+        ("@cache_results(maxsize=4096)\ndef compile_region", "def compile_region",
+         "blocks do not share code", "test_blocks_of_another_scan_have_code_of_their_own"),
+    ),
+    *mutate("s3a/models/backbone.py", "tests/models/test_backbone.py",
+        ("branch_scales[1] * fed", "branch_scales[0] * fed",
+         "both branches are dropped together", "test_stochastic_depth"),
+        ("last * index / max(total - 1, 1)", "last * index / total",
+         "the last block is dropped less than the recipe says", "test_drop_path_rate_reaches_the_model"),
+        ("x.mean((2, 3))", "x.amax((2, 3))",
+         "pooling takes the largest", "test_pooling_is_the_mean_of_the_map"),
+        ("self.act(self.norm(self.proj(x).permute(0, 3, 1, 2)))", "self.norm(self.proj(x).permute(0, 3, 1, 2))",
+         "there is no activation in front of the head", "tests/models/test_ssvit.py::test_tiny_logits"),
+        ("x = x + self.pos_conv(x)", "x = self.pos_conv(x)",
+         "the position encoding is not residual", "tests/models/test_ssvit.py::test_tiny_logits"),
+        ("if min(x.shape[2:]) < MIN_IMAGE_SIZE:", "if max(x.shape[2:]) < MIN_IMAGE_SIZE:",
+         "images may be too narrow", "test_small_images_are_refused"),
+        ('"reduction": 4 * 2**index', '"reduction": 2 * 2**index',
+         "features are said to be twice as fine", "tests/models/test_timm_contract.py::test_features_only"),
+        ("if self.grad_checkpointing and self.training:", "if False:",
+         "activations are kept", "test_grad_checkpointing_gives_the_same_gradients"),
+        ("        self.head.apply(init_linear)\n", "",
+         "a new head has PyTorch's weights",
+         "tests/models/test_timm_contract.py::test_a_new_classifier_is_fresh_and_the_body_is_kept"),
+        ("x.new_ones(x.shape[0], 1, 1, 1)", "x.new_ones(1, 1, 1, 1)",
+         "all images of a batch are dropped together", "test_stochastic_depth"),
+    ),
+    *mutate("s3a/models/ssvit.py", "tests/models/test_ssvit.py",
+        ("fixed=rule.fixed_of(block),", 'fixed="window",',
+         "all blocks fix the window", "test_blocks_alternate_between_window_and_anchors"),
+        ("passes=rule.passes,", "",
+         "ablations have both passes", "test_scans_of_an_ablation"),
+        ("stages.{int(match[1]) + 1}.downsample", "stages.{int(match[1])}.downsample",
+         "official downsampling goes to the wrong stage",
+         "tests/weights/test_official.py::test_every_official_key_is_accounted_for"),
+        ("        trunc_normal_(module.weight, std=0.02)\n", "",
+         "convolutions have PyTorch's weights", "test_initialisation"),
+        ("head_hidden_size=head_hidden_size,", "head_hidden_size=None,",
+         "there is no layer in front of the head", "test_tiny_logits"),
+        ("norm1=nn.LayerNorm(dim, eps=1e-6)", "norm1=nn.LayerNorm(dim, eps=1e-2)",
+         "the norm's epsilon is another", "test_tiny_logits"),
+    ),
+    *mutate("s3a/models/svit.py", "tests/models/test_svit.py",
+        ("fold(affinity.mT @ cells) / (mass + 1e-12)", "fold(affinity.mT @ cells)",
+         "super tokens are sums, not means", "test_super_token_attention_is_the_dense_mathematics"),
+        ("cells.shape[-1] ** -0.5", "1",
+         "the association has no scale", "test_super_token_attention_is_the_dense_mathematics"),
+        ("shift(supers, -row, -column)", "shift(supers, row, column)",
+         "super tokens of the other side are seen", "test_super_token_attention_is_the_dense_mathematics"),
+        ("associate(cells.detach())", "associate(cells)",
+         "the association has a gradient", "test_super_token_attention_is_the_dense_mathematics"),
+        ('"b h w (heads three d) -> three', '"b h w (three heads d) -> three',
+         "heads are cut otherwise than in official weights", "test_official_logits"),
+    ),
+    *mutate("s3a/models/vvt.py", "tests/models/test_vvt.py",
+        ("[:, None].expand(-1, width) / height", "[:, None].expand(-1, width) / width",
+         "row angles follow the width", "test_weights_of_places"),
+        ("angles = pi / 2 * torch", "angles = pi * torch",
+         "distant keys count negatively", "test_weights_of_places"),
+        ("query @ key.sum(2).unsqueeze(3) + 1e-4)", "query @ key.sum(2).unsqueeze(3) + 1e-1)",
+         "the attention's sum is of another epsilon", "test_vicinity_attention_is_the_quadratic_one"),
+        ("clamp_magnitude(out + out * self.gate", "clamp_magnitude(out * self.gate",
+         "the feature-preserving connection is none", "test_vicinity_attention_is_the_quadratic_one"),
+        ("x.sign() * x.abs().clamp(SMALLEST, LARGEST)", "x.clamp(SMALLEST, LARGEST)",
+         "clamping loses the sign", "test_clamp_keeps_signs_and_zeros"),
+    ),
+]
+
+# --------------------------------------------------------------------------------------------------------
+# Analysis, comparison and support
+# --------------------------------------------------------------------------------------------------------
+
+REST = [
+    *mutate("s3a/analysis/cost.py", "tests/analysis/test_cost.py",
+        ('counter.macs["layers"] / 2**30', 'counter.macs["layers"] / 1e9',
+         "published costs are in another unit", "test_cost_is_the_published_one"),
+        ("return 2 * dim * sum(", "return dim * sum(",
+         "values of a scan are not counted", "test_cost_equals_a_count_by_hand"),
+        ("+= flops // 2", "+= flops",
+         "a multiply-accumulate counts twice", "test_cost_is_the_published_one"),
+        ("        self.inside_scan = False\n        self.macs", "        self.macs",
+         "products behind a scan are not counted", "test_products_around_a_scan_are_counted"),
+        ("if is_layer or not self.inside_scan:", "if True:",
+         "what a backend runs is counted beside its pairs", "test_cost_equals_a_count_by_hand"),
+        ("copies[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty",
+         "copies[id(tensor)] = tensor",
+         "counting computes with the weights", "test_cost_leaves_the_model_alone"),
+    ),
+    *mutate("s3a/analysis/attribution.py", "tests/analysis/test_attribution.py",
+        ("(to_seen * seen).sum((0, 2, 3)), (to_value * value)", "(to_value * value).sum((0, 2, 3)), (to_seen * seen)",
+         "anchors and tokens are swapped", "test_equals_dense_attention"),
+        ("attend(query, key, seen, plan", "attend(query, key, value, plan",
+         "anchors have not seen their windows", "test_equals_dense_attention"),
+        ("for size in reversed(has_both)", "for size in has_both",
+         "the finest map is shown", "test_the_deepest_map_with_both_passes"),
+        ("        model.train(was_training)\n", "",
+         "the model is left in evaluation mode", "test_the_model_is_left_as_it_is"),
+        ("label = int(logits.argmax())", "label = 0",
+         "the first class is explained", "test_the_class_is_the_most_probable_one"),
+        ('torch.compiler.set_stance("force_eager")', 'torch.compiler.set_stance("default")',
+         "compiled models are not recorded", "test_compiled_and_frozen_models"),
+    ),
+    *mutate("s3a/analysis/overlay.py", "tests/analysis/test_overlay.py",
+        ("float(anchors[row, column]) / total", "float(anchors[row, column])",
+         "shares do not add up to 1", "test_marks_are_what_spoke_for_the_class"),
+        ("scan.anchors.clamp(min=0)", "scan.anchors.abs()",
+         "anchors that spoke against the class are shown", "test_marks_are_what_spoke_for_the_class"),
+        ("(before.height - after.height) / 2 * view.tall", "(before.height - after.height) * view.tall",
+         "the crop is not in the middle", "test_what_the_network_sees"),
+        ("return across, self.view.top + row * self.tall + self.view.tall / 2",
+         "return across, self.view.top + row * self.tall + self.tall / 2",
+         "anchors lie half a token too low", "test_marks_lie_on_their_tokens"),
+        ("alone = not any(do_overlap", "alone = True or any(do_overlap",
+         "windows overlap", "test_framed_windows_do_not_overlap_and_are_strong"),
+        ("min(last[0] + self.wide / 2, self.view.left + self.view.width)", "last[0] + self.wide / 2",
+         "windows leave what the network saw", "test_the_last_tokens_of_an_odd_picture_are_cut"),
+    ),
+    *mutate("s3a/analysis/explain.py", "tests/analysis/test_explain.py",
+        ("100 * self.num_pairs / self.num_tokens**2", "100 * self.num_pairs / self.num_tokens",
+         "a density is above 100 %", "test_scans_of_an_ablation"),
+        ("Operands(device, dtype, head_dim, training))", "Operands(device, dtype, head_dim, False))",
+         "training is explained as inference", "test_the_backend_has_its_reasons"),
+    ),
+    *mutate("s3a/comparison/scores.py", "tests/tools/test_compare.py",
+        ('summarise_seeds([history[-1]["val_top1"] for',
+         'summarise_seeds([max(line["val_top1"] for line in history) for',
+         "top-1 is that of the best epoch", "test_a_row_has_the_last_epoch_and_the_best_one_apart"),
+        ("deviation / math.sqrt(len(difference", "deviation / (len(difference",
+         "the standard error falls with the number of seeds", "test_spreads"),
+        ("[own - its for own, its in", "[its - own for own, its in",
+         "differences have the wrong sign", "test_differences_are_paired_by_seed"),
+        ("statistics.stdev(figures)", "statistics.pstdev(figures)",
+         "deviations are of a whole population", "test_spreads"),
+        ("if not is_finished(recipe, data):", "if True:",
+         "a finished run is begun again", "test_a_comparison_and_what_goes_on_from_it"),
+    ),
+    *mutate("s3a/comparison/candidates.py", "tests/tools/test_compare.py",
+        ("reference_gmacs / cost.gmacs) if", "cost.gmacs / reference_gmacs) if",
+         "the dearer a candidate, the longer it is trained", "test_equal_compute"),
+        ("warmup = recipe.warmup_epochs * epochs / recipe.epochs", "warmup = recipe.warmup_epochs",
+         "the warm-up does not keep its share", "test_equal_compute"),
+        ("size=None if sizes == {self.size} else self.size", "size=self.size",
+         "runs of the plain model are not shared", "test_what_is_the_models_own_is_the_plain_model"),
+    ),
+    *mutate("s3a/comparison/speed.py", "tests/tools/test_compare.py",
+        ("more * (side / large) **", "more * (large / side) **",
+         "larger images need less memory", "test_memory_is_extrapolated_and_what_would_not_fit_is_said"),
+        ("tracker.track_external(*held)", "pass",
+         "weights are left out of the memory", "test_peak_memory"),
+        ("1e3 * batch_size / time for", "1e3 / time for",
+         "throughput is of batches", "test_throughput_is_of_images"),
+    ),
+    *mutate("s3a/support/compiler.py", "tests/support/test_compiler.py",
+        ("fail_on_recompile_limit_hit=True", "fail_on_recompile_limit_hit=False",
+         "the ninth kind of input runs uncompiled in silence",
+         "test_the_ninth_shape_is_an_error_and_not_run_uncompiled"),
+        ("except (RuntimeError, FailOnRecompileLimitHit) as error:", "except RuntimeError as error:",
+         "the ninth kind of input is a traceback", "test_the_ninth_shape_is_an_error_and_not_run_uncompiled"),
+        ("    return torch.compile(copy, fullgraph=True)\n", "    return torch.compile(copy)\n",
+         "what cannot be compiled runs uncompiled in silence", "test_a_copy_is_one_graph_or_an_error"),
+        ("    with torch.inference_mode(False), _disable_current_modes():\n", "    with _disable_current_modes():\n",
+         "plans of inference cannot be trained on",
+         "tests/attention/test_plan.py::test_plans_survive_the_mode_they_are_built_in"),
+    ),
+    *mutate("s3a/support/caches.py", "tests/attention/test_plan.py",
+        ("        CACHES.append(cached)\n", "",
+         "clear_caches forgets nothing", "test_cleared_caches_build_anew"),
+    ),
+    *mutate("s3a/support/timing.py", "tests/support/test_timing.py",
+        ("statistics.median(each)", "statistics.fmean(each)",
+         "a slow turn spoils the figure", "test_a_slow_turn_leaves_the_median_as_it_is"),
+        ("return 1e3 * (time.perf_counter() - started)", "return time.perf_counter() - started",
+         "times are seconds", "test_times_are_milliseconds"),
+    ),
+    *mutate("s3a/support/command_line.py", "tests/training/test_processes.py",
+        ("sys.exit(RESUME_STATUS)", "sys.exit(1)",
+         "schedulers do not start a stopped run again", "test_the_command_that_a_signal_stops_ends_with_75"),
+    ),
+]
+
+MUTATIONS = [*OPERATOR, *BLIND, *TRAINING, *DATA, *WEIGHTS, *DEPLOYMENT, *NETWORKS, *REST]
+# fmt: on
+
+
+# --------------------------------------------------------------------------------------------------------
+# Trials
+# --------------------------------------------------------------------------------------------------------
+
+Verdict = Literal["killed", "survived", "fault of the list"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Mutations that are applied at once, and the tests that are run with them.
+
+    Attributes:
+        mutations: none for the library as it is.
+        tests: ids.
+    """
+
+    mutations: tuple[Mutation, ...]
+    tests: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return str(self.mutations[0]) if len(self.mutations) == 1 else f"{len(self.mutations)} mutations together"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What pytest said of a trial.
+
+    Attributes:
+        status: of pytest; None where it took too long.
+        failed: ids of tests that failed, with their parameters.
+        output: all that was printed.
+        seconds: that it took.
+    """
+
+    status: int | None
+    failed: tuple[str, ...] = ()
+    output: str = ""
+    seconds: float = 0.0
+
+
+def make_trial(*mutations: Mutation) -> Trial:
+    """The trial of some mutations with their tests."""
+    return Trial(mutations=mutations, tests=tuple(dict.fromkeys(each.test for each in mutations)))
+
+
+def list_green(trial: Trial, report: Report) -> list[str]:
+    """The tests of a trial of which no case failed."""
+    failed = {*report.failed, *(test.partition("[")[0] for test in report.failed)}
+    return [test for test in trial.tests if test not in failed]
+
+
+def judge(trial: Trial, report: Report) -> Verdict:
+    """Whether the tests saw the mutations: killed if each of them failed.
+
+    pytest has to end with the status of failed tests: a test that cannot be collected, is deselected as a slow one, or
+    does not end shows nothing.
+    """
+    if report.status == 0:
+        return "survived"
+    if report.status != 1:
+        return "fault of the list"
+    return "survived" if list_green(trial, report) else "killed"
+
+
+def apply_mutations(root: Path, mutations: Sequence[Mutation]) -> None:
+    """Applies mutations to the files under a folder."""
+    for mutation in mutations:
+        path = root / mutation.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(mutation.old) != 1:
+            raise ValueError(f"{mutation}: the old text stands there {text.count(mutation.old)} times, must be once")
+        path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+
+
+def copy_repository(target: Path) -> None:
+    """Copies what tests read of the repository."""
+    for entry in ROOT.iterdir():
+        if entry.name in PARTS:
+            shutil.copytree(entry, target / entry.name, ignore=IGNORED)
+        elif entry.is_file():
+            shutil.copy2(entry, target)
+    for folder in (".ci", ".github"):
+        if (ROOT / folder).is_dir():
+            shutil.copytree(ROOT / folder, target / folder)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Workers
+# --------------------------------------------------------------------------------------------------------
+
+
+def start_worker(home: str) -> None:
+    """Prepares a worker process: everything is imported that a child would otherwise import again for every trial.
+
+    Some libraries read the environment when they are imported. So the Hub of the tests gets its address here, and a
+    child serves it there.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "HF_HOME": str(Path(home) / f"hub-{os.getpid()}"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(home) / "inductor"),  # generated code is found by what it is made of
+    }
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao makes it warn
+    for name in LIBRARIES:
+        if importlib.util.find_spec(name.partition(".")[0]):
+            importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)  # a forked process has no threads but one
+    gc.freeze()  # a child would look through all that was imported again and again
+    atexit.register(gc.unfreeze)
+    assert "s3a" not in sys.modules
+
+
+def run_trial(trial: Trial, seconds: float) -> Report:
+    """Runs the tests of a trial in a forked process, on a copy of the repository with its mutations."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="s3a-mutation-") as name:
+        folder = Path(name)
+        (folder / "tree").mkdir()
+        (folder / "temporary").mkdir()
+        copy_repository(folder / "tree")
+        apply_mutations(folder / "tree", trial.mutations)
+        child = os.fork()
+        if child == 0:
+            run_child(folder, trial)
+        status = wait_for(child, seconds)
+        found = json.loads((folder / "failed.json").read_text()) if (folder / "failed.json").exists() else []
+        output = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+    return Report(status=status, failed=tuple(found), output=output, seconds=time.monotonic() - started)
+
+
+def wait_for(child: int, seconds: float) -> int | None:
+    """The exit status of a forked process; None if it did not end in time, and was killed with all that it started."""
+    deadline, ended, status = time.monotonic() + seconds, 0, 0
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.02)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # or what a test has left behind
+    if ended:
+        return os.waitstatus_to_exitcode(status)
+    os.waitpid(child, 0)
+    return None
+
+
+def run_child(folder: Path, trial: Trial) -> None:
+    """Runs the tests in this process and ends it with pytest's status."""
+    status = BROKEN
+    try:
+        os.setsid()
+        output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        enter_tree(folder)
+        recorder = Recorder()
+        options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:randomly", f"--rootdir={folder / 'tree'}"]
+        options += ["-n", "0"] if importlib.util.find_spec("xdist") else []
+        options += ["-x"] if len(trial.tests) == 1 else []
+        status = sys.modules["pytest"].main([*options, *trial.tests], plugins=[recorder])
+        (folder / "failed.json").write_text(json.dumps(recorder.failed))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def enter_tree(folder: Path) -> None:
+    """Makes this process, and those that it starts, import `s3a` and the tests from the copy."""
+    tree = folder / "tree"
+    os.chdir(tree)
+    sys.path[:] = [str(tree), str(tree / "tests"), *(each for each in sys.path if not is_inside(each, ROOT))]
+    importlib.invalidate_caches()
+    os.environ |= {"PYTHONPATH": str(tree), "TMPDIR": str(folder / "temporary")}
+    tempfile.tempdir = None
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)  # of the last trial
+    hub = importlib.import_module("helpers.hub_server").HUB
+    hub.stop()
+    hub.port = int(os.environ["HF_ENDPOINT"].rpartition(":")[2])
+    hub.start()
+
+
+def is_inside(path: str, folder: Path) -> bool:
+    """Whether an entry of sys.path is a folder or in it; an empty one is the working directory."""
+    return Path(path or ".").resolve().is_relative_to(folder)
+
+
+class Recorder:
+    """A plugin of pytest that notes which tests failed."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    def pytest_runtest_logreport(self, report: object) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+
+# --------------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Runs the selected mutations; see the head of this file."""
+    options = parse_options()
+    selected = select(options.paths, options.words or [""])
+    if options.list:
+        print("\n".join(f"{each}\n    {each.test}" for each in selected))
+        return
+    trials = [make_trial(each) for each in selected]
+    if set(BLIND) <= set(selected):
+        trials.append(make_trial(*BLIND))
+    with tempfile.TemporaryDirectory(prefix="s3a-mutations-") as home:
+        spawn = multiprocessing.get_context("spawn")  # workers must not have what this process has imported
+        with ProcessPoolExecutor(options.jobs, spawn, start_worker, (home,)) as pool:
+            check_unmutated(pool, selected, options)
+            verdicts = list(run_trials(pool, trials, options.timeout))
+    survived, faults = verdicts.count("survived"), verdicts.count("fault of the list")
+    print(f"{len(trials)} trials: {verdicts.count('killed')} killed, {survived} survived, {faults} faults of the list")
+    sys.exit(2 if faults else 1 if survived else 0)
+
+
+def parse_options() -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("paths", nargs="*", help="files or folders of the library whose mutations are run")
+    parser.add_argument("-k", dest="words", action="append", help="only those with this text; or that of another -k")
+    parser.add_argument("--list", action="store_true", help="print the mutations, run nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="how many run at a time")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds after which a test does not end")
+    parser.add_argument("--unchecked", action="store_true", help="do not run the tests on the library as it is first")
+    return parser.parse_args()
+
+
+def select(paths: Sequence[str], words: Sequence[str]) -> list[Mutation]:
+    """The mutations of some files or folders (of all, where none is given) that have one of the words in them."""
+    wanted = [Path(path).resolve().relative_to(ROOT) for path in paths] or [Path()]
+    return [
+        each
+        for each in MUTATIONS
+        if any(Path(each.file).is_relative_to(path) for path in wanted)
+        and any(word.lower() in f"{each} {each.test}".lower() for word in words)
+    ]
+
+
+def check_unmutated(pool: ProcessPoolExecutor, selected: list[Mutation], options: argparse.Namespace) -> None:
+    """Runs all tests on the library as it is; ends with status 2 where one fails, since it would prove nothing."""
+    if options.unchecked:
+        return
+    by_file: dict[str, list[str]] = {}
+    for each in selected:
+        by_file.setdefault(each.test.partition("::")[0], []).append(each.test)
+    trials = [Trial(mutations=(), tests=tuple(dict.fromkeys(tests))) for tests in by_file.values()]
+    started = [pool.submit(run_trial, trial, options.timeout + 60 * len(trial.tests)) for trial in trials]
+    broken = [done.result() for done in as_completed(started) if done.result().status != 0]
+    if broken:
+        print("these fail without any mutation:", *(report.output for report in broken), sep="\n", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_trials(pool: ProcessPoolExecutor, trials: list[Trial], timeout: float) -> Iterator[Verdict]:
+    """Runs trials and prints a line for each as it ends; gives the verdicts."""
+    started = {pool.submit(run_trial, trial, timeout): trial for trial in trials}
+    for done in as_completed(started):
+        trial, report = started[done], done.result()
+        verdict = judge(trial, report)
+        print(f"{verdict:<17} {trial} ({report.seconds:.0f} s)", flush=True)
+        if verdict == "survived":
+            print(*(f"    green: {test}" for test in list_green(trial, report)), sep="\n", flush=True)
+        elif verdict != "killed":
+            reason = "did not end" if report.status is None else f"pytest's status is {report.status}"
+            print(f"    {' '.join(trial.tests)}: {reason}\n{report.output[-3000:]}", flush=True)
+        yield verdict
+
+
+if __name__ == "__main__":
+    main()
