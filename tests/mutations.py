@@ -1,6 +1,6 @@
 """Mutations: faults that are put into the library one by one, each with the test that must notice it.
 
-    python tests/mutations.py                             # all of them, in about half an hour
+    python tests/mutations.py                             # all of them, in about 25 minutes
     python tests/mutations.py s3a/data -k window --jobs 2 # those of a file or folder, with a word in their description
     python tests/mutations.py --list
 
