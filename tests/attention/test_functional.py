@@ -473,14 +473,24 @@ def test_inputs_are_left_alone():
     assert all(map(torch.equal, inputs, before))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+MAPS = [
+    (16, 16, 7, "window", [True, True]),
+    (13, 22, 3, "anchors", [True, True]),
+    (28, 28, 7, "anchors", [True, False]),
+    (5, 23, 7, "window", [True]),
+]
+
+
 @pytest.mark.parametrize(
-    ("height", "width", "size", "fixed", "listed"),
+    ("height", "width", "size", "fixed", "listed", "dtype"),
     [
-        (16, 16, 7, "window", [True, True]),
-        (13, 22, 3, "anchors", [True, True]),
-        (28, 28, 7, "anchors", [True, False]),
-        (5, 23, 7, "window", [True]),
+        *((*each, torch.float32) for each in MAPS),
+        *((*MAPS[2], dtype) for dtype in (torch.bfloat16, torch.float64)),
+        *(
+            pytest.param(*each, dtype, marks=pytest.mark.slow)
+            for each in (*MAPS[:2], MAPS[3])
+            for dtype in (torch.bfloat16, torch.float64)
+        ),
     ],
 )
 def test_compiled_inference_is_the_oracle(height, width, size, fixed, listed, dtype):

@@ -1,14 +1,15 @@
 """Plans are the geometry, laid out: every layout is unfolded into a dense mask and held against the rule."""
 
 import json
-import subprocess
-import sys
+import os
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.backends import list_backends
+from helpers.fork_server import run_python
 from helpers.golden import chained_attention, dense_mask, error, seen_keys
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -367,8 +368,8 @@ def test_plans_of_65536_tokens_are_quick_and_small(backend: str, fixed: str):
 
     Limits: 1 GB more than a warm process, and 2 s of processor time, so that other work on the machine does not count.
     """
-    command = [sys.executable, "-c", BUILD_LARGE, backend, fixed]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    finished = run_python(["-c", BUILD_LARGE, backend, fixed], Path.cwd(), dict(os.environ))
+    assert finished.returncode == 0, finished.stderr
     measured = json.loads(finished.stdout.splitlines()[-1])
     assert measured["passes"] == 2
     assert measured["bytes"] < 1e9

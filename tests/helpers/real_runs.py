@@ -3,11 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from helpers.fork_server import run_python
+from helpers.fork_server import run_python, run_together
 
 ROOT = Path(__file__).parents[2]
 # Everything that could break a resume: averages, mixing, drop path, repeats, checkpoints inside epochs.
@@ -93,6 +94,17 @@ def read_metrics(folder: Path) -> list[dict]:
 def make_launcher(count: int) -> list[str]:
     """The command that starts a script in so many processes."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+
+
+def run_ranks(count: int, *arguments: str, **environment: str) -> list[subprocess.CompletedProcess]:
+    """Runs a script in so many processes that know each other, as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    places = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return run_together([list(arguments)] * count, ROOT, places if count > 1 else [{**os.environ, **environment}])
 
 
 def launch(count: int, *args: str, driver: tuple[str, ...] = ()) -> subprocess.CompletedProcess:

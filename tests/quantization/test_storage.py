@@ -1,14 +1,14 @@
 """Quantized weights folders: codes and scales by hand, models that come back bit by bit, and what is refused."""
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers.fork_server import run_python
 from helpers.quantized import ON_CPUS, SHAPE, compute_logits, make_trained
 from safetensors.torch import load_file, save_file
 
@@ -104,8 +104,8 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path: Path):
     np.save(tmp_path / "images.npy", images.numpy())
     files = [str(tmp_path), str(tmp_path / "images.npy"), str(tmp_path / "logits.npy")]
     code = f"import torch; torch.set_num_threads(1)\n{FRESH}"
-    run = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
-    assert run.stderr == ""
+    run = run_python(["-c", code, *files], tmp_path, dict(os.environ))
+    assert (run.returncode, run.stderr) == (0, "")
     assert np.array_equal(np.load(tmp_path / "logits.npy"), compute_logits(model, images).numpy())
 
 

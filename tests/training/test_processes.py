@@ -21,6 +21,7 @@ from helpers.real_runs import (
     read_metrics,
     read_weights,
     run_command,
+    run_ranks,
     train,
 )
 from helpers.small_runs import call_command
@@ -87,9 +88,8 @@ def losses(folder: Path, pretrained: Path, count: int, before: str = "", **envir
     options += ["--weights", str(pretrained)]
     path = folder / "losses.py"
     path.write_text(before + LOSSES)
-    command = [*make_launcher(count), str(path), *options] if count > 1 else [sys.executable, str(path), *options]
-    ended = run_command(command, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT), **environment)
-    assert ended.returncode == 0, ended.stderr
+    ended, *others = run_ranks(count, str(path), *options, ACCELERATE_USE_CPU="true", **environment)
+    assert [each.returncode for each in (ended, *others)] == [0] * count, ended.stderr
     return [float(line.split()[1]) for line in ended.stderr.splitlines() if line.startswith("loss ")][:20]
 
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
+import os
+from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from helpers.fork_server import run_python
 from helpers.small_runs import read_metrics, train_changed
 from matplotlib.figure import Figure
 from PIL import Image
@@ -52,7 +53,7 @@ def test_a_run_has_one_process_at_a_time(recipe, monkeypatch):
             other = "from s3a.training.run_folder import *; from s3a.training.recipe import Recipe; import sys, json; "
             other += "claim_folder(Recipe(model='ssvit_nano', data='digits', image_size=32, epochs=1, batch_size=8, "
             other += f"learning_rate=1.0, output_dir=Path({str(recipe.output_dir)!r})))"
-            tried.append(subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=False))
+            tried.append(run_python(["-c", other], Path.cwd(), dict(os.environ)))
         step(run, progress, batches)
 
     monkeypatch.setattr(trainer, "train_step", intruded)

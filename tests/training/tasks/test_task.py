@@ -48,14 +48,16 @@ def brightness(images: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    """Two short epochs of the digits, with what could break a resume: drop path, crops, an average of the weights."""
+def recipe(images: Path, tmp_path: Path) -> Recipe:
+    """Two short epochs, with what could break a resume: drop path, crops, an average of the weights."""
     return dataclasses.replace(
         get_recipe("digits"),
+        data="imagefolder",
+        data_dir=images,
         image_size=32,
         epochs=2,
         warmup_epochs=0.5,
-        batch_size=256,
+        batch_size=9,
         drop_path=0.2,
         ema_decay=0.9,
         cpu_threads=1,
