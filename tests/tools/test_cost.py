@@ -2,12 +2,16 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import timm
 import torch
 from helpers.command_line import Command, check_refused
 
 from s3a.analysis.cost import count_cost
+from s3a.published import PUBLISHED
+
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_cost_command(command: Command) -> None:
@@ -21,7 +25,16 @@ def test_cost_command(command: Command) -> None:
     assert base["gmacs"] > base["published_gmacs"] > tiny["gmacs"]
 
 
+def rows_of_readme() -> list[list[str]]:
+    """The README's table of models: name, parameters, both costs, top-1."""
+    _, _, section = README.read_text(encoding="utf-8").partition("| model | parameters | GMACs, layers alone |")
+    lines = section.partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip(" `%") for cell in line.split("|")[1:-1]] for line in lines]
+
+
 def test_cost_command_for_people(command: Command) -> None:
+    """And the README prints the same of every published model."""
+    published = [[name] for name in PUBLISHED]
     status, out, _ = command("cost")
     rows = [line.split() for line in out.splitlines()]
     assert status == 0
@@ -32,6 +45,7 @@ def test_cost_command_for_people(command: Command) -> None:
     assert ["vvt_large", "61,848,520", "9.47", "10.79", "10.8", "84.1"] in rows
     assert "2^30" in out
     assert "10^9" in out
+    assert rows_of_readme() == [[row[0], row[1], row[2], row[3], row[5]] for row in rows if row[:1] in published]
 
 
 def test_papers_figures_are_those_of_the_size(command: Command) -> None:
