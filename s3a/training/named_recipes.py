@@ -18,15 +18,15 @@ SIZES = {**ssvit.SIZES, **svit.SIZES, **vvt.SIZES}
 
 
 def digits() -> Recipe:
-    """scikit-learn's 1,797 handwritten digits at 64 px: 99 % top-1 in about two minutes on two CPU cores."""
+    """scikit-learn's 1,797 handwritten digits, of 8 x 8 pixels, at 48 px: 99 % top-1 in about a minute on two cores."""
     return Recipe(
         model="ssvit_nano",
         data="digits",
-        image_size=64,
-        epochs=28,
+        image_size=48,
+        epochs=18,
         batch_size=64,
         learning_rate=1.6e-2,
-        warmup_epochs=1.5,
+        warmup_epochs=1,
         schedule="step",
         drop_path=0.1,
         crop_scale=(0.8, 1.0),

@@ -156,8 +156,8 @@ def test_photographs_have_recipes_of_their_own(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "epochs", "warmup", "cooldown", "late"),
     [
-        ("digits", 1, 1.5 / 28, 0, None),
-        ("digits", 14, 0.75, 0, None),
+        ("digits", 1, 1 / 18, 0, None),
+        ("digits", 9, 0.5, 0, None),
         ("photos", 3, 0.3, 0, None),
         ("ssvit_tiny_imagenet", 1, 0, 0, None),
         ("ssvit_tiny_imagenet", 3, 0, 0, None),

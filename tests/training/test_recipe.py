@@ -27,7 +27,7 @@ def test_the_command_line_overrides_a_named_recipe(images, tmp_path):
     call_command("train.py", "digits", *source, *small, "--output-dir", folder)
     written = json.loads((folder / "recipe.json").read_text())
     assert (written["data"], written["seed"], written["epochs"]) == ("imagefolder", 3, 1)
-    assert written["warmup_epochs"] == pytest.approx(1.5 / 28), "digits' own, shortened"
+    assert written["warmup_epochs"] == pytest.approx(1 / 18), "digits' own, shortened"
     assert load_file(folder / "model" / "model.safetensors")["head.weight"].shape[0] == 2
 
 
@@ -48,7 +48,7 @@ def test_fine_tuning_on_photographs_needs_weights_and_a_folder_alone(images, pre
         (["photos"], None),
         (
             ["--data", "imagefolder"],
-            "those of the digits: ssvit_nano at 64 px, not mirrored; .*recipes/train.py photos",
+            "those of the digits: ssvit_nano at 48 px, not mirrored; .*recipes/train.py photos",
         ),
         (["--data", "hub", "--dataset", "org/birds"], "those of the digits"),
     ],
@@ -76,7 +76,7 @@ def test_other_images_without_a_recipes_name_are_told_of_photos(monkeypatch, arg
         (["--label-smoothing", "2"], "--label-smoothing is 2.0: it must be between 0 and 1"),
         (["--scan", "densee"], "scan 'densee' is unknown.*did you mean 'dense'"),
         (["--size", "0"], "--size is 0: it must be above 0"),
-        (["--late-drop-path", "0.6", "29"], "--late-drop-path is 0.6 29: .*how many of the 28 epochs"),
+        (["--late-drop-path", "0.6", "19"], "--late-drop-path is 0.6 19: .*how many of the 18 epochs"),
         (["--late-drop-path", "1.6", "2"], "--late-drop-path is 1.6 2: it must be a rate between 0 and 1"),
         (["--image-size", "16"], "16 x 16 pixels: each side must be at least 32"),
         (["--data", "imagefolder"], "--data-dir DIR"),
