@@ -147,8 +147,9 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusalError(self.hub.failing)
         if self.command == "POST":
             return json.dumps(self.post(path, body)).encode(), {"Content-Type": "application/json"}
-        if match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self.resolve(*match.groups())
+        # here a slash of the revision is quoted, and one of the file's name is not
+        if match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", urlsplit(self.path).path):
+            return self.resolve(*map(unquote, match.groups()))
         if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/auth-check", path):
             self.check_access(match[1])
             return b"OK", {}
