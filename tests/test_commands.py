@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import get_args
 
+import mutations
 import numpy as np
 import pytest
 import timm
@@ -135,7 +136,9 @@ def parse_script(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPa
         patch.setattr("s3a.support.command_line.run_command", lambda kind, _: options.append(parse_options(kind)))
         patch.setattr("s3a.training.trainer.train", lambda recipe, **_: options.append(recipe))
         patch.setattr(sys, "argv", [script, *arguments])
-        if script == "tools/compare.py":
+        if script == "tests/mutations.py":
+            options.append(mutations.parse_options())
+        elif script == "tools/compare.py":
             options += runpy.run_path(str(ROOT / script))["parse_arguments"](arguments)
         else:
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -289,6 +292,7 @@ def test_python_runs(guide: Path, clone: Path, program: ModuleType, hub: Hub, mo
 NOT_RUN = {  # all other commands are
     r"pip install|venv|pre-commit|pytest|ruff|mypy|\.ci/run": "the environment is made, and these are its checks",
     r"hf auth login": "asks for a token",
+    r"tests/mutations\.py": "tests the tests for half an hour",
     r"_imagenet(?!.*--print-recipe)|_384": "needs ImageNet",
     r"--num_processes|--use_fsdp": "needs several GPUs",
     r"tools/benchmark\.py (?!compare)|tools/compare\.py|ssvit_small": "measures or compiles for minutes to days",

@@ -52,7 +52,7 @@ def check_alone(model: nn.Module, path: Path, format: str, sizes: tuple[int, ...
         np.testing.assert_allclose(found, right, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("format", "options"), [("pt2", {}), ("onnx", TINY)])
+@pytest.mark.parametrize(("format", "options"), [pytest.param("pt2", {}, marks=pytest.mark.slow), ("onnx", TINY)])
 def test_any_batch(tmp_path: Path, format: str, options: dict):
     model, path = make_confident(**options), tmp_path / f"model{FORMATS[format].suffix}"
     assert export(model, path, format, height=64, width=48, dynamic_batch=True) < 1e-4
@@ -60,7 +60,9 @@ def test_any_batch(tmp_path: Path, format: str, options: dict):
     assert [each.name for each in tmp_path.iterdir() if each.suffix != ".npz"] == [path.name]
 
 
-@pytest.mark.parametrize(("name", "format"), [("vvt_nano", "onnx"), ("svit_nano", "pt2")])
+@pytest.mark.parametrize(
+    ("name", "format"), [("vvt_nano", "onnx"), pytest.param("svit_nano", "pt2", marks=pytest.mark.slow)]
+)
 def test_one_batch(tmp_path: Path, name: str, format: str):
     """A file with a fixed batch is verified at that size, and refuses others."""
     model, path = make_confident(name), tmp_path / f"model{FORMATS[format].suffix}"
@@ -70,6 +72,7 @@ def test_one_batch(tmp_path: Path, name: str, format: str):
         FORMATS[format].load(path)(torch.randn(2, 3, 64, 64))
 
 
+@pytest.mark.slow
 def test_compiled_packages(tmp_path: Path):
     model, path = make_confident(**TINY), tmp_path / "model.pt2"
     assert export(model, path, "aoti", height=64, width=64, dynamic_batch=True) < 1e-4
@@ -85,9 +88,8 @@ def test_every_family_in_every_format(tmp_path: Path, name: str, format: str):
     check_alone(model, path, format, (1, 7), (64, 96))
 
 
-@pytest.mark.parametrize(
-    "scheme", ["int8-dynamic", pytest.param("int8-activations-int4-weights", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-activations-int4-weights"])
 def test_quantized_programs(tmp_path: Path, scheme: str):
     """The same operators on the same codes, without torchao."""
     model, path = quantize(make_confident(**TINY), scheme), tmp_path / "model.pt2"

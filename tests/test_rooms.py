@@ -134,8 +134,26 @@ def test_faults_are_found(name, line, fault, tmp_path):
     assert any(fault in each for each in faults), faults
 
 
-def find_global_changes(first: list[str], then: list[str], folder: Path) -> list[str]:
-    """What importing the later modules changes in a fresh process that has imported the first ones, a line each."""
+CARELESS = {
+    "import os; os.environ['OMP_WAIT_POLICY'] = 'passive'": "os.environ[OMP_WAIT_POLICY]",
+    "import matplotlib; matplotlib.use('agg')": "matplotlib.rcParams[backend]",
+    "import warnings; warnings.filterwarnings('ignore', 'all is well')": "all is well",
+    "import logging; logging.getLogger('torch').setLevel('ERROR')": "the logger 'torch'",
+    "import signal; signal.signal(signal.SIGUSR1, print)": "the handler of SIGUSR1",
+    "import torch; torch.set_num_threads(torch.get_num_threads() + 1)": "torch.get_num_threads",
+    "torch._dynamo.config.recompile_limit = 3": "torch._dynamo.config.recompile_limit",
+    "torch.manual_seed(1)": "the state of torch's generator",
+    "torch.nn.functional.relu = print": "torch.nn.functional.relu was replaced",
+    "from timm.data import auto_augment; auto_augment.NAME_TO_OP['Rotate'] = print": "NAME_TO_OP[Rotate]",
+}
+"""Lines of a module, each with what it changes for all others."""
+
+
+@pytest.fixture(scope="module")
+def global_changes(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
+    """What importing all modules changes in a fresh process that has what they import, and then a careless module."""
+    folder, modules = tmp_path_factory.mktemp("modules"), list_modules()
+    (folder / "careless.py").write_text("\n".join(CARELESS), encoding="utf-8")
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
@@ -144,7 +162,7 @@ def find_global_changes(first: list[str], then: list[str], folder: Path) -> list
     }
     finished = subprocess.run(
         [sys.executable, "-m", "helpers.global_state"],
-        input=json.dumps({"first": first, "then": then}),
+        input=json.dumps({"first": list_outside_imports(modules), "then": [sorted(modules), ["careless"]]}),
         env=environment,
         capture_output=True,
         check=False,
@@ -152,33 +170,20 @@ def find_global_changes(first: list[str], then: list[str], folder: Path) -> list
         timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
+    library, careless = json.loads(finished.stdout)
+    return library, careless
 
 
-def test_importing_changes_nothing_global(tmp_path):
+def test_importing_changes_nothing_global(global_changes):
     """timm's registry of models excepted, which nothing here looks at: that change is what the package is for."""
-    modules = list_modules()
-    changes = find_global_changes(list_outside_imports(modules), sorted(modules), tmp_path)
-    assert not changes, "\n".join(changes)
+    library, _ = global_changes
+    assert not library, "\n".join(library)
 
 
-def test_global_changes_are_found(tmp_path):
-    lines = {
-        "import os; os.environ['OMP_WAIT_POLICY'] = 'passive'": "os.environ[OMP_WAIT_POLICY]",
-        "import matplotlib; matplotlib.use('agg')": "matplotlib.rcParams[backend]",
-        "import warnings; warnings.filterwarnings('ignore', 'all is well')": "all is well",
-        "import logging; logging.getLogger('torch').setLevel('ERROR')": "the logger 'torch'",
-        "import signal; signal.signal(signal.SIGUSR1, print)": "the handler of SIGUSR1",
-        "import torch; torch.set_num_threads(torch.get_num_threads() + 1)": "torch.get_num_threads",
-        "torch._dynamo.config.recompile_limit = 3": "torch._dynamo.config.recompile_limit",
-        "torch.manual_seed(1)": "the state of torch's generator",
-        "torch.nn.functional.relu = print": "torch.nn.functional.relu was replaced",
-        "from timm.data import auto_augment; auto_augment.NAME_TO_OP['Rotate'] = print": "NAME_TO_OP[Rotate]",
-    }
-    (tmp_path / "careless.py").write_text("\n".join(lines), encoding="utf-8")
-    changes = find_global_changes([], ["careless"], tmp_path)
-    for fault in lines.values():
-        assert any(fault in change for change in changes), fault
+def test_global_changes_are_found(global_changes):
+    _, careless = global_changes
+    for fault in CARELESS.values():
+        assert any(fault in change for change in careless), fault
 
 
 @pytest.mark.parametrize("room", sorted(path.parent for path in ROOT.rglob("__init__.py")), ids=lambda room: room.name)

@@ -191,6 +191,11 @@ class Backbone(PretrainedMixin):
         self.head_pruned = False
         self.reset_classifier(num_classes, global_pool)
 
+    def initialise(self, init_module: Callable[[nn.Module], None]) -> None:
+        """Initialises each module by a function; not on the meta device, where that would take most of the time."""
+        if not next(self.parameters()).is_meta:
+            self.apply(init_module)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay: none beside 1-d ones, which optimizer factories exempt anyway."""

@@ -289,7 +289,7 @@ class VVT(Backbone):
             global_pool=global_pool,
             drop_rate=drop_rate,
         )
-        self.apply(init_weights)
+        self.initialise(init_weights)
 
 
 def init_weights(module: nn.Module) -> None:

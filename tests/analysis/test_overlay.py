@@ -162,10 +162,11 @@ def test_the_legend_says_what_the_marks_mean():
 
 
 def test_the_last_tokens_of_an_odd_picture_are_cut():
-    """61 pixels have 16 tokens of 4; the last is centred on pixel 60, and reaches half a pixel less than one beyond."""
-    grid = Grid(View(top=10, left=20, tall=1, wide=1, height=61, width=61), SimpleNamespace(stride=4))
+    """61 pixels have 16 tokens of 4, the last of one pixel only: two rows from pixel 56 on are five pixels tall."""
+    attribution = SimpleNamespace(stride=4, height=16, width=16)
+    grid = Grid(View(top=10, left=20, tall=1, wide=1, height=61, width=61), attribution)
     box = grid.find_box(Window(first_row=14, last_row=15, first_column=0, last_column=15))
-    assert box == (20, 10 + 56.5 - 2, 61, 61 - (56.5 - 2))
+    assert box == (20, 10 + 56, 61, 5)
 
 
 def test_the_picture_shows_image_and_marks(tmp_path: Path):

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 CONTEXT = multiprocessing.get_context("forkserver")
 LIBRARIES = ("sklearn.datasets", "matplotlib.figure", "s3a.data.local", "s3a.training.trainer")
+CONTEXT.set_forkserver_preload(list(LIBRARIES))
 TIMEOUT = 600  # seconds
 
 
@@ -28,7 +29,6 @@ def run_together(
     commands: list[list[str]], folder: Path, environments: list[dict[str, str]]
 ) -> list[CompletedProcess[str]]:
     """Runs several commands at the same time, each with its environment; see `run_python`."""
-    CONTEXT.set_forkserver_preload(list(LIBRARIES))
     with TemporaryDirectory() as scratch:
         logs = [(f"{scratch}/{index}.out", f"{scratch}/{index}.err") for index in range(len(commands))]
         processes = [

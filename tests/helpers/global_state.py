@@ -1,7 +1,7 @@
 """What a process has once and shares: looked at before and after importing a library.
 
-`python -m helpers.global_state` reads `{"first": [MODULE, ...], "then": [MODULE, ...]}` from stdin, imports the first
-modules, then the others, and prints what the second imports changed, as a JSON list of lines.
+`python -m helpers.global_state` reads `{"first": [MODULE, ...], "then": [[MODULE, ...], ...]}` from stdin, imports the
+first modules, then the others, and prints what each list of these changed: a JSON list of lines for each.
 """
 
 import importlib
@@ -111,10 +111,13 @@ def main() -> None:
     imports = json.load(sys.stdin)
     for name in imports["first"]:
         importlib.import_module(name)
-    state, functions = take_snapshot(), list_functions()
-    for name in imports["then"]:
-        importlib.import_module(name)
-    print(json.dumps(find_changes(state, take_snapshot()) + find_replaced(functions, list_functions())))
+    changes = []
+    for names in imports["then"]:
+        state, functions = take_snapshot(), list_functions()
+        for name in names:
+            importlib.import_module(name)
+        changes.append(find_changes(state, take_snapshot()) + find_replaced(functions, list_functions()))
+    print(json.dumps(changes))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ SMALL = {
     "svit_nano": {"mlp_ratio": 2, "layer_scale": (None, None), "super_token_sizes": (4, 1)},
     "vvt_nano": {"mlp_ratios": (2, 2)},
 }
+OTHERS = [name for name in SMALL if name != "ssvit_nano"]
 # What has code of its own on 48 x 48 pixels, with maps of 12 x 12 and 6 x 6 tokens: a stem, a downsampling and the
 # blocks of either map, for SSViT those of two scans on the first and of one on the second.
 KINDS = {"ssvit_nano": 5, "svit_nano": 4, "vvt_nano": 4}
@@ -64,7 +65,7 @@ def test_a_compiled_model_is_the_same_function_under_the_same_keys():
 @pytest.mark.parametrize(
     ("name", "first", "backend"),
     [
-        ("ssvit_nano", (2, 3), "inductor"),
+        pytest.param("ssvit_nano", (2, 3), "inductor", marks=pytest.mark.slow),
         ("ssvit_nano", (1, 4), "eager"),
         ("ssvit_nano", (24, 2), "eager"),
         ("svit_nano", (1, 4), "eager"),
@@ -153,7 +154,7 @@ def test_training_gives_the_same_gradients_and_drop_path_compiles_nothing():
     assert graphs() == before
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["ssvit_nano", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_every_family_trains_compiled(name, monkeypatch):
     """Logits, gradients and statistics, with the same paths dropped, at two batch sizes; a third compiles nothing."""
     compile_with("aot_eager", monkeypatch)
@@ -193,7 +194,7 @@ def test_the_whole_model_is_one_graph():
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["ssvit_nano", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_the_whole_of_every_family_trains_as_one_graph(name):
     """A second batch size compiles once more, with the batch size left open, and a third never."""
     model = small_model(name, depths=(1, 1), drop_path_rate=0.3).train()
@@ -231,7 +232,7 @@ def test_a_compiled_model_copies_and_saves(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    "name", [name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) for name in OWN]
+    "name", [name if name == "ssvit_nano" else pytest.param(name, marks=pytest.mark.slow) for name in OWN]
 )
 def test_every_model_compiles_without_graph_breaks(name, training, dtype, monkeypatch):
     """Once per (class, scan, map), counted here from the modules. Traced and differentiated, not compiled to code."""
@@ -256,7 +257,9 @@ def test_every_model_compiles_without_graph_breaks(name, training, dtype, monkey
     assert counters["graph_break"] == {}
 
 
-@pytest.mark.parametrize("scan", ["local-only", "anchor-only", "dense"])
+@pytest.mark.parametrize(
+    "scan", ["local-only", *(pytest.param(scan, marks=pytest.mark.slow) for scan in ("anchor-only", "dense"))]
+)
 def test_scans_of_an_ablation_compile(scan, monkeypatch):
     """Logits and gradients, also of blocks whose maps leave their scan no pass."""
     compile_with("aot_eager", monkeypatch)
@@ -310,6 +313,7 @@ print(model(images).shape, s3a.neighborhood_attention(*[query] * 3, 3).shape)
 """
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_error_says_so_and_the_eager_path_works(tmp_path):
     environment = os.environ | {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", NO_COMPILER]

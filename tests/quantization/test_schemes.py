@@ -82,6 +82,7 @@ compile_head(quantized)
 """
 
 
+@pytest.mark.slow
 def test_imports_leave_warnings_alone_and_users_see_none(tmp_path: Path):
     """Imports keep the filters as they are; quantized models compile without a warning that is not for users."""
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

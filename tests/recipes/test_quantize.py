@@ -64,6 +64,7 @@ def predict(folder: Path, pictures: Path) -> tuple[list[int], list[int]]:
     return found, [label for label, _ in files]
 
 
+@pytest.mark.slow
 def test_the_command(monkeypatch, capsys, graphs, weights: Path, tmp_path: Path):
     """Every figure of its table is checked by other means."""
     images, output, results = make_image_folder(tmp_path / "images"), tmp_path / "out", tmp_path / "results.json"

@@ -44,6 +44,7 @@ def test_what_the_tool_refuses(command: Command, weights: Path, tmp_path: Path):
     assert not (tmp_path / "model.pt2").exists()
 
 
+@pytest.mark.slow
 def test_no_compiler(tmp_path: Path):
     """In a process of its own, because PyTorch looks for a compiler only once."""
     make_confident(**TINY).save_pretrained(tmp_path / "weights", data_config={"input_size": (3, 64, 64)})

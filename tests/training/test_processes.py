@@ -93,6 +93,7 @@ def losses(folder: Path, pretrained: Path, count: int, before: str = "", **envir
     return [float(line.split()[1]) for line in ended.stderr.splitlines() if line.startswith("loss ")][:20]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(pretrained, tmp_path):
     folders = [tmp_path / "one", tmp_path / "two"]
     check_alike(folders, losses(folders[0], pretrained, 1), losses(folders[1], pretrained, 2))
