@@ -18,7 +18,7 @@ SIZES = {**ssvit.SIZES, **svit.SIZES, **vvt.SIZES}
 
 
 def digits() -> Recipe:
-    """scikit-learn's 1,797 handwritten digits, of 8 x 8 pixels, at 48 px: 99 % top-1 in about a minute on two cores."""
+    """scikit-learn's 1,797 handwritten digits, of 8 x 8 pixels, at 48 px: at least 99 % top-1 in 18 epochs."""
     return Recipe(
         model="ssvit_nano",
         data="digits",
