@@ -1,6 +1,7 @@
 """What every test starts from, and what several need."""
 
 import os
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -22,12 +23,18 @@ for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLI
 import pytest
 import torch
 import torch._dynamo
+from filelock import FileLock
+from helpers.real_runs import run_command
 
 from s3a.attention.backends import flex
 
 # Tensors are small here: a second thread gains little, and where other work runs it waits for its turn at every
 # operation, up to a hundred times longer than the operation takes.
 torch.set_num_threads(1)
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and all its children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 MOST_WORKERS = 8  # each takes one to two GB of memory
@@ -44,6 +51,20 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def fixed_seed() -> None:
     """The same random numbers at every run, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def trained_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's first command leaves. It runs once for all workers, so tests that change it take a copy."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "digits"
+    with FileLock(shared / "digits.lock"):
+        if not (folder / "model").is_dir():
+            ended = run_command(["accelerate", "launch", "recipes/train.py", "--output-dir", str(folder)])
+            assert ended.returncode == 0, ended.stderr
+    return folder
 
 
 @pytest.fixture

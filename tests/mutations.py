@@ -563,7 +563,7 @@ TRAINING = [
         ('names = ["SIGTERM", "SIGUSR1", "SIGINT"]', 'names = ["SIGTERM"]',
          "SIGTERM alone is noted", "test_a_signal_is_noted_and_the_handlers_are_put_back"),
         ("            raise KeyboardInterrupt\n", "            pass\n",
-         "a second Ctrl-C is ignored", "test_a_second_interrupt_ends_at_once"),
+         "a second Ctrl-C is ignored", "test_ctrl_c_is_answered_at_once_and_interrupts_the_second_time"),
         ("            signal.signal(number, handler)\n", "            pass\n",
          "the handlers stay after the run", "test_a_signal_is_noted_and_the_handlers_are_put_back"),
         ("self.launcher not in (None, os.getppid())", "self.launcher is None",

@@ -301,13 +301,17 @@ NOT_RUN = {  # all other commands are
 
 
 @pytest.mark.slow
-def test_commands_run_as_written(tmp_path: Path):
-    """In the order of the documents, in a folder that has nothing but the project and what users bring."""
+def test_commands_run_as_written(trained_digits: Path, tmp_path: Path):
+    """In the order of the documents, in a folder that has nothing but the project and what users bring.
+
+    And the run of the first command, which finds it finished.
+    """
     for name in ("recipes", "tools"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "docs" / "benchmarks", tmp_path / "docs" / "benchmarks")
     write_photographs(tmp_path / "pictures" / "train", count=32)
     write_photographs(tmp_path / "pictures" / "val", count=2)
+    shutil.copytree(trained_digits, tmp_path / "runs" / "digits")
     for run in ("photos", "photos_finetune"):
         write_run(tmp_path / "runs" / run, CLASSES)
     torch.save({"model": golden.official_state("tiny")}, tmp_path / "ssvit_t.pth")

@@ -127,14 +127,7 @@ def build_run(recipe: Recipe, task_type: type[Task] = Classification, requests: 
 
     # Construction.
     set_cpu_threads(accelerator, recipe.cpu_threads)
-    seed_step(recipe.seed, step=0, process=-1)  # the same weights on every process
-    starts = not list_checkpoints(recipe.folder / CHECKPOINT_FOLDER)
-    model = build_task_model(recipe, task, partial(accelerator.print, file=sys.stderr) if starts else None)
-    if recipe.quantize is not None:
-        from s3a.quantization.convert import fake_quantize  # noqa: PLC0415  torchao is slow to import
-
-        fake_quantize(model, recipe.quantize)
-    model = model.to(accelerator.device)
+    model = build_first_model(recipe, task, accelerator)
     ema = build_ema(recipe, model)
     optimizer = create_optimizer_v2(model, "adamw", lr=recipe.peak_learning_rate, weight_decay=recipe.weight_decay)
     scheduler = build_scheduler(recipe, optimizer, train_loader.steps_per_epoch)
@@ -228,6 +221,21 @@ def build_shell(recipe: Recipe, task: Task) -> nn.Module:
         return copy_to_meta(build_task_model(recipe, task))
     with torch.device("meta"):
         return build_task_model(recipe, task).eval()
+
+
+def build_first_model(recipe: Recipe, task: Task, accelerator: Accelerator) -> nn.Module:
+    """The model that a run begins with: the same weights on every process, on the process's device.
+
+    Prints a line about a new head of loaded weights, unless a checkpoint is there to replace it.
+    """
+    seed_step(recipe.seed, step=0, process=-1)
+    starts = not list_checkpoints(recipe.folder / CHECKPOINT_FOLDER)
+    model = build_task_model(recipe, task, partial(accelerator.print, file=sys.stderr) if starts else None)
+    if recipe.quantize is not None:
+        from s3a.quantization.convert import fake_quantize  # noqa: PLC0415  torchao is slow to import
+
+        fake_quantize(model, recipe.quantize)
+    return model.to(accelerator.device)
 
 
 def build_task_model(recipe: Recipe, task: Task, say: Callable[[str], object] | None = None) -> nn.Module:

@@ -436,7 +436,8 @@ def resume(run: Run) -> Progress:
     """Loads the newest whole checkpoint of the run, if it has one; returns how far the run has come, and says so."""
     state = read_newest(run.folder / CHECKPOINT_FOLDER, run.say)
     if state is None:
-        run.say(f"beginning {run.folder}: {run.recipe.total_epochs} epochs of {run.steps_per_epoch} steps")
+        epochs = "1 epoch" if run.recipe.total_epochs == 1 else f"{run.recipe.total_epochs} epochs"
+        run.say(f"beginning {run.folder}: {epochs} of {run.steps_per_epoch} steps")
         return Progress()
     task = state.get("task", Classification.__name__)  # the only one, when checkpoints did not name it
     if task != type(run.task).__name__:

@@ -229,8 +229,7 @@ def test_a_compiled_model_copies_and_saves(tmp_path):
         torch.testing.assert_close(s3a.SSViT.from_pretrained(tmp_path)(images), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("training", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 @pytest.mark.parametrize(
     "name", [name if name == "ssvit_nano" else pytest.param(name, marks=pytest.mark.slow) for name in OWN]
 )

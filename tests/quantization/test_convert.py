@@ -174,11 +174,9 @@ def test_runs_that_cannot_be_trained_for_a_scheme(recipe: Recipe, folder: Path):
 
 
 @pytest.mark.slow
-def test_digits_lose_next_to_nothing(tmp_path: Path):
+def test_digits_lose_next_to_nothing(trained_digits: Path):
     """At most one image of 360 in int8, and four in int4."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    run = train(dataclasses.replace(get_recipe("digits"), output_dir=tmp_path / "run"))
-    model, data = SSViT.from_pretrained(run / "model"), load_data("digits", None)
+    model, data = SSViT.from_pretrained(trained_digits / "model"), load_data("digits", None)
     right = round(360 * evaluate_weights(model, data, batch_size=64).scores["top1"])
     for scheme, most in (("int8-weight-only", 1), ("int8-dynamic", 1), ("int8-activations-int4-weights", 4)):
         found = evaluate_weights(quantize(model, scheme), data, batch_size=64).scores["top1"]

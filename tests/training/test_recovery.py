@@ -78,13 +78,10 @@ def kill_at_random(command: list[str], kills: int, seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["digits", "imagefolder"])
-def test_ten_random_kills_change_no_byte(source, tmp_path):
+def test_ten_random_kills_change_no_byte(tmp_path):
     changes = {"epochs": "6", "checkpoint_every": "3", "num_workers": "1"}
-    extra = []
-    if source == "imagefolder":
-        make_image_folder(tmp_path / "images", num_train=60)
-        extra = ["--data", "imagefolder", "--data-dir", str(tmp_path / "images"), "--batch-size", "16"]
+    make_image_folder(tmp_path / "images", num_train=60)
+    extra = ["--data", "imagefolder", "--data-dir", str(tmp_path / "images"), "--batch-size", "16"]
     killed, whole = (make_options(tmp_path / name, **changes) + extra for name in ("killed", "whole"))
     command = [sys.executable, "recipes/train.py"]
     kill_at_random([*command, *killed], kills=10, seed=0)

@@ -93,13 +93,11 @@ def test_the_learning_rate_follows_batch_size_warm_up_and_cosine(digits_recipe):
 
 
 @pytest.mark.slow
-def test_the_default_recipe_reads_digits(tmp_path, capsys):
-    call_command("train.py", "--output-dir", tmp_path)
-    assert read_metrics(tmp_path)[-1]["val_top1"] >= 0.99
-    capsys.readouterr()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    call_command("evaluate.py", "--weights", tmp_path / "model", "--data", "digits")
-    assert json.loads(capsys.readouterr().out)["top1"] == read_metrics(tmp_path)[-1]["val_top1"]
+def test_the_default_recipe_reads_digits(trained_digits, capsys):
+    top1 = read_metrics(trained_digits)[-1]["val_top1"]
+    assert top1 >= 0.99
+    call_command("evaluate.py", "--weights", trained_digits / "model", "--data", "digits")
+    assert json.loads(capsys.readouterr().out)["top1"] == top1
 
 
 # --------------------------------------------------------------------------------------------------------
