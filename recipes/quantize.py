@@ -26,14 +26,14 @@ from torch import Tensor, nn
 
 from s3a import compile_model
 from s3a.data import DataOptions, ImageData, Source, load_data
-from s3a.quantization.schemes import Quantization, check_float, check_scheme, group_names
+from s3a.quantization.schemes import check_float, check_scheme, group_names
 from s3a.support.command_line import run_command
 from s3a.support.timing import describe_machine, take_turns, write_result
 from s3a.training.evaluation import evaluate_weights
 from s3a.weights.card import format_table
 from s3a.weights.folder import CONFIG_NAME, WEIGHTS_NAME, save_folder
 from s3a.weights.pretrained import load_pretrained, read_card
-from s3a.weights.quantized_card import Measurement, Original, build_quantized_card
+from s3a.weights.quantized_card import Measurement, build_quantized_card, parse_card
 
 COLUMNS = {
     "top1": "top-1",
@@ -82,6 +82,9 @@ class Options(DataOptions):
                 f"--batch-size is {self.batch_size}, --latency-batch {self.latency_batch}, --num-workers "
                 f"{self.num_workers} and --turns {self.turns}: the first two must be at least 1, the others 0"
             )
+        if self.data is None and (self.dataset or self.data_dir):
+            option, value = ("--dataset", self.dataset) if self.dataset else ("--data-dir", self.data_dir)
+            raise ValueError(f"{option} is {value} and there is no --data: say what kind of images these are")
         if self.output.resolve() == Path(self.weights).resolve():
             raise ValueError(f"--output {self.output} is the folder of the weights: give another")
 
@@ -91,6 +94,7 @@ def main(options: Options) -> None:
 
     model = load_pretrained(options.weights, options.revision)
     check_float(model)
+    original = parse_card(options.weights, read_card(options.weights, options.revision))
     layers, left = choose_layers(model, options.scheme, layers=options.layers, skip=options.skip)
     data = None
     if options.data:
@@ -100,24 +104,25 @@ def main(options: Options) -> None:
     if left:
         print(f"left in bfloat16, for their inputs are not in whole groups: {group_names(left)}")
     quantized = quantize(model, options.scheme, layers)
-    build = partial(build_quantized_card, quantized, Quantization(options.scheme, tuple(layers)), place=options.output)
-    original = Original(name=options.weights, card=read_card(options.weights, options.revision))
-    save_folder(quantized, options.output, card=build(original))
-    rows = compare(options, {"float32": model, options.scheme: quantized}, data)
+    build = partial(build_quantized_card, quantized, original, place=options.output)
+    save_folder(quantized, options.output, card=build())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = compare(options, {"float32": model.to(device), options.scheme: quantized.to(device)}, data)
     text = format_results(rows)
-    save_folder(quantized, options.output, card=build(original, describe_measurement(options, rows)))
+    save_folder(quantized, options.output, card=build(describe_measurement(options, rows, device)))
     print(f"\n{text}\n\nwrote {options.output}")
     if options.results:
-        write_result(options.results, "quantize", torch.device("cpu"), asdict(options), rows)
+        write_result(options.results, "quantize", device, asdict(options), rows)
 
 
-def describe_measurement(options: Options, rows: list[dict[str, Any]]) -> Measurement:
+def describe_measurement(options: Options, rows: list[dict[str, Any]], device: torch.device) -> Measurement:
     """What the card says of the figures, the last of which are those of the quantized model."""
     top1 = rows[-1]["top1"]
-    machine = describe_machine(torch.device("cpu"))
+    machine = describe_machine(device)
     note = (
-        f"`float32` is the model before the quantization. Time and memory are of {options.latency_batch} images on "
-        f"{machine['accelerator'] or machine['processor']}, with {machine['threads']} threads."
+        f"`float32` is the model before the quantization. {'Time and memory are' if options.turns else 'Memory is'} of "
+        f"{options.latency_batch} images on {machine['accelerator'] or machine['processor']}, with "
+        f"{machine['threads']} threads."
     )
     return Measurement(
         table=f"{format_results(rows)}\n\n{note}",
@@ -200,8 +205,7 @@ def count_bytes(model: nn.Module, weights: str) -> int:
 PEAK_MEMORY = """
 import json, re, sys, torch, s3a, s3a.quantization.storage
 from pathlib import Path
-from s3a.weights.pretrained import load_pretrained, read_card
-from s3a.weights.quantized_card import Measurement, Original, build_quantized_card
+from s3a.weights.pretrained import load_pretrained
 def kilobytes(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 weights, revision, shape = json.loads(sys.argv[1])

@@ -14,7 +14,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
 
 from s3a.support.command_line import one_line_errors
-from s3a.training.named_recipes import RECIPES, get_recipe, parse_recipe
+from s3a.training.named_recipes import RECIPES, find_late_name, parse_recipe
 from s3a.training.recipe import Recipe
 from s3a.training.trainer import train
 
@@ -28,21 +28,31 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--print-recipe"]
     named = bool(arguments) and not arguments[0].startswith("-")
     with one_line_errors():
-        recipe = parse_recipe(arguments[0] if named else "digits", arguments[named:], description=HELP)
+        recipe = parse_arguments(arguments[0] if named else "digits", arguments[named:])
         if "--print-recipe" in sys.argv:
             print(recipe.to_json(), end="")
         else:
             train(recipe, note=None if named else describe_default(recipe))
 
 
+def parse_arguments(name: str, options: list[str]) -> Recipe:
+    """The named recipe with these options; ValueError for wrong ones, and for a name that stands behind options."""
+    try:
+        return parse_recipe(name, options, description=HELP)
+    except ValueError as error:
+        in_order = find_late_name(options, str(error))
+        if in_order is None:
+            raise
+        raise ValueError(f"the name of a recipe comes before its options: recipes/train.py {in_order}") from None
+
+
 def describe_default(recipe: Recipe) -> str | None:
     """Which settings a run on other images has that was started without a recipe's name; None for the digits."""
     if recipe.data == "digits":
         return None
-    digits = get_recipe("digits")
     return (
-        f"without a recipe's name, settings that are not given are those of the digits: {digits.model} at "
-        f"{digits.image_size} px, not mirrored; for photographs there is recipes/train.py photos"
+        "without a recipe's name, settings that are not given are those of digits, for small drawings that are not "
+        "mirrored; for photographs there is recipes/train.py photos"
     )
 
 

@@ -44,7 +44,7 @@ EXACT = {  # all else is parsed
     ".ci/run",
     "hf auth login",
 }
-PACKAGES = {"natten", "pre-commit"}  # that users are told to install
+PACKAGES = {"natten", "pre-commit", "transformers"}  # that users are told to install
 PYTEST_OPTIONS = {"-m": 1, "-n": 1, "-k": 1, "-q": 0, "--pdb": 0}  # and how many values each has
 
 
@@ -246,7 +246,9 @@ SHORT = re.compile(
     r"python (-c '?from|recipes/evaluate|tools/(explain|visualise|predict|plot_runs|benchmark.py (compare|plot)))\b"
     r"|--print-recipe|--help"
 )
-SHORT_COMMANDS = {str(each): each for each in COMMANDS if SHORT.search(str(each))}
+SHORT_COMMANDS = {
+    str(each): each for each in COMMANDS if SHORT.search(str(each)) and "/data/imagenet" not in each.words
+}
 
 
 @pytest.mark.parametrize("command", SHORT_COMMANDS.values(), ids=SHORT_COMMANDS)
@@ -293,7 +295,7 @@ NOT_RUN = {  # all other commands are
     r"pip install|venv|pre-commit|pytest|ruff|mypy|\.ci/run": "the environment is made, and these are its checks",
     r"hf auth login": "asks for a token",
     r"tests/mutations\.py": "tests the tests for half an hour",
-    r"_imagenet(?!.*--print-recipe)|_384": "needs ImageNet",
+    r"_imagenet(?!.*--print-recipe)|_384|/data/imagenet": "needs ImageNet",
     r"--num_processes|--use_fsdp": "needs several GPUs",
     r"tools/benchmark\.py (?!compare)|tools/compare\.py|ssvit_small": "measures or compiles for minutes to days",
     r"train\.py photos(?!.*--epochs 1)": "as many epochs as one's own photographs need",

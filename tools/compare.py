@@ -35,7 +35,7 @@ from s3a.comparison.speed import measure_growth, measure_speed
 from s3a.data import ImageData, load_data
 from s3a.support.command_line import one_line_errors, parse_options, read_rank
 from s3a.support.errors import Interrupted
-from s3a.training.named_recipes import parse_recipe
+from s3a.training.named_recipes import FINE_TUNING, parse_recipe
 from s3a.training.processes import StopRequests, count_own_cores
 from s3a.training.recipe import Recipe, spell_option
 from s3a.training.run_folder import INCIDENTAL, write_whole
@@ -109,6 +109,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Comparison, Recipe]:
             part = own if name in ours else rest
         part.append(word)
     comparison = parse_options(Comparison, own)
+    if comparison.recipe in FINE_TUNING:
+        raise ValueError(f"--recipe {comparison.recipe} starts from weights of one model: take --recipe photos")
     return comparison, parse_recipe(comparison.recipe, rest)
 
 

@@ -8,8 +8,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, DatasetBuilder, IterableDataset, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from httpx2 import TransportError
-from huggingface_hub import get_session
+from httpx2 import ReadTimeout, TransportError
 from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 from huggingface_hub.errors import (
     DisabledRepoError,
@@ -18,7 +17,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
 from s3a.data.columns import (
     check_labels,
@@ -59,7 +58,7 @@ def load_hub(dataset: str, streaming: bool) -> ImageData:
             else:
                 builder.download_and_prepare()
                 splits = builder.as_dataset()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         if obstacle is None:
             raise
         raise FileNotFoundError(explain_obstacle(dataset, obstacle)) from error
@@ -102,7 +101,8 @@ COPY = "read a copy on disk with --data imagefolder --data-dir DIR, which holds 
 def find_obstacle(path: str) -> Exception | None:
     """What keeps a repository of the Hub from being read, by one request; None where nothing does, or for a folder.
 
-    Asked first, since datasets tries again and again for half a minute where there is no network.
+    Asked first, since datasets tries again and again for half a minute where there is no network. A Hub that is there
+    and busy is asked a few times. (HfApi.auth_check asks the same, without a limit of time.)
     """
     if path.count("/") != 1 or path.startswith((".", "/", "~")) or Path(path).is_dir():
         return None
@@ -110,7 +110,15 @@ def find_obstacle(path: str) -> Exception | None:
         if datasets.config.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled("HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set")
         url = f"{datasets.config.HF_ENDPOINT}/api/datasets/{path}/auth-check"
-        hf_raise_for_status(get_session().get(url, headers=build_hf_headers(), timeout=HF_HUB_ETAG_TIMEOUT))
+        answer = http_backoff(
+            "GET",
+            url,
+            max_retries=3,
+            retry_on_exceptions=ReadTimeout,
+            headers=build_hf_headers(),
+            timeout=HF_HUB_ETAG_TIMEOUT,
+        )
+        hf_raise_for_status(answer)
     except HfHubHTTPError as error:
         known = isinstance(error, (GatedRepoError, RepositoryNotFoundError, DisabledRepoError))
         # a mirror may know nothing of this endpoint, and still have the files
@@ -131,6 +139,8 @@ def explain_obstacle(dataset: str, obstacle: Exception) -> str:
             reason = f"is gated, and the account that is logged in has no access: {terms}"
     elif isinstance(obstacle, RepositoryNotFoundError):
         return f"--dataset {dataset} is not on the Hub, or is private: check the name, or {LOG_IN}"
+    elif isinstance(obstacle, DisabledRepoError):
+        reason = f"is disabled by the Hub: {PAGES}/{path} says why"
     else:
         reason = f"is not in the cache, and {explain_failure(obstacle)}"
         if path in SIZES:

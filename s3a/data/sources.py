@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Literal
+from typing import Literal, cast
 
 from s3a.data.images import ImageData
 from s3a.support.errors import make_unknown_error
@@ -95,5 +95,4 @@ def load_data(
         options["dataset"] = dataset
     if rule.streams:
         options["streaming"] = streaming
-    data_of_source: ImageData = resolve_name(rule.load)(**options)
-    return data_of_source
+    return cast(ImageData, resolve_name(rule.load)(**options))

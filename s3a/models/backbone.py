@@ -30,7 +30,7 @@ POOLINGS = ("avg", "")
 # Arguments with which timm's models of a fixed image size are built.
 INPUT_SIZES = ("img_size", "input_size", "dynamic_img_size", "strict_img_size")
 # What timm's factory takes beside the arguments of a model.
-FACTORY_ARGUMENTS = frozenset(inspect.signature(build_model_with_cfg).parameters) | {
+BUILDER_ARGUMENTS = frozenset(inspect.signature(build_model_with_cfg).parameters) | {
     "features_only",
     "out_indices",
     "feature_cls",
@@ -401,7 +401,7 @@ def check_names(family: type[Backbone], name: str, model_args: Mapping[str, Any]
                 f"{name} has no argument {given!r}: it takes images of any size from {MIN_IMAGE_SIZE} x "
                 f"{MIN_IMAGE_SIZE} pixels, square or not; leave {given} out"
             )
-        if given not in own and given not in FACTORY_ARGUMENTS:
+        if given not in own and given not in BUILDER_ARGUMENTS:
             raise UnknownArgumentError(str(make_unknown_error(f"argument of {name}", given, own)))
 
 

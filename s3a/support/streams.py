@@ -47,8 +47,9 @@ class WatchedStream:
 def drop_output(stream: TextIO) -> None:
     """Sends what is still written to a stream nowhere, and what waits in its buffer too."""
     with suppress(io.UnsupportedOperation):  # of streams without a file, as notebooks have them
+        unread = stream.fileno()
         descriptor = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(descriptor, stream.fileno())
+        os.dup2(descriptor, unread)
         os.close(descriptor)
 
 
@@ -67,6 +68,6 @@ def is_unread(stream: TextIO) -> bool:
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)  # errors and hang-ups are always reported
-        return bool(poll.poll(0))
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
     except (io.UnsupportedOperation, ValueError):  # no file, or a closed one
         return False

@@ -246,9 +246,8 @@ def build_task_model(recipe: Recipe, task: Task, say: Callable[[str], object] | 
     """
     model = build_model(recipe, task.num_outputs)
     if recipe.weights is not None:
-        known, head = model.num_classes, cast(TimmModel, model).get_classifier()
-        task.fit_head(model)
-        if cast(TimmModel, model).get_classifier() is not head and say is not None:
+        known = model.num_classes
+        if task.fit_head(model) and say is not None:
             outputs = task.purpose.outputs
             say(f"a new head of {task.num_outputs} {outputs}: {recipe.weights} knows {known}; all else is kept")
     return model

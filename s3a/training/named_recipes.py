@@ -11,7 +11,7 @@ from s3a.models import ssvit, svit, vvt
 from s3a.support.command_line import parse_known_options, parse_options
 from s3a.support.errors import make_unknown_error
 from s3a.training.processes import count_own_cores
-from s3a.training.recipe import Recipe
+from s3a.training.recipe import Recipe, Schedule
 from s3a.weights.pretrained import read_model_name
 
 SIZES = {**ssvit.SIZES, **svit.SIZES, **vvt.SIZES}
@@ -42,7 +42,7 @@ def photos() -> Recipe:
     Crops, mirroring, RandAugment, random erasing and label smoothing are DeiT's (arXiv 2012.12877). The rest is fitted
     to the small set:
 
-    - 100 epochs of whole batches of 64: 4,700 steps for 3,000 images. DeiT's batch of 1024 would leave three an epoch.
+    - 100 epochs of whole batches of 64: 4,600 steps for 3,000 images. DeiT's batch of 1024 would leave two an epoch.
     - The peak learning rate is 5e-4. DeiT's 1e-3 for 1024 images gives 2.5e-4 for 64 by the square root that AdamW is
       usually scaled by; from scratch in few steps twice that is common.
     - A tenth of the run is warm-up, in steps, since an epoch has few.
@@ -197,10 +197,7 @@ def parse_recipe(name: str, arguments: Sequence[str], description: str | None = 
         ValueError, FileNotFoundError: for an unknown recipe, wrong options, and weights that are missing.
     """
     named = get_recipe(name)
-    try:
-        recipe = apply_options(named, arguments, description)
-    except ValueError as error:
-        raise find_late_name(arguments, str(error)) or error from None
+    recipe = apply_options(named, arguments, description)
     if name in FINE_TUNING:
         recipe = take_model_of_weights(recipe, arguments)
     return forget_other_source(recipe, named)
@@ -211,18 +208,31 @@ class Given:
     """Options that decide what a named recipe has for others."""
 
     epochs: int
+    schedule: Schedule | None = None
     model: str | None = None
 
 
 def apply_options(named: Recipe, arguments: Sequence[str], description: str | None = None) -> Recipe:
-    """The recipe with these options. In fewer epochs than its own, its phases keep their shares, unless given too."""
-    epochs = parse_known_options(Given, arguments, default=Given(epochs=named.epochs)).epochs
-    shorter = named.change_epochs(epochs) if epochs < named.epochs else named
-    return parse_options(Recipe, arguments, default=shorter, description=description, hints=HINTS)
+    """The recipe with these options. In fewer epochs than its own, its phases keep their shares, unless given too.
+
+    A warm-up of less than an epoch needs a learning rate that moves with every step.
+    """
+    given = find_given(named, arguments)
+    default = replace(named, schedule=given.schedule or named.schedule)
+    if given.epochs < named.epochs:
+        default = default.change_epochs(given.epochs)
+        if named.warmup_epochs and not default.warmup_epochs and given.schedule is None:
+            default = replace(named, schedule="step").change_epochs(given.epochs)
+    return parse_options(Recipe, arguments, default=default, description=description, hints=HINTS)
 
 
-def find_late_name(arguments: Sequence[str], message: str) -> ValueError | None:
-    """The error for a recipe's name that stands behind options, as in `--epochs 3 photos`; None if there is none.
+def find_given(named: Recipe, arguments: Sequence[str]) -> Given:
+    """Those options among the arguments, or what the recipe has."""
+    return parse_known_options(Given, arguments, default=Given(epochs=named.epochs))
+
+
+def find_late_name(arguments: Sequence[str], message: str) -> str | None:
+    """The arguments with the recipe first whose name stands behind options, as in `--epochs 3 photos`; None if none is.
 
     Args:
         message: why the arguments are refused.
@@ -233,8 +243,7 @@ def find_late_name(arguments: Sequence[str], message: str) -> ValueError | None:
         if near and word in message:
             with suppress(ValueError):  # then there is more that is wrong, and another message
                 apply_options(get_recipe(near[0]), others)
-                words = shlex.join([near[0], *others])
-                return ValueError(f"{word} stands behind options: the recipe comes first, recipes/train.py {words}")
+                return shlex.join([near[0], *others])
     return None
 
 
@@ -246,7 +255,7 @@ def take_model_of_weights(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
             "runs/ssvit_tiny_imagenet/model, one that tools/convert_official.py wrote from an official checkpoint, or "
             "ORG/NAME on the Hub; without any, the recipe photos trains from scratch"
         )
-    if parse_known_options(Given, arguments, default=Given(epochs=recipe.epochs)).model is not None:
+    if find_given(recipe, arguments).model is not None:
         return recipe
     return replace(recipe, model=read_model_name(recipe.weights))
 

@@ -8,23 +8,21 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, NoReturn, TextIO, cast
+from typing import NoReturn, TextIO, cast
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from s3a.support.command_line import read_rank
 from s3a.support.streams import WatchedStream
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator  # slow to import, and the names of recipes need no processes
 
 # --------------------------------------------------------------------------------------------------------
 # Cores
 # --------------------------------------------------------------------------------------------------------
 
 
-def set_cpu_threads(accelerator: "Accelerator", threads: int | None) -> None:
+def set_cpu_threads(accelerator: Accelerator, threads: int | None) -> None:
     """Gives this process so many threads, where it computes on the CPU; None is its share of the cores.
 
     `accelerate launch` leaves each process with a single thread.
@@ -45,14 +43,14 @@ def count_own_cores() -> int:
 # --------------------------------------------------------------------------------------------------------
 
 
-def reduce_any(accelerator: "Accelerator", value: bool) -> bool:
+def reduce_any(accelerator: Accelerator, value: bool) -> bool:
     """Whether the value is true on any process; all processes call this together."""
     if accelerator.num_processes == 1:
         return value
     return bool(accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum") > 0)
 
 
-def raise_on_main(accelerator: "Accelerator", error: Exception) -> NoReturn:
+def raise_on_main(accelerator: Accelerator, error: Exception) -> NoReturn:
     """Raises an error that every process has on the main one; the others exit silently with status 2."""
     if accelerator.is_main_process:
         raise error
@@ -86,6 +84,8 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.noted: str | None = None
+        self.was_interrupted = False
+        self.process = os.getpid()
         self.launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
         self.previous: dict[int, Handler] = {}
         self.streams: tuple[TextIO, TextIO] | None = None
@@ -125,12 +125,17 @@ class StopRequests:
         self.noted = self.noted or "the end of the reader of its output"
 
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
-        """Notes the signal, and says so; a second SIGINT raises KeyboardInterrupt."""
-        if number == signal.SIGINT and self.noted:
-            raise KeyboardInterrupt
+        """Notes the signal, and says so where it is Ctrl-C; a second Ctrl-C raises KeyboardInterrupt."""
+        if os.getpid() != self.process:  # a worker of a loader, which has inherited this: its run ends it
+            return
         self.noted = signal.Signals(number).name
-        if number == signal.SIGINT and read_rank() == 0:
+        if number != signal.SIGINT:
+            return
+        if self.was_interrupted:
+            raise KeyboardInterrupt
+        self.was_interrupted = True
+        if read_rank() == 0 and sys.stderr is not None:
             launched = ", whatever the launcher prints" if self.launcher is not None else ""
-            notice = f"\nwriting a checkpoint of this step, then the run ends{launched}; Ctrl-C again ends it at once\n"
+            notice = f"\nending as soon as all is saved{launched}; Ctrl-C again ends it at once\n"
             with suppress(OSError):
                 os.write(2, notice.encode())  # print might have been interrupted in the middle, and refuse

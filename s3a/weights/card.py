@@ -283,7 +283,9 @@ def show_use(model: nn.Module, purpose: Purpose, place: str) -> str:
     family = type(model).__name__ if hasattr(model, "from_pretrained") else None
     own = [f"model = s3a.{family}.from_pretrained({quote(place)})"] if family else []
     if get_quantization(model):
-        return "\n".join(["```python", "import s3a", "", *own, "```"])
+        load = f"model = load_pretrained({quote(place)})"
+        lines = ["import s3a", "", *own] if own else ["from s3a.weights.pretrained import load_pretrained", "", load]
+        return "\n".join(["```python", *lines, "```"])
     lines = ["import s3a  # registers its models with timm", "import timm"]
     lines += ["from transformers import pipeline"] if purpose is CLASSIFIER else []
     lines += ["", *own, f"model = timm.create_model({quote('local-dir:' + place)}, pretrained=True)"]

@@ -10,7 +10,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from s3a.quantization.schemes import Quantization
+from s3a.quantization.schemes import get_quantization
 from s3a.weights.card import (
     CLASSIFIER,
     THESE_WEIGHTS,
@@ -33,11 +33,13 @@ class Original:
 
     Attributes:
         name: their folder or repository.
-        card: the text of their model card; None where they have none.
+        metadata: of their model card; empty where they have none.
+        sections: of the card, by heading.
     """
 
     name: str
-    card: str | None
+    metadata: ModelCardData
+    sections: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +58,7 @@ class Measurement:
 
 
 def build_quantized_card(
-    model: nn.Module,
-    quantization: Quantization,
-    original: Original,
-    measurement: Measurement | None = None,
-    *,
-    place: str | Path,
+    model: nn.Module, original: Original, measurement: Measurement | None = None, *, place: str | Path
 ) -> str:
     """The text of the card. Scores of the original are called so, and the Hub is told those of the quantized alone.
 
@@ -69,60 +66,73 @@ def build_quantized_card(
         model: quantized.
         measurement: None while nothing is measured.
         place: the folder that the card is for.
-
-    Raises:
-        ValueError: for an original with a card whose metadata cannot be read.
     """
-    data, sections = parse_card(original)
-    purpose = CLASSIFIER if data is None or data.pipeline_tag == CLASSIFIER.pipeline_tag else OTHER
-    licence = str((data and data.license) or find_licence(model))
+    quantization = get_quantization(model)
+    assert quantization is not None
+    data, scored = original.metadata, measurement is not None and measurement.dataset is not None
+    # a hand-written card may not say what the model is for; what was scored is a classifier
+    is_classifier = scored or data.pipeline_tag in (None, CLASSIFIER.pipeline_tag)
+    purpose = CLASSIFIER if is_classifier else OTHER
+    licence = str(data.license or find_licence(model))
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
-    title = f"{(data and data.model_name) or cfg['architecture']}, quantized by {quantization.scheme}"
+    title = f"{data.model_name or cfg['architecture']}, quantized by {quantization.scheme}"
     metadata = ModelCardData(
         license=licence,
+        license_name=data.license_name,
+        license_link=data.license_link,
         library_name="s3a",  # neither timm nor transformers can load such weights
         pipeline_tag=purpose.pipeline_tag,
         tags=[*([purpose.pipeline_tag] if purpose.pipeline_tag else []), "s3a", "torchao"],
-        datasets=data.datasets if data else None,
+        datasets=data.datasets,
     )
     if not Path(original.name).is_dir():
         metadata.base_model, metadata["base_model_relation"] = original.name, "quantized"
     if measurement and measurement.dataset:
-        metadata.model_name, metadata.metrics = title, [str(purpose.metric)]
+        metadata.model_name, metadata.metrics = title, [str(CLASSIFIER.metric)]
         metadata.eval_results = list_results(purpose, measurement.scores, measurement.dataset, measurement.dataset)
     parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}"]
     parts += [f"Made from `{original.name}` by s3a (Sparse Scan Self-Attention) with torchao."]
     parts += describe_model(model, purpose, resolve_model_data_config(model), licence)
     parts += ["## Quantization", describe_quantization(quantization), *([measurement.table] if measurement else [])]
-    parts += carry_over(sections, original.name)
+    parts += carry_over(original)
     parts += ["## Use", show_use(model, purpose, str(place))]
-    parts += ["## Citation", sections["Citation"]] if "Citation" in sections else cite(model)
+    parts += ["## Citation", original.sections["Citation"]] if "Citation" in original.sections else cite(model)
     return "\n\n".join(parts) + "\n"
 
 
-def carry_over(sections: Mapping[str, str], name: str) -> list[str]:
+def carry_over(original: Original) -> list[str]:
     """The sections of the original's card that hold for the quantized weights too, and its scores, called so."""
     parts = []
-    for heading, text in sections.items():
+    for heading, text in original.sections.items():
         if heading == "Results":
             scores = text.replace(THESE_WEIGHTS, ": those that were quantized")
-            parts += ["## Results of the float weights", f"Of `{name}`, before the quantization.", scores]
+            parts += ["## Results of the float weights", f"Of `{original.name}`, before the quantization.", scores]
         elif heading not in (*REBUILT, "Citation"):
             parts += [f"## {heading}", text]
     return parts
 
 
-def parse_card(original: Original) -> tuple[ModelCardData | None, dict[str, str]]:
-    """The metadata of the original's card, and its sections by heading; None and no section where it has none."""
-    if original.card is None:
-        return None, {}
+def parse_card(name: str, text: str | None) -> Original:
+    """What a model card says.
+
+    Args:
+        name: the folder or repository that the card is of.
+        text: None where there is no card.
+
+    Raises:
+        ValueError: for a card whose metadata are no YAML.
+    """
+    if text is None:
+        return Original(name=name, metadata=ModelCardData(), sections={})
     try:
-        card = ModelCard(original.card)
+        # scores that the Hub could not read either are not needed here
+        card = ModelCard(text, ignore_metadata_errors=True)
     except (ValueError, YAMLError) as error:
         raise ValueError(
-            f"the model card of {original.name} has metadata that cannot be read ({error}): mend it, or delete it"
+            f"the model card of {name} has metadata that cannot be read ({' '.join(str(error).split())}): mend or "
+            "delete its README.md, in a copy of the folder where it is not yours"
         ) from error
-    return cast(ModelCardData, card.data), split_sections(card.text)
+    return Original(name=name, metadata=cast(ModelCardData, card.data), sections=split_sections(card.text))
 
 
 def split_sections(text: str) -> dict[str, str]:

@@ -226,8 +226,8 @@ def test_sparse_scan_scale():
 
 FLEX_CASES = [  # each compiles its own kernel, about four seconds
     ((3, 7), (4, 1), [(2, 13, 22, 2, 16), (3, 13, 22, 2, 16)], torch.float32, 1e-5),
-    (3, 4, [(1, 14, 14, 1, 32)], torch.float32, 1e-5),
-    (7, 3, [(1, 5, 4, 1, 64)], torch.float32, 1e-5),
+    pytest.param(3, 4, [(1, 14, 14, 1, 32)], torch.float32, 1e-5, marks=pytest.mark.slow),
+    pytest.param(7, 3, [(1, 5, 4, 1, 64)], torch.float32, 1e-5, marks=pytest.mark.slow),
     (5, 2, [(1, 13, 22, 1, 32)], torch.bfloat16, 2e-2),
 ]
 
@@ -249,10 +249,11 @@ def test_flex_sparse_scan():
     assert error(sparse_scan_attention(*inputs, backend="flex"), expected) <= 1e-5
 
 
-def test_flex_scales():
+@pytest.mark.parametrize("scales", [[0.3], pytest.param([0.3, 1, 2], marks=pytest.mark.slow)])
+def test_flex_scales(scales):
     """Whole numbers too: a scale that dynamo turned into a symbol gives code that does not build."""
     inputs = draw(1, 6, 7, 1, 16)
-    for scale in (0.3, 1, 2):
+    for scale in scales:
         expected = masked_attention(*in_double(inputs), dense_mask(6, 7, 3), scale)
         assert error(neighborhood_attention(*inputs, 3, scale=scale, backend="flex"), expected) <= 1e-5
 

@@ -140,7 +140,7 @@ def fail_to_connect(error):
     """A session whose requests fail with the error."""
 
     class Session:
-        def get(self, *arguments, **options):
+        def request(self, **options):
             raise error
 
     return Session
@@ -151,6 +151,11 @@ def fail_to_connect(error):
     [
         ({"gated": True}, None, ["is gated: accept its terms at https://huggingface.co/datasets/", "hf auth login"]),
         ({"gated": True}, STRANGER, ["the account that is logged in has no access: accept its terms at https://hugg"]),
+        (
+            {"disabled": True},
+            TOKEN,
+            ["is disabled by the Hub: https://huggingface.co/datasets/ILSVRC/imagenet-1k"],
+        ),
         ({"private": True}, STRANGER, ["is not on the Hub, or is private: check the name, or log in"]),
         (
             {},
@@ -167,11 +172,25 @@ def test_what_the_hub_refuses_is_answered_after_one_request(hub, monkeypatch, ri
     assert hub.requests == ["GET /api/datasets/ILSVRC/imagenet-1k/auth-check"]
 
 
-@pytest.mark.parametrize("status", [403, 407, 503])
-def test_a_status_in_place_of_an_answer_is_said_after_one_request(hub, status):
+@pytest.mark.parametrize(("status", "requests"), [(403, 1), (407, 1), (429, 4), (503, 4)])
+def test_a_status_in_place_of_an_answer_is_said(hub, monkeypatch, status, requests):
+    """At once where it will not change, and after a few requests where the Hub is busy."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.failing = status
     check_answer([f"answers {status}", "--data imagefolder --data-dir DIR", "(more than 150 GB)", "it is gated, too"])
-    assert len(hub.requests) == 1
+    assert len(hub.requests) == requests
+
+
+def test_a_hub_that_was_busy_for_a_moment_is_no_obstacle(hub, monkeypatch):
+    hub.publish("org/birds", {"README.md": b""})
+    hub.failing = 503
+
+    def recover(seconds: float) -> None:
+        hub.failing = None
+
+    monkeypatch.setattr("time.sleep", recover)
+    assert s3a.data.hub.find_obstacle("org/birds") is None
+    assert len(hub.requests) == 2
 
 
 @pytest.mark.parametrize(
@@ -183,7 +202,7 @@ def test_a_status_in_place_of_an_answer_is_said_after_one_request(hub, status):
     ],
 )
 def test_a_network_that_is_not_there_is_said_without_another_try(hub, monkeypatch, error):
-    monkeypatch.setattr(s3a.data.hub, "get_session", fail_to_connect(error))
+    monkeypatch.setattr("huggingface_hub.utils._http.get_session", fail_to_connect(error))
     check_answer([f"the Hub cannot be reached ({error}): check the network", "--data imagefolder --data-dir DIR"])
     assert hub.requests == []
 
@@ -222,6 +241,18 @@ def test_a_copied_repository_needs_no_network_and_no_token(hub, tmp_path, monkey
         check_numbers(again, NUM_TRAIN, NUM_VAL)
         assert again.fingerprint == copied.fingerprint
     assert {*hub.requests} == {"GET /api/datasets/org/birds/auth-check"}
+
+
+def test_another_configuration_than_that_of_the_cache_needs_the_hub(hub, monkeypatch):
+    """datasets finds one configuration there, and calls the other one unknown."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+    def find_no_configuration(*names):
+        raise ValueError("Couldn't find cache for org/birds for config 'big'")
+
+    monkeypatch.setattr(s3a.data.hub, "load_dataset_builder", find_no_configuration)
+    with pytest.raises(FileNotFoundError, match="--dataset org/birds:big is not in the cache, and HF_HUB_OFFLINE"):
+        load_data("hub", dataset="org/birds:big")
 
 
 def test_a_mirror_that_cannot_be_asked_is_read(hub, monkeypatch):

@@ -29,6 +29,7 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     gated: bool = False
     private: bool = False
+    disabled: bool = False
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         """Adds files to a branch; returns the commit."""
@@ -181,6 +182,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_access(self, repo: str) -> Repository:
         repository = self.find_repository(repo)
+        if repository.disabled:
+            raise RefusalError(403, message="Access to this resource is disabled.")
         if repository.gated and self.token != TOKEN:
             raise RefusalError(403 if self.token else 401, "GatedRepo", f"Access to {repo} is restricted")
         return repository

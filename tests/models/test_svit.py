@@ -184,6 +184,7 @@ def test_tables_without_meaning_are_refused(changes: dict):
         timm.create_model("svit_nano", **changes)
 
 
+@pytest.mark.slow
 def test_super_token_attention_compiles_to_one_graph():
     """Generated code, forward and backward, is the eager function."""
     module, x = SuperTokenAttention(16, 2, super_token_size=4), torch.randn(2, 9, 10, 16, requires_grad=True)

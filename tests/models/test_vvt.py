@@ -236,6 +236,7 @@ def test_sizes_without_meaning_are_refused(dim: int, num_heads: int, reduction: 
         VicinityAttention(dim, num_heads, reduction=reduction)
 
 
+@pytest.mark.slow
 def test_vicinity_attention_compiles_to_one_graph():
     """Generated code, forward and backward, is the eager function."""
     module, x = VicinityAttention(16, 2), torch.randn(2, 9, 10, 16, requires_grad=True)

@@ -123,7 +123,8 @@ def test_inside_of_a_larger_graph_regions_are_plain(monkeypatch):
         assert torch.equal(model(images), plain(images))
 
 
-def test_another_resolution_compiles_once():
+def test_another_resolution_compiles_once(monkeypatch):
+    compile_with("eager", monkeypatch)
     model = s3a.compile_model(small_model().eval())
     with torch.no_grad():
         model(torch.randn(2, 3, 48, 48))
@@ -136,6 +137,7 @@ def test_another_resolution_compiles_once():
     assert graphs() == before + compiled
 
 
+@pytest.mark.slow
 def test_training_gives_the_same_gradients_and_drop_path_compiles_nothing():
     model = small_model(drop_path_rate=0.3).train()
     plain = copy.deepcopy(model)
@@ -176,6 +178,7 @@ def test_every_family_trains_compiled(name, monkeypatch):
     assert counters["graph_break"] == {}
 
 
+@pytest.mark.slow
 def test_bf16_compiles():
     model = small_model().eval().to(torch.bfloat16)
     plain = copy.deepcopy(model)
@@ -185,6 +188,7 @@ def test_bf16_compiles():
     torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow
 def test_the_whole_model_is_one_graph():
     model = small_model().eval()
     whole = torch.compile(model, fullgraph=True)
@@ -219,7 +223,8 @@ def test_a_model_without_our_blocks_is_refused():
         s3a.compile_model(torch.nn.Linear(2, 2))
 
 
-def test_a_compiled_model_copies_and_saves(tmp_path):
+def test_a_compiled_model_copies_and_saves(tmp_path, monkeypatch):
+    compile_with("eager", monkeypatch)
     model = s3a.compile_model(small_model().eval())
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

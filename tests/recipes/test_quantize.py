@@ -102,6 +102,8 @@ def test_what_the_command_refuses(monkeypatch, capsys, weights: Path, folder: Pa
         ((weights, "int8-dynamic", precious), ("precious holds weights that are not quantized",)),
         ((weights, "int8-dynamic", out, "--layers", "stage.*"), ("'stage.*' is unknown",)),
         ((weights, "int8-dynamic", out, "--batch-size", 0), ("--batch-size is 0",)),
+        ((weights, "int8-dynamic", out, "--dataset", "a/b"), ("--dataset is a/b and there is no --data",)),
+        ((weights, "int8-dynamic", out, "--data-dir", "images"), ("--data-dir is images and there is no --data",)),
         ((tmp_path / "none", "int8-dynamic", out), ("neither a local folder nor",)),
         ((weights, "int8-dynamic", weights / "config.json" / "x"), ("cannot be made",)),
     ):

@@ -199,12 +199,34 @@ def test_ctrl_c_is_answered_at_once_and_interrupts_the_second_time(capfd, monkey
             os.kill(os.getpid(), signal.SIGINT)
             assert requests.reason == "SIGINT"
             said = capfd.readouterr().err
-            assert "writing a checkpoint of this step" in said
+            assert "ending as soon as all is saved" in said
             assert ("whatever the launcher prints" in said) == launched
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
         assert requests.reason == "SIGTERM", "a scheduler may repeat its own"
+
+
+def test_the_first_ctrl_c_after_another_request_interrupts_nothing():
+    """A user who waits for a command whose reader has ended may press it once."""
+    with StopRequests() as requests:
+        requests.note_end_of_reader()
+        with pytest.raises(KeyboardInterrupt):
+            for pressed in (1, 2):
+                os.kill(os.getpid(), signal.SIGINT)
+    assert pressed == 2
+
+
+def test_workers_leave_ctrl_c_to_their_run(capfd):
+    """They inherit the handler, and a terminal sends the signal to all processes: one of them answers."""
+    with StopRequests() as requests:
+        child = os.fork()
+        if child == 0:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0 if requests.reason is None else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_the_end_of_a_reader_asks_the_inner_run_to_stop(monkeypatch):

@@ -48,9 +48,9 @@ def test_fine_tuning_on_photographs_needs_weights_and_a_folder_alone(images, pre
         (["photos"], None),
         (
             ["--data", "imagefolder"],
-            "those of the digits: ssvit_nano at 48 px, not mirrored; .*recipes/train.py photos",
+            "those of digits, for small drawings that are not mirrored; .*recipes/train.py photos",
         ),
-        (["--data", "hub", "--dataset", "org/birds"], "those of the digits"),
+        (["--data", "hub", "--dataset", "org/birds"], "those of digits"),
     ],
 )
 def test_other_images_without_a_recipes_name_are_told_of_photos(monkeypatch, arguments, words):

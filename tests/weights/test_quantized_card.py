@@ -8,7 +8,7 @@ from torch import nn
 
 from s3a.quantization.schemes import Quantization, mark_quantized
 from s3a.weights.card import Score, TrainingFacts, build_card
-from s3a.weights.quantized_card import Measurement, Original, build_quantized_card
+from s3a.weights.quantized_card import Measurement, build_quantized_card, parse_card
 
 LAYERS = tuple(f"stages.0.blocks.{block}.mlp.{layer}" for block in (0, 1) for layer in ("fc1", "fc2"))
 QUANTIZATION = Quantization("int8-activations-int4-weights", LAYERS)
@@ -45,8 +45,7 @@ def original_card() -> str:
 
 
 def test_data_scores_recipe_and_licence_are_kept(model: nn.Module, original_card: str):
-    original = Original(name="hats/clothes", card=original_card)
-    text = build_quantized_card(model, QUANTIZATION, original, MEASURED, place="weights/int4")
+    text = build_quantized_card(model, parse_card("hats/clothes", original_card), MEASURED, place="weights/int4")
     card = ModelCard(text)
     assert (card.data.license, card.data.library_name, card.data.datasets) == ("cc-by-4.0", "s3a", ["fashion-mnist"])
     assert (card.data.base_model, card.data.base_model_relation) == ("hats/clothes", "quantized")
@@ -72,17 +71,43 @@ def test_data_scores_recipe_and_licence_are_kept(model: nn.Module, original_card
 
 def test_an_original_of_which_nothing_is_known(model: nn.Module, tmp_path):
     """A local folder without a card, and nothing measured: no score, no data, and no base model on the Hub."""
-    original = Original(name=str(tmp_path), card=None)
-    card = ModelCard(build_quantized_card(model, QUANTIZATION, original, place="weights/int4"))
+    card = ModelCard(build_quantized_card(model, parse_card(str(tmp_path), None), place="weights/int4"))
     assert (card.data.eval_results, card.data.datasets, card.data.get("base_model")) == (None, None, None)
     assert (card.data.license, card.data.pipeline_tag) == ("mit", "image-classification")
     assert "Results" not in card.text
 
 
-def test_metadata_that_cannot_be_read_are_said(model: nn.Module):
-    original = Original(name="hats/clothes", card="---\na: [\n---\n# Clothes\n")
+@pytest.mark.parametrize("metadata", ["", "---\ntags: [clothes]\n---\n", "---\nmodel-index: [{name: x}]\n---\n"])
+def test_cards_by_hand(model: nn.Module, metadata: str):
+    """Without the task, or with scores that the Hub does not understand: what was scored is a classifier."""
+    original = parse_card("hats/clothes", f"{metadata}# Clothes\n\n## Limits\n\nKnows no hats.\n")
+    text = build_quantized_card(model, original, MEASURED, place="weights/int4")
+    card = ModelCard(text)
+    assert (card.data.pipeline_tag, card.data.metrics) == ("image-classification", ["accuracy"])
+    assert [(each.task_type, each.metric_value) for each in card.data.eval_results] == [("image-classification", 0.625)]
+    assert "Knows no hats." in card.text
+    assert "None" not in text
+
+
+def test_a_licence_of_its_own_keeps_its_name_and_address(model: nn.Module):
+    licence = "license: other\nlicense_name: hat\nlicense_link: https://example.org/hat"
+    original = parse_card("hats/clothes", f"---\n{licence}\npipeline_tag: image-segmentation\n---\n# Clothes\n")
+    card = ModelCard(build_quantized_card(model, original, place="weights/int4"))
+    assert (card.data.license_name, card.data.license_link) == ("hat", "https://example.org/hat")
+    assert card.data.pipeline_tag is None
+
+
+def test_metadata_that_cannot_be_read_are_said():
     with pytest.raises(ValueError, match="the model card of hats/clothes has metadata that cannot be read"):
-        build_quantized_card(model, QUANTIZATION, original, place="weights/int4")
+        parse_card("hats/clothes", "---\na: [\n---\n# Clothes\n")
+
+
+def test_a_quantized_model_of_timms_is_loaded_by_the_library():
+    with torch.device("meta"):
+        model = timm.create_model("resnet18", num_classes=10)
+    mark_quantized(model, QUANTIZATION)
+    text = build_quantized_card(model, parse_card("hats/clothes", None), place="weights/int4")
+    assert 'model = load_pretrained("weights/int4")' in text
 
 
 def test_weights_trained_for_a_scheme_say_that_the_rounding_was_simulated(model: nn.Module):

@@ -47,10 +47,10 @@ class Classification(Task):
                 "even number; change it, or use --mixup 0 --cutmix 0"
             )
 
-    def fit_head(self, model: nn.Module) -> None:
-        """Keeps the head of loaded weights where they know the same classes."""
-        if cast(TimmModel, model).pretrained_cfg.get("label_names") != self.label_names:
-            super().fit_head(model)
+    def fit_head(self, model: nn.Module) -> bool:
+        """Keeps the head of loaded weights where they know the same classes; whether it is new."""
+        knows_same = cast(TimmModel, model).pretrained_cfg.get("label_names") == self.label_names
+        return not knows_same and super().fit_head(model)
 
     def make_train_transform(self, recipe: Recipe, data_config: dict[str, Any]) -> Transform:
         return make_augmentation(recipe, data_config)

@@ -66,9 +66,10 @@ class Task(ABC):
     def check_recipe(self, recipe: Recipe, images_per_forward: int) -> None:  # noqa: B027  nothing to refuse by default
         """Raises ValueError for a recipe that this task cannot train by, with so many images on a process at a time."""
 
-    def fit_head(self, model: nn.Module) -> None:
-        """Gives a model with loaded weights the head that this task needs; by default a new one."""
+    def fit_head(self, model: nn.Module) -> bool:
+        """Gives a model with loaded weights the head that this task needs, by default a new one; whether it is new."""
         cast(TimmModel, model).reset_classifier(self.num_outputs)
+        return True
 
     def make_train_transform(self, recipe: Recipe, data_config: dict[str, Any]) -> Transform:
         """From an image of the training split to the model's input; by default that of the evaluation.

@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import auto_augment
@@ -69,6 +70,19 @@ def test_one_kind_of_mixing_alone_mixes(recipe, mixup, cutmix):
     task = Classification(load_data(recipe.data, recipe.data_dir))
     recipe = dataclasses.replace(recipe, mixup=mixup, cutmix=cutmix)
     assert (task.make_loss(recipe).mixup is not None) == (mixup + cutmix > 0)
+
+
+def test_a_head_is_new_where_the_classes_are_others(recipe):
+    """Also of a model of timm's with two heads, for which timm makes a new tuple of them whenever it is asked."""
+    task = Classification(load_data("imagefolder", recipe.data_dir))
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=2)
+    model.pretrained_cfg["label_names"] = task.label_names
+    head = model.head
+    assert not task.fit_head(model)
+    assert model.head is head
+    model.pretrained_cfg["label_names"] = ["cat", "dog"]
+    assert task.fit_head(model)
+    assert model.head is not head
 
 
 def test_scores_are_counts_by_hand():
