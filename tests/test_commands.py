@@ -238,6 +238,22 @@ def test_what_is_read_was_written(clone: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(read_by) > 5
 
 
+COMPARISONS = [command for command in COMMANDS if "tools/compare.py" in command.words]
+
+
+@pytest.mark.parametrize("command", COMPARISONS, ids=str)
+def test_a_comparison_asks_for_what_its_committed_result_has(command: Command):
+    """Defaults of a recipe change, and the results of the command with them."""
+    script, arguments = find_script(command)
+    options, recipe = runpy.run_path(str(ROOT / script))["parse_arguments"](arguments)
+    settings = json.loads(read(ROOT / options.output_dir / "results.json"))["settings"]
+    measured = settings["recipe"]
+    asked = {"name": options.recipe, **{name: getattr(recipe, name) for name in measured if name != "name"}}
+    assert json.loads(json.dumps(asked)) == measured
+    for name in ("models", "scan", "size", "seeds", "equal"):
+        assert json.loads(json.dumps(getattr(options, name))) == settings[name]
+
+
 # --------------------------------------------------------------------------------------------------------
 # Short commands and all Python, with stand-ins for what long commands leave
 # --------------------------------------------------------------------------------------------------------
@@ -294,10 +310,11 @@ def test_python_runs(guide: Path, clone: Path, program: ModuleType, hub: Hub, mo
 NOT_RUN = {  # all other commands are
     r"pip install|venv|pre-commit|pytest|ruff|mypy|\.ci/run": "the environment is made, and these are its checks",
     r"hf auth login": "asks for a token",
-    r"tests/mutations\.py": "tests the tests for half an hour",
+    r"tests/mutations\.py": "tests the tests for a quarter of an hour",
     r"_imagenet(?!.*--print-recipe)|_384|/data/imagenet": "needs ImageNet",
     r"--num_processes|--use_fsdp": "needs several GPUs",
     r"tools/benchmark\.py (?!compare)|tools/compare\.py|ssvit_small": "measures or compiles for minutes to days",
+    r"--quantize|--format aoti": "compiles for minutes, as tests/quantization and tests/test_export.py do too",
     r"train\.py photos(?!.*--epochs 1)": "as many epochs as one's own photographs need",
 }
 

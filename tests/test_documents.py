@@ -149,6 +149,24 @@ def test_benchmarks_are_the_committed_results(heading: str):
             assert cells[column - 1].partition(" ")[0] == expected, (heading, name, figure)
 
 
+def test_schemes_are_the_committed_results():
+    """Each beside float32 of its own run; the row of float32 is that of the first."""
+    page = read(ROOT / "docs" / "deployment.md")
+    (_, *rows), *_ = list_tables(find_section(page, "Quantization"))
+    shown = {name.strip("`"): cells for name, *cells in rows}
+    for scheme in [name for name in shown if name != "float32"]:
+        path = ROOT / "docs" / "benchmarks" / f"quantize_digits_{scheme.replace('-', '_')}_cpu.json"
+        result = json.loads(read(path))
+        assert result["machine"]["processor"] in page
+        first = result["rows"][0]
+        for row in result["rows"]:
+            shares = [f"{100 * row[key]:.2f} %" for key in ("top1", "agreement")]
+            sizes = [f"{row[key]:.2f}" for key in ("megabytes", "memory_megabytes")]
+            times = [f"{row[key] / first[key]:.2f}" for key in ("compiled_ms", "eager_ms")]
+            if row["model"] == scheme or scheme == "int8-dynamic":
+                assert shown[row["model"]] == [*shares, *sizes, *times]
+
+
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in ROOT.glob("docs/comparisons/*/results.md")))
 def test_comparisons_are_the_committed_results(folder: str):
     """The columns that the page shows of results.md, whose tables are of the same rows."""
