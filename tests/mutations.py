@@ -830,7 +830,7 @@ DATA = [
 
 WEIGHTS = [
     *mutate("s3a/weights/quantized_card.py", "tests/weights/test_quantized_card.py",
-        ("is_classifier = scored or data.pipeline_tag in (None, CLASSIFIER.pipeline_tag)",
+        ("is_classifier = dataset is not None or data.pipeline_tag in (None, CLASSIFIER.pipeline_tag)",
          "is_classifier = data.pipeline_tag == CLASSIFIER.pipeline_tag",
          "the Hub is told that the task is None", "test_cards_by_hand"),
         ("ignore_metadata_errors=True", "ignore_metadata_errors=False",

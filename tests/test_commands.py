@@ -283,8 +283,8 @@ def test_short_commands_run(command: Command, clone: Path, monkeypatch: pytest.M
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """An empty module, whose models timm forgets at the end."""
-    program = ModuleType("program")
+    """An empty main module, whose models timm forgets at the end."""
+    program = ModuleType("__main__")
     monkeypatch.setitem(sys.modules, program.__name__, program)
     yield program
     for name in timm.list_models(module=program.__name__):
@@ -299,7 +299,7 @@ def test_python_runs(guide: Path, clone: Path, program: ModuleType, hub: Hub, mo
     for block in list_blocks(read(guide), "python"):
         if block.startswith(("import ", "from ")):
             vars(program).clear()
-            program.__name__ = "program"
+            program.__name__ = "__main__"
         exec(compile(block, guide.name, "exec"), vars(program))
 
 

@@ -99,7 +99,7 @@ COPY = "read a copy on disk with --data imagefolder --data-dir DIR, which holds 
 
 
 def find_obstacle(path: str) -> Exception | None:
-    """What keeps a repository of the Hub from being read, by one request; None where nothing does, or for a folder.
+    """What keeps a repository of the Hub from being read; None where nothing does, or for a folder.
 
     Asked first, since datasets tries again and again for half a minute where there is no network. A Hub that is there
     and busy is asked a few times. (HfApi.auth_check asks the same, without a limit of time.)

@@ -69,9 +69,9 @@ def build_quantized_card(
     """
     quantization = get_quantization(model)
     assert quantization is not None
-    data, scored = original.metadata, measurement is not None and measurement.dataset is not None
+    data, dataset = original.metadata, measurement.dataset if measurement else None
     # a hand-written card may not say what the model is for; what was scored is a classifier
-    is_classifier = scored or data.pipeline_tag in (None, CLASSIFIER.pipeline_tag)
+    is_classifier = dataset is not None or data.pipeline_tag in (None, CLASSIFIER.pipeline_tag)
     purpose = CLASSIFIER if is_classifier else OTHER
     licence = str(data.license or find_licence(model))
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
@@ -87,9 +87,9 @@ def build_quantized_card(
     )
     if not Path(original.name).is_dir():
         metadata.base_model, metadata["base_model_relation"] = original.name, "quantized"
-    if measurement and measurement.dataset:
-        metadata.model_name, metadata.metrics = title, [str(CLASSIFIER.metric)]
-        metadata.eval_results = list_results(purpose, measurement.scores, measurement.dataset, measurement.dataset)
+    if measurement and dataset is not None:
+        metadata.model_name, metadata.metrics = title, [str(purpose.metric)]
+        metadata.eval_results = list_results(purpose, measurement.scores, dataset, dataset)
     parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}"]
     parts += [f"Made from `{original.name}` by s3a (Sparse Scan Self-Attention) with torchao."]
     parts += describe_model(model, purpose, resolve_model_data_config(model), licence)

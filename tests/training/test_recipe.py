@@ -82,6 +82,7 @@ def test_other_images_without_a_recipes_name_are_told_of_photos(monkeypatch, arg
         (["--data", "imagefolder"], "--data-dir DIR"),
         (["photos"], "--data-dir DIR, a folder with train/CLASS"),
         (["photos_finetune"], "photos_finetune needs --weights"),
+        (["--epochs", "3", "photos"], "comes before its options: recipes/train.py photos --epochs 3 "),
         (["--lr", "3"], "--lr, 3; did you mean --learning-rate?"),
         (["--device", "cpu"], "Accelerate chooses the device"),
         (["--epochs", "1.5"], "--epochs is '1.5': it must be a whole number"),
