@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from argparse import REMAINDER, ArgumentParser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -33,6 +34,7 @@ from torch.distributed.run import get_args_parser
 from s3a.support.command_line import parse_options
 from s3a.weights.card import Weights
 
+TRAIN = "recipes/train.py"
 COMMANDS = [command for guide in GUIDES for command in list_commands(read(guide), guide.name)]
 EXACT = {  # all else is parsed
     "python -m venv .venv",
@@ -43,9 +45,12 @@ EXACT = {  # all else is parsed
     "mypy",
     ".ci/run",
     "hf auth login",
+    "squeue --me",
 }
 PACKAGES = {"natten", "pre-commit", "transformers"}  # that users are told to install
 PYTEST_OPTIONS = {"-m": 1, "-n": 1, "-k": 1, "-q": 0, "--pdb": 0}  # and how many values each has
+SBATCH_OPTIONS = ("nodes", "gpus-per-node", "cpus-per-gpu", "ntasks-per-node", "time", "partition")
+SLURM_JOB = re.compile(r"(scancel|scontrol requeue) \d+|tail -f slurm-\d+\.out")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -123,9 +128,23 @@ def find_script(command: Command) -> tuple[str, list[str]] | None:
     if words[:1] == ["torchrun"]:
         launched = get_args_parser().parse_args(words[1:])
         return launched.training_script, launched.training_script_args
+    if words[:1] == ["sbatch"]:
+        launched = get_sbatch_parser().parse_args(words[1:])
+        assert f"python {TRAIN}" in read(ROOT / launched.job_file)
+        return TRAIN, launched.script_args
     if words[:1] == ["python"] and words[1].endswith(".py"):
         return words[1], words[2:]
     return None
+
+
+def get_sbatch_parser() -> ArgumentParser:
+    """The options of Slurm's sbatch that the documents use, all of which have a value."""
+    parser = ArgumentParser(prog="sbatch", allow_abbrev=False)
+    for name in SBATCH_OPTIONS:
+        parser.add_argument(f"--{name}")
+    parser.add_argument("job_file")
+    parser.add_argument("script_args", nargs=REMAINDER)
+    return parser
 
 
 def parse_script(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
@@ -143,7 +162,7 @@ def parse_script(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPa
         else:
             runpy.run_path(str(ROOT / script), run_name="__main__")
     parsed = {name: value for each in reversed(options) for name, value in vars(each).items()}
-    is_training = script == "recipes/train.py" and options
+    is_training = script == TRAIN and options
     return SimpleNamespace(**parsed, **({"folder": options[0].folder} if is_training else {}))
 
 
@@ -178,7 +197,7 @@ def check_pytest(words: list[str]) -> None:
 @pytest.mark.parametrize("command", list(dict.fromkeys(COMMANDS)), ids=lambda command: f"{command.source}: {command}")
 def test_the_command_is_known(command: Command, clone: Path, monkeypatch: pytest.MonkeyPatch):
     words = list(command.words)
-    if str(command) in EXACT:
+    if str(command) in EXACT or SLURM_JOB.fullmatch(str(command)):
         return
     if words[:2] == ["pip", "install"]:
         check_pip(words[2:])
@@ -313,6 +332,8 @@ NOT_RUN = {  # all other commands are
     r"tests/mutations\.py": "tests the tests for a quarter of an hour",
     r"_imagenet(?!.*--print-recipe)|_384|/data/imagenet": "needs ImageNet",
     r"--num_processes|--use_fsdp": "needs several GPUs",
+    r"sbatch|squeue|scancel|scontrol|slurm-": "needs Slurm, on which tests/recipes/test_slurm.py runs the job file",
+    r"--nnodes": "waits for a second launcher; tests/recipes/test_train.py starts both",
     r"tools/benchmark\.py (?!compare)|tools/compare\.py|ssvit_small": "measures or compiles for minutes to days",
     r"--quantize|--format aoti": "compiles for minutes, as tests/quantization and tests/test_export.py do too",
     r"train\.py photos(?!.*--epochs 1)": "as many epochs as one's own photographs need",

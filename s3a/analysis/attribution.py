@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from s3a.attention.backends import reference
+from s3a.attention.backends import tiled
 from s3a.attention.plan import lay_out_scan
 from s3a.geometry import Neighborhood, find_passes
 from s3a.nn.s3a import S3A
@@ -113,18 +113,18 @@ def attribute(model: nn.Module, image: Tensor, label: int | None = None) -> Attr
     check_explicable(model)
     with record_calls(model) as calls:
         logits = model(image.detach().requires_grad_())[0]  # a gradient also where the weights are frozen
-    label = int(logits.argmax()) if label is None else label
-    if not 0 <= label < len(logits):
-        raise ValueError(f"label is {label}: it must be from 0 to {len(logits) - 1}, the classes of this model")
-    height, width = choose_map(calls)
-    chosen = [call for call in calls if call.map_size == (height, width)]
-    return Attribution(
-        height=height,
-        width=width,
-        stride=find_stride(model, image, height, width),
-        scans=tuple(sum_by_scan(chosen, find_gradients(logits[label], chosen))),
-        logits=logits.detach(),
-    )
+        label = int(logits.argmax()) if label is None else label
+        if not 0 <= label < len(logits):
+            raise ValueError(f"label is {label}: it must be from 0 to {len(logits) - 1}, the classes of this model")
+        height, width = choose_map(calls)
+        chosen = [call for call in calls if call.map_size == (height, width)]
+        return Attribution(
+            height=height,
+            width=width,
+            stride=find_stride(model, image, height, width),
+            scans=tuple(sum_by_scan(chosen, find_gradients(logits[label], chosen))),
+            logits=logits.detach(),
+        )
 
 
 def check_explicable(model: nn.Module) -> None:
@@ -138,7 +138,11 @@ def check_explicable(model: nn.Module) -> None:
 
 @contextmanager
 def record_calls(model: nn.Module) -> Iterator[list[BlockCall]]:
-    """Inside, the model is in evaluation mode, and what every S3A computes is added to a list as it runs."""
+    """Inside, the model is in evaluation mode, and what every S3A computes is added to a list as it runs.
+
+    Compiled code would run without the hooks, so nothing is compiled; and flex_attention uncompiled would hold the
+    scores of all tokens against all, so every S3A attends by tiles, whatever its backend.
+    """
     calls: list[BlockCall] = []
     projected: dict[nn.Module, Tensor] = {}
 
@@ -155,13 +159,19 @@ def record_calls(model: nn.Module) -> Iterator[list[BlockCall]]:
         ]
 
     was_training = model.training
-    hooks = [hook for module in model.modules() if isinstance(module, S3A) for hook in add_hooks(module)]
+    attentions = [module for module in model.modules() if isinstance(module, S3A)]
+    backends = [(each.backend, each.kernel_options) for each in attentions]
+    hooks = [hook for each in attentions for hook in add_hooks(each)]
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code would run without the hooks
+        with torch.compiler.set_stance("force_eager"):
             model.eval()
+            for each in attentions:
+                each.backend, each.kernel_options = "tiled", ()
             yield calls
     finally:
         model.train(was_training)
+        for each, (backend, kernel_options) in zip(attentions, backends, strict=True):
+            each.backend, each.kernel_options = backend, kernel_options
         for hook in hooks:
             hook.remove()
 
@@ -220,11 +230,11 @@ def attribute_block(
     """
     attention, (height, width) = call.attention, call.map_size
     query, key, value = (part.detach() for part in attention.split_heads(call.qkv, attention.plan(call.mixed)))
-    plan = lay_out_scan(passes, height, width, value.device, ("reference", "reference"))
+    plan = lay_out_scan(passes, height, width, value.device, ("tiled", "tiled"))
     scale = attention.head_dim**-0.5
     value.requires_grad_()
-    seen = reference.attend(query, key, value, plan.passes[0].layout, scale)  # u, [1, tokens, heads, head_dim]
-    attended = reference.attend(query, key, seen, plan.passes[1].layout, scale)  # o
+    seen = tiled.attend(query, key, value, plan.passes[0].layout, scale)  # u, [1, tokens, heads, head_dim]
+    attended = tiled.attend(query, key, seen, plan.passes[1].layout, scale)  # o
     to_seen, to_value = torch.autograd.grad(attended, (seen, value), gradient.reshape(attended.shape))
     anchors, tokens = (to_seen * seen).sum((0, 2, 3)), (to_value * value).sum((0, 2, 3))
     return anchors.detach().view(height, width), tokens.detach().view(height, width)

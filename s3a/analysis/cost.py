@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from s3a.nn.s3a import S3A
+from s3a.support.compiler import TorchDispatchMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class MacCounter(TorchDispatchMode):
         self.weights = {identify_storage(parameter) for parameter in model.parameters()}
         for module in model.modules():
             if isinstance(module, S3A):
-                module.backend = None  # one that takes the meta device
+                module.backend, module.kernel_options = None, ()  # one that takes the meta device
                 module.register_forward_pre_hook(self.enter_scan)
                 module.register_forward_hook(self.leave_scan)
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from s3a.attention.backends import Operands
-from s3a.attention.backends.blocks import BLOCK_SIZE, TokenOrder, rank_orders
-from s3a.attention.backends.tiles import TileCost, estimate_key_list_cost, prefers_key_list, rank_tiles
-from s3a.attention.plan import explain_choice
+from s3a.attention.backends.blocks import TokenOrder, list_block_sizes, rank_orders
+from s3a.attention.backends.costs import DeviceCosts, find_costs
+from s3a.attention.backends.tiles import TileCost, estimate_key_list, prefers_key_list, rank_tiles
+from s3a.attention.plan import BackendChoice, explain_choice
 from s3a.geometry import Fixed, Neighborhood, ScanPattern, find_passes, find_scan_pattern
 
 SHOWN_LOSERS = 2
@@ -20,25 +21,31 @@ class PassChoice:
     Attributes:
         fixed: which kind of scan the pass belongs to. name: "local", "anchor" or "dense".
         neighborhood: its kernel and dilation.
-        backend: the automatic choice. reasons: for each other backend, why it lost.
+        choice: the automatic choice of a backend, what each would cost, and why the others lost.
+        prices: of the device, by which everything here is chosen.
         num_pairs: (query, key) pairs of the pass. num_tokens: of the map.
         tiles: every choice of tiles, cheapest (the chosen one) first.
-        key_list_cost: what compiled inference on a CPU would cost with the keys of every query listed, in the unit of
-            `TileCost.total`. lists_keys: whether it does that instead of cutting tiles.
+        key_list_cost: what compiled inference would cost with the keys of every query listed; None on a device where it
+            does not list them. lists_keys: whether it does that instead of cutting tiles.
         orders: every candidate token order of the block mask, the chosen one first.
     """
 
     fixed: Fixed
     name: str
     neighborhood: Neighborhood
-    backend: str
-    reasons: dict[str, str]
+    choice: BackendChoice
+    prices: DeviceCosts
     num_pairs: int
     num_tokens: int
     tiles: list[TileCost]
-    key_list_cost: int
+    key_list_cost: int | None
     lists_keys: bool
     orders: list[TokenOrder]
+
+    @property
+    def backend(self) -> str:
+        """The name of the chosen backend."""
+        return self.choice.name
 
     def __str__(self) -> str:
         kernel, dilation = self.neighborhood.kernel_size[0], self.neighborhood.dilation[0]
@@ -47,15 +54,23 @@ class PassChoice:
         return "\n".join(
             [
                 f"{what}: kernel {kernel}, dilation {dilation}; {self.num_pairs:,} pairs, {density:.1f} % of dense",
+                f"  backend {self.backend}: {self.describe_cost(self.backend)}",
+                *(f"    not {name}: {self.describe_loser(name)}" for name in self.choice.reasons),
                 f"  tiles:  {self.describe_tiles()}",
-                f"  listed: {self.describe_key_list()}",
+                *([] if self.key_list_cost is None else [f"  listed: {self.describe_key_list()}"]),
                 f"  blocks: {self.describe_orders()}",
             ]
         )
 
-    def describe_backend(self) -> str:
-        """The backend and why the others lost, a line each."""
-        return "\n".join([f"backend {self.backend}", *(f"  not {name}: {why}" for name, why in self.reasons.items())])
+    def describe_cost(self, name: str) -> str:
+        """What a backend does for the pass, and what that costs."""
+        cost = self.choice.costs[name]
+        return f"{cost.pairs:,} pairs done, cost {cost.total:,}"
+
+    def describe_loser(self, name: str) -> str:
+        """Why a backend was not chosen, with what it would have cost where it can run."""
+        reason = self.choice.reasons[name]
+        return f"{reason}; {self.describe_cost(name)}" if name in self.choice.costs else reason
 
     def describe_tiles(self) -> str:
         """The chosen tiles, and by how much the next ones lost."""
@@ -64,27 +79,34 @@ class PassChoice:
             f"{format_tile(cost.tile)} (+{100 * (cost.total / best.total - 1):.0f} %)" for cost in others[:SHOWN_LOSERS]
         )
         calls = "1 call" if best.batches == 1 else f"{best.batches} calls"
-        return (
-            f"{format_tile(best.tile)} in {calls}, {best.pairs:,} pairs with masked ones, "
-            f"{best.halo_tokens:,} keys gathered" + (f"; lost on estimated cost: {lost}" if lost else "")
+        moved = f"{best.halo_tokens:,} keys gathered"
+        if best.groups is not None:
+            moved = "the map as it is" if best.groups.is_map else "whole dilation groups, nothing gathered"
+        return f"{format_tile(best.tile)} in {calls}, {best.pairs:,} pairs with masked ones, {moved}" + (
+            f"; lost on estimated cost: {lost}" if lost else ""
         )
 
     def describe_key_list(self) -> str:
         """Whether compiled inference lists keys, and by how much that lost or won."""
+        assert self.key_list_cost is not None
         share = f"{100 * self.key_list_cost / self.tiles[0].total:.0f} % of the tiles' estimated cost"
         if self.lists_keys:
             return f"compiled inference lists the keys of every query instead, at {share}"
         return f"compiled inference keeps the tiles; a list of the keys of every query comes to {share}"
 
     def describe_orders(self) -> str:
-        """The chosen token order, and how many blocks the others touch."""
+        """The chosen token order and blocks, and by how much the next ones lost."""
         best, *others = self.orders
-        total = (-(-self.num_tokens // BLOCK_SIZE)) ** 2
-        lost = ", ".join(f"{format_tile(order.tile)} tiles ({len(order.pairs)})" for order in others[:SHOWN_LOSERS])
+        total, cost = best.num_blocks**2, best.estimate_cost(self.prices).total
+        lost = ", ".join(
+            f"{format_tile(order.tile)} tiles in blocks of {order.block_size} "
+            f"(+{100 * (order.estimate_cost(self.prices).total / cost - 1):.0f} %)"
+            for order in others[:SHOWN_LOSERS]
+        )
         return (
-            f"{format_order(best, self.neighborhood)} touches {len(best.pairs)} of {total} blocks of {BLOCK_SIZE} "
+            f"{format_order(best, self.neighborhood)} touches {len(best.pairs)} of {total} blocks of {best.block_size} "
             f"({100 * len(best.pairs) / total:.1f} %), {int(best.full.sum())} of them full"
-            + (f"; lost on blocks: {lost}" if lost else "")
+            + (f"; lost on estimated cost: {lost}" if lost else "")
         )
 
 
@@ -94,7 +116,7 @@ class Explanation:
 
     Attributes:
         height, width: the map, in tokens. device, dtype, size: as asked.
-        passes: every kind of scan in it, pass by pass.
+        source: where the costs come from. passes: every kind of scan in it, pass by pass.
     """
 
     height: int
@@ -102,6 +124,7 @@ class Explanation:
     device: torch.device
     dtype: torch.dtype
     size: int
+    source: str
     passes: tuple[PassChoice, ...]
 
     @property
@@ -115,9 +138,8 @@ class Explanation:
         lines = [f"{self.height} x {self.width} tokens on {self.device}, {dtype}, size {self.size}"]
         if not self.passes:
             return "\n".join([*lines, "no pass is left: every token keeps its value"])
-        if self.backend is not None:
-            return "\n".join([*lines, self.passes[0].describe_backend(), "", "\n\n".join(map(str, self.passes))])
-        return "\n\n".join([*lines, *(f"{choice}\n{choice.describe_backend()}" for choice in self.passes)])
+        lines.append(f"costs are in pairs of unmasked attention, for one head of one image: {self.source}")
+        return "\n\n".join(["\n".join(lines), *map(str, self.passes)])
 
 
 def explain(
@@ -150,24 +172,26 @@ def explain(
         raise ValueError(f"device is {device!r}: it must be one that torch knows, such as cpu or cuda") from error
     if head_dim < 4 or head_dim % 4:
         raise ValueError(f"head_dim is {head_dim}: it must be a multiple of 4, as S3A's rotary embedding needs")
-    backend, reasons = explain_choice(height * width, Operands(device, dtype, head_dim, training))
+    operands, prices = Operands(device, dtype, head_dim, training), find_costs(device)
     passes = tuple(
         PassChoice(
             fixed=fixed,
             name=name,
             neighborhood=neighborhood,
-            backend=backend,
-            reasons=reasons,
+            choice=explain_choice(neighborhood, height, width, operands),
+            prices=prices,
             num_pairs=neighborhood.count_pairs(height, width),
             num_tokens=height * width,
-            tiles=rank_tiles(neighborhood, height, width),
-            key_list_cost=estimate_key_list_cost(neighborhood, height, width),
+            tiles=rank_tiles(neighborhood, height, width, prices),
+            key_list_cost=estimate_key_list(neighborhood, height, width, prices),
             lists_keys=prefers_key_list(neighborhood, height, width, device),
-            orders=rank_orders(neighborhood, height, width),
+            orders=rank_orders(neighborhood, height, width, prices, list_block_sizes(height * width)),
         )
         for fixed, name, neighborhood in list_passes(find_scan_pattern(scan), height, width, size)
     )
-    return Explanation(height=height, width=width, device=device, dtype=dtype, size=size, passes=passes)
+    return Explanation(
+        height=height, width=width, device=device, dtype=dtype, size=size, source=prices.source, passes=passes
+    )
 
 
 def list_passes(pattern: ScanPattern, height: int, width: int, size: int) -> list[tuple[Fixed, str, Neighborhood]]:

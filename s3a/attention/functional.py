@@ -5,14 +5,14 @@ pass; the result comes back.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from s3a.attention.backends import Operands
-from s3a.attention.plan import ScanPlan, attend_plan, plan_scan
+from s3a.attention.backends import KernelOptions, Operands
+from s3a.attention.plan import ScanPlan, attend_plan, freeze_options, plan_scan
 from s3a.geometry import Fixed, Neighborhood, Passes, Scan, sparse_scan
 
 
@@ -25,6 +25,7 @@ def neighborhood_attention(
     *,
     scale: float | None = None,
     backend: str | None = None,
+    kernel_options: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Attention of every token over its (dilated) neighborhood, by NATTEN's rule.
 
@@ -34,17 +35,20 @@ def neighborhood_attention(
             group sees the group whole.
         dilation: distance between neighboring keys, in tokens; an int or a (row, column) pair.
         scale: factor of the scores; None is head_dim ** -0.5.
-        backend: None chooses: flex on CUDA for maps of more than 256 tokens, tiled elsewhere (`s3a.explain` says why);
-            "flex", "tiled" or "reference" is used exactly, or ValueError.
+        backend: None chooses what costs least: tiled on a CPU, tiled or flex on CUDA (`s3a.explain` says why). Where
+            flex was chosen and this machine cannot compile it, tiled takes its place, with a warning. "flex", "tiled"
+            or "reference" is used exactly, or ValueError.
+        kernel_options: for `flex_attention`, with backend="flex" alone; see
+            `torch.nn.attention.flex_attention.FlexKernelOptions`. The mask gets the blocks that they ask for.
 
     Returns:
         The query's shape, dtype and device.
 
     Raises:
         ValueError: for tensors that do not match, an even or negative kernel, a dilation below 1, an unknown
-            backend, or one that cannot run these tensors.
+            backend, one that cannot run these tensors, or kernel options that it does not have.
     """
-    return attend_scan(query, key, value, build_single_pass, (kernel_size, dilation), scale, backend)
+    return attend_scan(query, key, value, build_single_pass, (kernel_size, dilation), scale, backend, kernel_options)
 
 
 def sparse_scan_attention(
@@ -57,6 +61,7 @@ def sparse_scan_attention(
     passes: Passes = "both",
     scale: float | None = None,
     backend: str | None = None,
+    kernel_options: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Sparse Scan Self-Attention (arXiv 2405.13335): two chained passes with the same queries and keys.
 
@@ -70,17 +75,19 @@ def sparse_scan_attention(
         fixed: "window" fixes the reference window, "anchors" the number of anchors per axis.
         passes: "both", or for ablations "local" or "anchor" alone, or "dense" attention in their place.
         scale: factor of the scores; None is head_dim ** -0.5.
-        backend: None chooses for each pass: flex on CUDA for maps of more than 256 tokens, tiled elsewhere
-            (`s3a.explain` says why). One that is named ("flex", "tiled", "reference") is used exactly, or ValueError.
+        backend: None chooses for each pass what costs least: tiled on a CPU, tiled or flex on CUDA (`s3a.explain` says
+            why). Where flex was chosen and this machine cannot compile it, tiled takes its place, with a warning. One
+            that is named ("flex", "tiled", "reference") is used exactly, or ValueError.
+        kernel_options: for `flex_attention`, with backend="flex" alone; see `neighborhood_attention`.
 
     Returns:
         The query's shape, dtype and device.
 
     Raises:
-        ValueError: for tensors that do not match, a size below 1, an unknown `fixed`, `passes` or backend, or a backend
-            that cannot run these tensors.
+        ValueError: for tensors that do not match, a size below 1, an unknown `fixed`, `passes` or backend, a backend
+            that cannot run these tensors, or kernel options that it does not have.
     """
-    return attend_scan(query, key, value, sparse_scan, (size, fixed, passes), scale, backend)
+    return attend_scan(query, key, value, sparse_scan, (size, fixed, passes), scale, backend, kernel_options)
 
 
 def attend_scan(
@@ -91,13 +98,25 @@ def attend_scan(
     arguments: tuple[Any, ...],
     scale: float | None,
     backend: str | None,
+    kernel_options: Mapping[str, Any] | None,
 ) -> Tensor:
     """Executes the scan `build_scan(height, width, *arguments)` on [batch, height, width, heads, head_dim]."""
     check_tensors(query, key, value)
     # a plan belongs to one map size, also where a tracer would vary it
     height, width, head_dim = (operator.index(query.shape[axis]) for axis in (1, 2, 4))
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    plan = plan_call(build_scan, arguments, height, width, query.device, query.dtype, head_dim, needs_grad, backend)
+    plan = plan_call(
+        build_scan,
+        arguments,
+        height,
+        width,
+        query.device,
+        query.dtype,
+        head_dim,
+        needs_grad,
+        backend,
+        freeze_options(kernel_options),
+    )
     query, key, value = (tensor.flatten(1, 2) for tensor in (query, key, value))  # [batch, tokens, heads, head_dim]
     return attend_plan(query, key, value, plan, scale).unflatten(1, (height, width))
 
@@ -113,10 +132,11 @@ def plan_call(
     head_dim: int,
     needs_grad: bool,
     backend: str | None,
+    kernel_options: KernelOptions,
 ) -> ScanPlan:
     """`plan_scan` for a call, whose result torch.compile takes as a constant: a plan is never built inside a graph."""
     operands = Operands(device, dtype, head_dim, needs_grad)
-    return plan_scan(build_scan(height, width, *arguments), height, width, operands, backend)
+    return plan_scan(build_scan(height, width, *arguments), height, width, operands, backend, kernel_options)
 
 
 def build_single_pass(

@@ -3,8 +3,13 @@
 Each is a torch DataLoader whose items are whole micro-batches, asked for by epoch and number.
 """
 
+import atexit
 import math
+import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from itertools import islice
 
 import torch
@@ -47,9 +52,51 @@ class BatchesOrErrors(Dataset[Batch | DataError]):
             return DataError(str(error))  # not the error itself: others' cannot always be sent between processes
 
 
+# What a terminal, a launcher or a scheduler sends to all processes of a run.
+SIGNALS = {getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)}
+
+
+@contextmanager
+def block_signals() -> Iterator[None]:
+    """Has those signals wait; processes that are started meanwhile begin with them blocked too."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_signals(worker: int) -> None:
+    """Makes a worker ignore those signals: its run decides when to end, and the worker ends with it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # it was started with them blocked
+
+
+@lru_cache(maxsize=1)
+def kill_workers_at_exit() -> None:
+    """Has workers that are left killed when this process exits, so that one that hangs does not keep it.
+
+    Python would ask them to end by SIGTERM, which they ignore, and wait.
+    """
+
+    def kill_workers() -> None:
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
+
+    atexit.register(kill_workers)
+
+
 def raise_errors(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
     """The batches; raises the DataError that stands in place of one."""
-    for batch in batches:
+    with block_signals():
+        iterator = iter(batches)  # starts workers
+    for batch in iterator:
         if isinstance(batch, DataError):
             raise DataError(*batch.args)  # a new one: its frames must not hold it, or workers would outlive it
         yield batch
@@ -59,6 +106,8 @@ def make_loader(
     batches: Dataset[Batch], schedule: Schedule, num_workers: int, pin_memory: bool
 ) -> DataLoader[Batch | DataError]:
     """A DataLoader whose items are whole batches. It has a generator of its own: the model's must not advance."""
+    if num_workers > 0:
+        kill_workers_at_exit()
     return DataLoader(
         BatchesOrErrors(batches),
         batch_size=None,
@@ -67,6 +116,7 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),
+        worker_init_fn=ignore_signals,
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from s3a.nn.layers import Pointwise, Region
+from s3a.nn.stochastic_depth import draw_branch_scales
 from s3a.support.errors import UnknownArgumentError, make_unknown_error
 from s3a.weights.folder import forget_other_labels
 from s3a.weights.pretrained import PretrainedMixin
@@ -85,19 +86,12 @@ class ResidualBlock(Region):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(attn.dim, layer_scale)
         self.drop_path = DropPath(drop_path)
 
-    def draw_branch_scales(self, x: Tensor) -> Tensor:
-        """Stochastic depth for one forward: [2, batch, 1, 1, 1], a factor for each branch of each image, 0 if dropped.
-
-        At rate 0.5 and for two images, [[0, 2], [2, 2]] drops the attention of the first image alone.
-        """
-        return torch.stack([self.drop_path(x.new_ones(x.shape[0], 1, 1, 1)) for _ in range(2)])
-
-    def forward(self, x: Tensor, plan: Any = None, branch_scales: Tensor | None = None) -> Tensor:
+    def transform(self, x: Tensor, plan: Any = None, branch_scales: Tensor | None = None) -> Tensor:
         """Transforms tokens.
 
         Args:
             plan: what `attn.plan` returned.
-            branch_scales: what `draw_branch_scales` returned; None drops nothing.
+            branch_scales: [2, batch, 1, 1, 1], see `draw_branch_scales`; None drops nothing.
         """
         if self.pos_conv is not None:
             x = x + self.pos_conv(x)
@@ -132,10 +126,11 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        drops = self.training and any(block.drop_path.drop_prob for block in self.blocks)
-        for block in self.blocks:
+        rates = tuple(float(block.drop_path.drop_prob or 0) for block in self.blocks)
+        drops = self.training and any(rates)
+        scales = draw_branch_scales(rates, x) if drops else [None] * len(rates)
+        for block, branch_scales in zip(self.blocks, scales, strict=True):
             plan = block.attn.plan(x)
-            branch_scales = block.draw_branch_scales(x) if drops else None
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, plan, branch_scales, use_reentrant=False)
             else:

@@ -3,6 +3,7 @@
 Shapes: images [batch, in_chans, height, width], tokens [batch, height, width, dim] channels-last inside.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -114,7 +115,7 @@ class SSViT(Backbone):
         head_hidden_size: width of the pointwise layer in front of the classifier.
         drop_rate: dropout in front of the classifier.
         drop_path_rate: rate of stochastic depth of the last block; rises linearly from 0 at the first.
-        backend: of every attention; see `S3A`.
+        backend, kernel_options: of every attention; see `S3A`.
 
     Raises:
         ValueError: for sizes that make no network (see `S3A`), and in `forward` for images of less than 32 pixels or
@@ -140,6 +141,7 @@ class SSViT(Backbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         backend: str | None = None,
+        kernel_options: Mapping[str, Any] | None = None,
     ) -> None:
         tables = {"depths": depths, "num_heads": num_heads, "mlp_ratios": mlp_ratios, "layer_scale": layer_scale}
         check_arguments(dims, tables, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
@@ -155,6 +157,7 @@ class SSViT(Backbone):
                         fixed=rule.fixed_of(block),
                         passes=rule.passes,
                         backend=backend,
+                        kernel_options=kernel_options,
                     ),
                     mlp_ratio=mlp_ratios[index],
                     drop_path=rate,

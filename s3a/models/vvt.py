@@ -26,7 +26,7 @@ from s3a.models.backbone import (
     make_default_cfg,
     spread_drop_path,
 )
-from s3a.nn.layers import DepthwiseConv, Pointwise, Region
+from s3a.nn.layers import DepthwiseConv, Pointwise, Region, lay_channels_last
 from s3a.support.caches import cache_results
 from s3a.support.compiler import make_plain_tensors
 from s3a.weights.official import KeyTable, filter_official
@@ -215,8 +215,8 @@ class PatchEmbed(Region):
         self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=kernel_size // 2)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+    def transform(self, x: Tensor) -> Tensor:
+        x = self.proj(lay_channels_last(x))
         return self.norm(x.permute(0, 2, 3, 1))
 
 
@@ -226,8 +226,8 @@ class PatchMerging(PatchEmbed):
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__(dim, out_dim, kernel_size=3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2))
+    def transform(self, x: Tensor) -> Tensor:
+        return super().transform(x.permute(0, 3, 1, 2))
 
 
 class VVT(Backbone):

@@ -5,11 +5,15 @@ tokens in row-major order. Pointwise layers are linear ones; convolutions see th
 channels-last image and hand it back.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from s3a.quantization import int8
+from s3a.support.compiler import is_transformed
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -42,11 +46,30 @@ class Pointwise(nn.Linear):
 class Region(nn.Module):
     """What `s3a.compile_model` compiles in one piece; instances of one class share their code where they can.
 
-    Called with tokens or images, which have the map's size, and then whatever else its forward takes.
+    A subclass writes `transform`, which takes tokens or images, that have the map's size, and then whatever else it
+    needs. Hooks of the region itself stay outside of the compiled code.
+
+    Attributes:
+        run_compiled: takes the region and the arguments of `transform`; None where the region is not compiled.
     """
 
+    run_compiled: Callable[..., Tensor] | None = None
 
-class Stem(nn.Sequential, Region):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        """`transform`, compiled where `s3a.compile_model` was called."""
+        return self.transform(x, *rest) if self.run_compiled is None else self.run_compiled(self, x, *rest)
+
+    def transform(self, x: Tensor, *rest: Any) -> Tensor:
+        """What the region does, uncompiled."""
+        raise NotImplementedError
+
+
+def lay_channels_last(images: Tensor) -> Tensor:
+    """Images [batch, channels, height, width] in channels-last memory; as they are under torch.vmap, which has none."""
+    return images if is_transformed() else images.contiguous(memory_format=torch.channels_last)
+
+
+class Stem(Region, nn.Sequential):
     """Images [batch, channels, height, width] to tokens [batch, height / 4, width / 4, dim], sizes rounded up.
 
     Four 3x3 convolutions, each followed by BatchNorm and, but for the last, GELU; or with `norm_last`, all of them
@@ -62,8 +85,8 @@ class Stem(nn.Sequential, Region):
             layers += [act, norm] if norm_last else [norm, act]
         super().__init__(*(layers if norm_last else layers[:-1]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+    def transform(self, x: Tensor) -> Tensor:
+        return nn.Sequential.forward(self, lay_channels_last(x)).permute(0, 2, 3, 1)
 
 
 class Downsample(Region):
@@ -74,7 +97,7 @@ class Downsample(Region):
         self.reduction = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
         self.norm = nn.BatchNorm2d(out_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:
         return self.norm(self.reduction(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 

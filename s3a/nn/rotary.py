@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from s3a.support.compiler import make_plain_tensors
+from s3a.support.compiler import fix_size, make_plain_tensors
 
 
 def build_rotary_tables(
@@ -20,7 +20,8 @@ def build_rotary_tables(
         columns = torch.arange(width, device="cpu")[None, :, None] * frequencies  # [1, width, head_dim / 4]
         angles = torch.cat([rows.expand(-1, width, -1), columns.expand(height, -1, -1)], dim=-1)
         angles = angles.flatten(0, 1)[:, None, None]  # [tokens, 1, 1, head_dim / 2]
-        return angles.cos().to(device=device, dtype=dtype), angles.sin().to(device=device, dtype=dtype)
+        cosine, sine = (table.to(device=device, dtype=dtype) for table in (angles.cos(), angles.sin()))
+        return fix_size(cosine), fix_size(sine)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

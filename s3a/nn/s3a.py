@@ -1,6 +1,7 @@
 """S3A: Sparse Scan Self-Attention as a module, to drop into any network."""
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from s3a.attention.backends import BACKENDS, Operands
-from s3a.attention.plan import ScanPlan, attend_plan, plan_scan
+from s3a.attention.backends import BACKENDS, KernelOptions, Operands
+from s3a.attention.plan import ScanPlan, attend_plan, check_options, freeze_options, plan_scan
 from s3a.geometry import FIXED, PASSES, Fixed, Passes, Scan, check_size, sparse_scan
 from s3a.nn.layers import DepthwiseConv, Pointwise
 from s3a.nn.rotary import build_rotary_tables, rotate
@@ -47,6 +48,7 @@ def build_attention_plan(
     passes: Passes,
     operands: Operands,
     backend: str | None,
+    kernel_options: KernelOptions = (),
 ) -> AttentionPlan:
     """The plan of S3A on a map; built at the first call for its arguments, looked up at the next.
 
@@ -54,19 +56,27 @@ def build_attention_plan(
         height, width: the map, in tokens.
         size, fixed, passes: of the scan, see `geometry.sparse_scan`.
         operands: what will be attended; rotary tables are of their dtype, float32 at least.
-        backend: of every pass; None chooses for each.
+        backend, kernel_options: of every pass, see `plan.plan_scan`.
     """
-    scan = plan_scan(sparse_scan(height, width, size, fixed, passes), height, width, operands, backend)
+    neighborhoods = sparse_scan(height, width, size, fixed, passes)
+    scan = plan_scan(neighborhoods, height, width, operands, backend, kernel_options)
     dtype = torch.promote_types(operands.dtype, torch.float32)
     return join_plan(scan, operands.head_dim, operands.device, dtype)
 
 
 @torch.compiler.assume_constant_result
 def find_attention_plan(
-    device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool, backend: str | None, *arguments: Any
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    needs_grad: bool,
+    backend: str | None,
+    kernel_options: KernelOptions,
+    *arguments: Any,
 ) -> AttentionPlan:
     """`build_attention_plan`, whose result a tracer takes as a constant: a plan is never built inside a graph."""
-    return build_attention_plan(*arguments, Operands(device, dtype, head_dim, needs_grad), backend)
+    operands = Operands(device, dtype, head_dim, needs_grad)
+    return build_attention_plan(*arguments, operands, backend, kernel_options)
 
 
 class S3A(nn.Module):
@@ -83,15 +93,16 @@ class S3A(nn.Module):
         fixed: "window" fixes the reference window and lets the number of anchors follow the map, "anchors"
             the other way round. Networks alternate the two.
         passes: "both" as published; for ablations "local" or "anchor" alone, or "dense" attention.
-        backend: None chooses for each pass: flex on CUDA for maps of more than 256 tokens, tiled elsewhere
-            (`s3a.explain` says why). One that is named ("flex", "tiled", "reference") is used exactly, or ValueError.
+        backend: None chooses for each pass what costs least: tiled on a CPU, tiled or flex on CUDA (`s3a.explain` says
+            why). One that is named ("flex", "tiled", "reference") is used exactly, or ValueError.
+        kernel_options: for `flex_attention`, with backend="flex" alone; see `s3a.neighborhood_attention`.
 
     Shape:
         [batch, height, width, dim] to the same.
 
     Raises:
         ValueError: for heads that do not divide the dim or leave a head_dim that is no multiple of 4, a size
-            below 1, an unknown `fixed`, `passes` or backend.
+            below 1, an unknown `fixed`, `passes` or backend, or kernel options without backend="flex".
     """
 
     def __init__(
@@ -103,6 +114,7 @@ class S3A(nn.Module):
         fixed: Fixed = "window",
         passes: Passes = "both",
         backend: str | None = None,
+        kernel_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         whole = isinstance(dim, int) and isinstance(num_heads, int)
@@ -118,6 +130,8 @@ class S3A(nn.Module):
         if backend is not None and backend not in BACKENDS:
             raise make_unknown_error("backend", backend, BACKENDS)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.kernel_options = freeze_options(kernel_options)
+        check_options(self.kernel_options, backend)
         self.size, self.fixed, self.passes, self.backend = check_size(size), fixed, passes, backend
         self.qkv = Pointwise(dim, 3 * dim)
         self.lepe = DepthwiseConv(dim, 5)
@@ -133,17 +147,24 @@ class S3A(nn.Module):
         # a plan belongs to one map size, also where a tracer would vary it
         height, width = operator.index(x.shape[1]), operator.index(x.shape[2])
         scan = height, width, self.size, self.fixed, self.passes
-        return find_attention_plan(x.device, x.dtype, self.head_dim, needs_grad, self.backend, *scan)
+        backend = self.backend, self.kernel_options
+        return find_attention_plan(x.device, x.dtype, self.head_dim, needs_grad, *backend, *scan)
 
     def forward(self, x: Tensor, plan: AttentionPlan | None = None) -> Tensor:
         """Attends. `plan` is what `self.plan(x)` returns; None looks it up.
 
         Raises:
-            ValueError: for tokens of another shape, or tensors that the backend cannot run.
+            ValueError: for tokens of another shape, a plan of another map or device, or tensors that the backend cannot
+                run.
         """
         if x.ndim != 4 or x.shape[-1] != self.dim or 0 in x.shape[1:]:
             raise ValueError(f"tokens have shape {tuple(x.shape)}: they must be [batch, height, width, {self.dim}]")
         plan = plan or self.plan(x)
+        if (plan.scan.height, plan.scan.width) != x.shape[1:3] or plan.cosine.device != x.device:
+            raise ValueError(
+                f"the plan is of {plan.scan.height} x {plan.scan.width} tokens on {plan.cosine.device}, and x has "
+                f"{x.shape[1]} x {x.shape[2]} on {x.device}: give what plan(x) returns, or no plan"
+            )
         qkv = self.qkv(x)  # [batch, height, width, 3 * dim]
         query, key, value = self.split_heads(qkv, plan)
         attended = rearrange(attend_plan(query, key, value, plan.scan), "b (h w) n d -> b h w (n d)", h=x.shape[1])

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from s3a.support.compiler import MULTIPLIES_BYTES
+
 if TYPE_CHECKING:  # slow to import, and most models are not quantized
     from torchao.quantization import Int8Tensor
 
@@ -18,13 +20,10 @@ PACKED_WEIGHTS = WeakTensorKeyDictionary()  # weight -> its version counter, and
 ZERO = 128  # the code of activations of 0: oneDNN's fast product takes unsigned codes
 LEAST_SCALE = 1e-12
 
-# Without these instructions of the processor the product would overflow, or be slow.
-CAN_MULTIPLY = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
-
 
 def can_run(x: Tensor, weight: Tensor) -> bool:
     """Whether `int8_linear` can take them: weights of torchao's int8-dynamic, compiled by torch.compile for a CPU."""
-    if not CAN_MULTIPLY or torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling():
+    if not MULTIPLIES_BYTES or torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling():
         return False
     dynamic = type(weight).__name__ == "Int8Tensor" and getattr(weight, "act_quant_kwargs", None) is not None
     return dynamic and x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled()
@@ -33,7 +32,7 @@ def can_run(x: Tensor, weight: Tensor) -> bool:
 @torch.library.custom_op("s3a::multiply_bytes", mutates_args=())
 def multiply_bytes(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The matrix product of codes [tokens, inputs], minus 128, and a scaled int8 weight [outputs, inputs]: bfloat16."""
-    zeros = torch.zeros(len(weight), dtype=torch.int64)
+    zeros = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
     return torch.ops.onednn.qlinear_pointwise(
         codes, 1.0, ZERO, pack_weight(weight), scale, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
     )

@@ -1,9 +1,10 @@
 """`build_run`: what a recipe names, first checked and then built, as a `Run`."""
 
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,14 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, ProjectConfiguration, is_tensorboard_available, is_wandb_available
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    gather_object,
+    is_tensorboard_available,
+    is_wandb_available,
+)
 from timm.data import resolve_model_data_config
 from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
@@ -20,19 +28,22 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from s3a.analysis.cost import Cost, copy_to_meta, count_cost
+from s3a.attention.backends import BACKENDS, Operands
 from s3a.data import EvalLoader, ImageData, TrainLoader, load_data
 from s3a.models.backbone import Backbone
+from s3a.nn.batch_norm import synchronise_batch_norm
 from s3a.nn.compilation import compile_model
 from s3a.nn.s3a import S3A
 from s3a.quantization.schemes import check_float, check_trainable
 from s3a.support.errors import make_unknown_error
 from s3a.training.checkpoints import CheckpointClock, list_checkpoints
 from s3a.training.evaluation import make_eval_loader
-from s3a.training.processes import StopRequests, seed_step, set_cpu_threads
+from s3a.training.processes import StopRequests, raise_on_main, seed_step, set_cpu_threads
 from s3a.training.recipe import Recipe
 from s3a.training.run_folder import CHECKPOINT_FOLDER, check_folder, claim_folder
 from s3a.training.tasks.classification import Classification
@@ -117,8 +128,10 @@ def build_run(recipe: Recipe, task_type: type[Task] = Classification, requests: 
     task = task_type(load_data(recipe.data, recipe.data_dir, dataset=recipe.dataset, streaming=recipe.streaming))
     accelerator = build_accelerator(recipe)
     check_processes(recipe, accelerator)
+    check_same_data(task, accelerator)
     task.check_recipe(recipe, recipe.batch_size // (accelerator.num_processes * recipe.accumulate))
     shell = build_shell(recipe, task)
+    check_backend(recipe, shell, accelerator)
     cost = count_image_cost(shell, recipe.image_size)
     data_config = configure_data(recipe, shell)
     # The loaders refuse a batch that cannot be cut, and the task an augmentation; they read nothing before an epoch.
@@ -128,8 +141,8 @@ def build_run(recipe: Recipe, task_type: type[Task] = Classification, requests: 
     # Construction.
     set_cpu_threads(accelerator, recipe.cpu_threads)
     model = build_first_model(recipe, task, accelerator)
-    ema = build_ema(recipe, model)
-    optimizer = create_optimizer_v2(model, "adamw", lr=recipe.peak_learning_rate, weight_decay=recipe.weight_decay)
+    ema = build_ema(recipe, model, accelerator)
+    optimizer = build_optimizer(recipe, model)
     scheduler = build_scheduler(recipe, optimizer, train_loader.steps_per_epoch)
     model = convert_model(recipe, model, accelerator)
     with accelerator.main_process_first():
@@ -138,6 +151,8 @@ def build_run(recipe: Recipe, task_type: type[Task] = Classification, requests: 
         create_repository(recipe.push_to_hub)  # now, so that a missing right does not show after the last epoch
     accelerator.init_trackers(recipe.run_name, config=recipe.to_tracker())
     model, optimizer = accelerator.prepare(model, optimizer)
+    if isinstance(model, DistributedDataParallel):
+        model.broadcast_buffers = False  # not in every forward: the trainer shares them before it evaluates
     return Run(
         recipe=recipe,
         task=task,
@@ -180,6 +195,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return Accelerator(
         mixed_precision=recipe.precision,
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # not copied to be summed
         log_with=recipe.track,
         project_config=ProjectConfiguration(project_dir=folder, logging_dir=f"{folder}/tracking"),
     )
@@ -188,12 +204,46 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
 def check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
     """Raises ValueError where the recipe does not go with the processes and devices that Accelerate found."""
     if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise ValueError(
+                "this is the first version of FSDP, which accelerate takes where none is named: use --fsdp_version 2"
+            )
         if accelerator.device.type != "cuda":
             raise ValueError("FSDP needs CUDA: on this machine leave it out of the accelerate configuration, for DDP")
         if recipe.ema_decay is not None:
             raise ValueError(f"--ema-decay is {recipe.ema_decay}: no average is kept of sharded weights; use None")
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--precision is fp16, which needs a GPU: use bf16 or no")
+
+
+def check_same_data(task: Task, accelerator: Accelerator) -> None:
+    """Raises ValueError, on all processes together, where one of them has other images than the main one."""
+    own = [task.data.train.num_images, task.data.val.num_images, task.data.fingerprint]
+    for process, (host, theirs) in enumerate(gather_object([(socket.gethostname(), own)])):
+        if process == 0:
+            first = theirs
+        elif theirs != first:
+            error = ValueError(
+                f"process {process} on {host} has {theirs[0]} and {theirs[1]} images (fingerprint {theirs[2][:12]}), "
+                f"the main one {first[0]} and {first[1]} ({first[2][:12]}): all machines must have the same files"
+            )
+            raise_on_main(accelerator, error)
+
+
+def check_backend(recipe: Recipe, shell: nn.Module, accelerator: Accelerator) -> None:
+    """Raises ValueError where the recipe's backend cannot train the model on this device."""
+    if recipe.backend is None:
+        return
+    if recipe.backend not in BACKENDS:
+        raise make_unknown_error("backend", recipe.backend, BACKENDS)
+    scans = [module for module in shell.modules() if isinstance(module, S3A)]
+    if not scans:
+        raise ValueError(NOT_TAKEN["backend"].format(model=recipe.model))
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
+    for head_dim in {module.head_dim for module in scans}:
+        reason = BACKENDS[recipe.backend].why_not(Operands(accelerator.device, dtype, head_dim, needs_grad=True))
+        if reason is not None:
+            raise ValueError(f"--backend is {recipe.backend}: {reason}; use tiled, or leave --backend out")
 
 
 def count_image_cost(model: nn.Module, side: int) -> Cost:
@@ -212,11 +262,16 @@ NOT_TAKEN = {
     "drop_path_rate": "--model {model} has no drop path: use --drop-path None",
     "scan": "--model {model} has no sparse scans: leave --scan out, or use an SSViT",
     "size": "--model {model} has no sparse scans to give a size: leave --size out, or use an SSViT",
+    "backend": "--model {model} has no sparse scans to run by a backend: leave --backend out, or use an SSViT",
 }
 
 
 def build_shell(recipe: Recipe, task: Task) -> nn.Module:
-    """The model of `build_task_model` without memory, in evaluation mode; drawing nothing at random."""
+    """The model of `build_task_model` without memory, in evaluation mode; drawing nothing at random.
+
+    It has no backend of its own: weights are saved in a copy of it, to be used on any machine.
+    """
+    recipe = replace(recipe, backend=None)
     if recipe.weights is not None:
         return copy_to_meta(build_task_model(recipe, task))
     with torch.device("meta"):
@@ -260,7 +315,8 @@ def build_model(recipe: Recipe, num_outputs: int) -> nn.Module:
         ValueError, FileNotFoundError: for weights that cannot be loaded or are another model's, and for arguments that
             the model does not take.
     """
-    model_args = {"drop_path_rate": recipe.drop_path, "scan": recipe.scan, "size": recipe.size}
+    model_args = {"drop_path_rate": recipe.drop_path}
+    model_args |= {field: getattr(recipe, field) for field in ("scan", "size", "backend")}
     given: dict[str, Any] = {name: value for name, value in model_args.items() if value is not None}
     try:
         if recipe.weights is not None:
@@ -301,9 +357,9 @@ def check_arguments(recipe: Recipe, model: nn.Module) -> None:
 
 
 def convert_model(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The model with synchronized BatchNorm, and compiled, where the recipe and the machine ask for it."""
-    if recipe.sync_batch_norm and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    """The model with synchronised BatchNorm, and compiled, where the recipe and the processes ask for it."""
+    if recipe.sync_batch_norm and accelerator.num_processes > 1:
+        synchronise_batch_norm(model)
     if recipe.compile:
         if isinstance(model, PretrainedMixin):
             compile_model(model)
@@ -356,11 +412,23 @@ def build_val_loader(recipe: Recipe, task: Task, data_config: dict[str, Any], ac
     )
 
 
-def build_ema(recipe: Recipe, model: nn.Module) -> ModelEmaV3 | None:
-    """timm's moving average of the weights, or None; the recipe's decay is for each 512 images."""
+def build_ema(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> ModelEmaV3 | None:
+    """timm's moving average of the weights, compiled as the model will be; None where the recipe keeps none.
+
+    The recipe's decay is for each 512 images.
+    """
     if recipe.ema_decay is None:
         return None
-    return ModelEmaV3(model, decay=recipe.ema_decay ** (recipe.batch_size / 512))
+    ema = ModelEmaV3(model, decay=recipe.ema_decay ** (recipe.batch_size / 512))
+    ema.module = convert_model(recipe, ema.module, accelerator)
+    return ema
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
+    """timm's AdamW, fused: that one leaves out a step on the device, without the host knowing."""
+    return create_optimizer_v2(
+        model, "adamw", lr=recipe.peak_learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
 
 
 def build_scheduler(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:

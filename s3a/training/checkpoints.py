@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -96,8 +96,15 @@ def describe_full_disk(folder: Path, tensors: dict[str, Tensor], tree: str) -> s
 # --------------------------------------------------------------------------------------------------------
 
 
-def read_newest(parent: Path, say: Callable[[str], None]) -> Any | None:
-    """The state of the newest whole checkpoint in `parent`; None where there is none.
+class Checkpoint(NamedTuple):
+    """A checkpoint, wherever it lies: the name of its folder, and the manifest, which no other one has."""
+
+    name: str
+    manifest: dict[str, Any]
+
+
+def find_newest(parent: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint in `parent`; None where there is none.
 
     Args:
         say: called with a message for every newer checkpoint that is torn or altered.
@@ -109,14 +116,19 @@ def read_newest(parent: Path, say: Callable[[str], None]) -> Any | None:
     for folder in found:
         fault = find_fault(folder)
         if fault is None:
-            tree = json.loads((folder / TREE).read_text(encoding="utf-8"))
-            # cloned: left mapped, the file would take up the disk until the run ends, deleted or not
-            tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}
-            return unpack(tree, tensors)
+            return Checkpoint(folder.name, json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
         say(f"checkpoint {folder} is damaged ({fault}): skipping it")
     if found:
         raise ValueError(f"every checkpoint in {parent} is damaged: restore one, or delete the folder to start anew")
     return None
+
+
+def read_state(folder: Path) -> Any:
+    """The state in a whole checkpoint."""
+    tree = json.loads((folder / TREE).read_text(encoding="utf-8"))
+    # cloned: left mapped, the file would take up the disk until the run ends, deleted or not
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}
+    return unpack(tree, tensors)
 
 
 def list_checkpoints(parent: Path) -> list[Path]:
@@ -124,19 +136,28 @@ def list_checkpoints(parent: Path) -> list[Path]:
     return sorted((path for path in parent.glob("step-[0-9]*") if path.is_dir()), reverse=True)
 
 
-def find_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if nothing is."""
+def find_fault(folder: Path, expected: dict[str, Any] | None = None) -> str | None:
+    """What is wrong with a checkpoint; None if nothing is.
+
+    Args:
+        expected: the manifest that it must have; None takes any.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         return f"{MANIFEST}: {error}"
     if not isinstance(manifest, dict) or set(manifest) != {TENSORS, TREE}:
         return f"{MANIFEST} does not name its two files"
-    for name, expected in manifest.items():
+    if expected not in (None, manifest):
+        return f"{MANIFEST} is that of another checkpoint"
+    for name, written in manifest.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if hash_file(folder / name) != expected:
-            return f"{name} is not as it was written"
+        try:
+            if hash_file(folder / name) != written:
+                return f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
     return None
 
 
@@ -247,7 +268,13 @@ def gather_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, 
 def load_states(
     model: nn.Module, optimizer: Optimizer, model_state: dict[str, Any], optimizer_state: dict[str, Any] | None
 ) -> None:
-    """Loads whole states, which every process has; where the model is sharded, each takes its part of them."""
+    """Loads whole states, which every process has; where the model is sharded, each takes its part of them.
+
+    How the optimizer computes a step is not a state: it stays as it was built.
+    """
     if optimizer_state is not None:
+        computes = {name: optimizer.defaults[name] for name in ("fused", "foreach") if name in optimizer.defaults}
+        groups = [group | computes for group in optimizer_state["param_groups"]]
+        optimizer_state = {**optimizer_state, "param_groups": groups}
         set_optimizer_state_dict(model, optimizer, optimizer_state, options=WHOLE)  # takes a step of learning rate 0
     set_model_state_dict(model, model_state, options=WHOLE)

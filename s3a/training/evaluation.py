@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from timm.data import resolve_model_data_config
 from torch import nn
 
@@ -19,6 +19,7 @@ from s3a.training.progress import ProgressDisplay
 from s3a.training.recipe import Precision
 from s3a.training.tasks.classification import Classification
 from s3a.training.tasks.task import Task
+from s3a.training.transfers import Readback, send_batches
 
 
 class NonFiniteLossError(ValueError):
@@ -78,13 +79,16 @@ def evaluate(
     sums = torch.zeros(1, dtype=exact, device=accelerator.device)  # as long as the task's from the first batch on
     unreadable: list[str] = []
     num_read = 0
+    behind: Readback | None = None
     with ProgressDisplay(len(loader), unit="batch", show=progress) as display:
-        for batch in loader:
-            batch = send_to_device(batch, accelerator.device)
+        for batch in send_batches(loader, accelerator.device):
             with accelerator.autocast():
                 measured = task.measure(model, batch)
             num_images = (batch.labels >= 0).sum()  # the others are padding, or could not be read
             sums = sums + torch.cat([measured, num_images.to(measured.dtype).reshape(1)])
+            if behind is not None:
+                behind.read()  # the device is a batch behind at most, and what is shown has been computed
+            behind = Readback(sums)
             unreadable += batch.unreadable
             if reduce_any(accelerator, stop()):
                 model.train(was_training)

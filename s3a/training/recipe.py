@@ -31,6 +31,9 @@ class Recipe(DataOptions):
     dense; None is the model's own."""
     size: int | None = None
     """Size of those scans, in tokens per axis; None is the model's own."""
+    backend: str | None = None
+    """What runs those scans: flex, tiled or reference, used exactly; None chooses for this machine. Weights do not
+    depend on it by more than rounding, and weights folders do not name it."""
     weights: str | None = None
     """Fine-tune from a weights folder, or from ORG/NAME on the Hub; None starts from fresh weights."""
     image_size: int
@@ -69,7 +72,7 @@ class Recipe(DataOptions):
     ema_decay: float | None = None
     """Decay of the moving average of the weights, for 512 images a step; None keeps no average."""
     sync_batch_norm: bool = True
-    """Share BatchNorm's statistics among the processes, on CUDA."""
+    """Normalise by the statistics of the images of all processes, as one process with all of them would."""
     freeze_batch_norm: bool = False
     """Leave BatchNorm's statistics as they are."""
 
@@ -104,6 +107,15 @@ class Recipe(DataOptions):
     """Mixed precision: no, bf16 or fp16."""
     compile: bool = False
     """Compile the model."""
+    tf32: bool = True
+    """Multiply float32 numbers in TF32 on GPUs that have it: 10 bits of mantissa, several times as fast. On, as in
+    timm's training script; products of bf16 and fp16 are what they are."""
+    cudnn_benchmark: bool = True
+    """Let cuDNN try its algorithms on each new shape, and keep the fastest. On, as in timm's training script: the
+    images of a run have one shape. Which one wins can vary from run to run."""
+    deterministic: bool = False
+    """Use deterministic algorithms alone, for the same bytes on the same GPUs each time; slower, and without
+    cudnn_benchmark. An operation that has none raises an error. A CPU gives the same bytes without it."""
     quantize: SchemeName | None = None
     """Train for a quantization scheme, such as int8-dynamic, and write quantized weights; None writes float32."""
     grad_checkpointing: bool = False

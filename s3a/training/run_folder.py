@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RECIPE_NAME, METRICS_NAME, CURVES_NAME = "recipe.json", "metrics.jsonl", "curves.png"
 CHECKPOINT_FOLDER = "checkpoints"
 
-# May differ between the parts of one run: places, and what does not change its weights.
+# May differ between the parts of one run: places, and what does not change its weights by more than rounding.
 PLACES = ("output_dir", "data_dir")
 HOUSEKEEPING = (
     "num_workers",
@@ -32,6 +32,10 @@ HOUSEKEEPING = (
     "max_bad_images",
     "max_bad_val_images",
     "push_to_hub",
+    "backend",
+    "tf32",
+    "cudnn_benchmark",
+    "deterministic",
 )
 INCIDENTAL = (*PLACES, *HOUSEKEEPING)
 
@@ -50,6 +54,9 @@ def check_folder(recipe: Recipe) -> None:
             raise ValueError(f"--output-dir {folder} holds {strangers[0]} and no run: give an empty or a new folder")
     elif list_checkpoints(folder / CHECKPOINT_FOLDER):
         ours, theirs = json.loads(recipe.to_json()), read_recipe(path)
+        defaults = {each.name: each.default for each in dataclasses.fields(recipe)}
+        younger = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
+        theirs = json.loads(json.dumps(younger, default=str)) | theirs  # what the run did not know was so by default
         keys = sorted((ours.keys() | theirs.keys()) - set(INCIDENTAL))
         changed = [key for key in keys if ours.get(key) != theirs.get(key)]
         if changed:

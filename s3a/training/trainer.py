@@ -3,40 +3,55 @@
 A run is a loop over epochs (`run_epoch`) of optimizer steps (`train_step`); after each epoch comes an evaluation.
 What the loop works on is built in `build`; what is particular to classification is in `tasks.classification`.
 
-A run that is stopped anywhere and resumed ends with the same weights, byte for byte, as one that never was:
-everything random is a function of (seed, step, process) or (seed, epoch, image), a checkpoint knows its place to the
-step, and so nothing random needs to be in it.
+A run that is stopped anywhere and resumed ends with the same weights, byte for byte, as one that never was (on CUDA
+with `deterministic`, since some kernels there add in any order): everything random is a function of (seed, step,
+process) or (seed, epoch, image), a checkpoint knows its place to the step, and so nothing random needs to be in it.
 """
 
 import copy
 import json
-import math
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from s3a.data import Batch
 from s3a.models.backbone import Backbone
+from s3a.nn.stochastic_depth import place_in_batch
+from s3a.support.compiler import compile_whole_regions
 from s3a.support.errors import Interrupted
 from s3a.support.palette import PEER
 from s3a.training.build import Run, build_run
 from s3a.training.checkpoints import (
+    Checkpoint,
+    find_fault,
+    find_newest,
     gather_model_state,
     gather_optimizer_state,
     list_checkpoints,
     load_states,
-    read_newest,
+    read_state,
     write_checkpoint,
 )
 from s3a.training.evaluation import Evaluation, NonFiniteLossError, UnreadableImagesError, evaluate
-from s3a.training.processes import StopRequests, raise_on_main, seed_step
+from s3a.training.processes import (
+    StopRequests,
+    combine_seeds,
+    configure_kernels,
+    raise_on_main,
+    reduce_any,
+    seed_step,
+    sum_over_hosts,
+)
 from s3a.training.progress import ProgressDisplay
 from s3a.training.recipe import Recipe, spell_option
 from s3a.training.run_folder import (
@@ -53,6 +68,7 @@ from s3a.training.run_folder import (
 )
 from s3a.training.tasks.classification import Classification
 from s3a.training.tasks.task import Task
+from s3a.training.transfers import Readback, send_batches
 from s3a.weights.card import Score, TrainingFacts, build_card
 from s3a.weights.folder import save_folder
 from s3a.weights.pretrained import push_folder
@@ -70,10 +86,15 @@ def train(recipe: Recipe, task: type[Task] = Classification, *, note: str | None
         UnreadableImagesError: where more images cannot be read than the recipe allows.
         Interrupted: where a signal asked the run to stop; its checkpoint is written.
     """
-    with StopRequests() as requests:
+    kernels = configure_kernels(
+        tf32=recipe.tf32, cudnn_benchmark=recipe.cudnn_benchmark, deterministic=recipe.deterministic
+    )
+    with kernels, compile_whole_regions(), StopRequests() as requests:
         run = build_run(recipe, task, requests)
         with run.lock:
             progress = resume(run)
+            reduce_any(run.accelerator, False)  # waits for all: until here a signal ends all, from here it stops all
+            requests.begin()
             if note is not None:
                 run.say(note)
             display = ProgressDisplay(
@@ -100,6 +121,8 @@ class Progress:
         skipped: how many of those steps were skipped as not finite; they have no loss.
         history: the metrics of each epoch that is done.
         unreadable: names of the training images that could not be read so far.
+        pending: the last step, while the host does not know its outcome; its loss is not in the sum yet. None in
+            checkpoints.
     """
 
     epoch: int = 0
@@ -108,11 +131,35 @@ class Progress:
     skipped: int = 0
     history: list[EpochMetrics] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    pending: "PendingStep | None" = None
+
+    @property
+    def num_losses(self) -> int:
+        """How many of the epoch's steps have a loss that is known."""
+        return self.step - self.skipped - (self.pending is not None)
 
     @property
     def train_loss(self) -> float:
-        """Mean loss of the epoch's steps so far."""
-        return self.loss_sum / max(self.step - self.skipped, 1)
+        """Mean loss of those steps; 0 where there are none."""
+        return self.loss_sum / max(self.num_losses, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingStep:
+    """An optimizer step that the device was given, and whose outcome the host has not read yet.
+
+    Attributes:
+        number: counted from 1 since the beginning of the run.
+        epoch: counted from 1.
+        indices: rows of the images that this process had in it.
+        outcome: what `judge_step` found.
+    """
+
+    number: int
+    epoch: int
+    learning_rate: float
+    indices: list[Tensor]
+    outcome: Readback
 
 
 def count_steps(run: Run, progress: Progress) -> int:
@@ -169,12 +216,14 @@ def train_epoch(run: Run, progress: Progress, display: ProgressDisplay) -> Speed
     for _ in range(progress.step, run.steps_per_epoch):
         asked = time.perf_counter()
         micro_batches = next(batches)
-        waited += time.perf_counter() - asked
+        if progress.pending is None or progress.pending.outcome.is_there():  # else the device still had work to do
+            waited += time.perf_counter() - asked
         if run.recipe.schedule == "step":
             run.scheduler.step_update(count_steps(run, progress) + 1)
         train_step(run, progress, micro_batches)
         speed = (progress.step - first) * run.recipe.batch_size / (time.perf_counter() - started)
         show_step(run, progress, display, speed)
+    settle_step(run, progress)
     if progress.step == first:
         return Speed()
     seconds = time.perf_counter() - started
@@ -188,7 +237,7 @@ def prepare_epoch(run: Run, progress: Progress) -> None:
     run.model.train()
     if recipe.freeze_batch_norm:
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
                 module.eval()
     rate = recipe.drop_path_at(progress.epoch)
     if recipe.late_drop_path is not None and rate is not None:
@@ -200,10 +249,11 @@ def prepare_epoch(run: Run, progress: Progress) -> None:
 
 def show_step(run: Run, progress: Progress, display: ProgressDisplay, speed: float) -> None:
     """Shows that a step is done. The score is that of the last evaluation, which was an epoch ago."""
-    words = [f"loss {progress.train_loss:.4f}", f"{speed:.0f} images/s"]
+    words = [f"loss {progress.train_loss:.4f}"] if progress.num_losses else []
     if progress.history:
         score = run.task.format_score(progress.history[-1].scores[f"val_{run.task.best}"])
-        words.insert(1, f"last {run.task.title} {score}")
+        words.append(f"last {run.task.title} {score}")
+    words.append(f"{speed:.0f} images/s")
     display.advance(f"epoch {progress.epoch + 1}/{run.recipe.total_epochs}", ", ".join(words))
 
 
@@ -223,30 +273,29 @@ def report_epoch(run: Run, metrics: EpochMetrics) -> None:
 
 
 def train_step(run: Run, progress: Progress, micro_batches: list[Batch]) -> None:
-    """Takes one optimizer step on this process' share of a batch, and does what any process asks for after it."""
-    recipe, accelerator = run.recipe, run.accelerator
-    seed_step(recipe.seed, count_steps(run, progress), accelerator.process_index)
+    """Takes one optimizer step on this process' share of a batch, and does what any process asks for after it.
+
+    The device gets the whole step without the host waiting for any of it; meanwhile the host learns how the step before
+    went. A step that is not finite does not reach the weights.
+    """
+    seed_step(run.recipe.seed, count_steps(run, progress), run.accelerator.process_index)
     buffers = {}
-    if recipe.on_non_finite == "skip":  # a forward that is not finite would spoil BatchNorm's statistics for good
+    if run.recipe.on_non_finite == "skip":  # a forward that is not finite would spoil BatchNorm's statistics for good
         buffers = {name: buffer.clone() for name, buffer in run.bare_model.named_buffers()}
-    loss_share = forward_backward(run, micro_batches)
-    most = math.inf if recipe.clip_grad is None else recipe.clip_grad
-    norm = accelerator.clip_grad_norm_(run.model.parameters(), most)
+    loss_share = forward_backward(run, micro_batches, combine_seeds(run.recipe.seed, count_steps(run, progress)))
+    outcome = judge_step(run, loss_share, clip_gradient(run))
+    apply_gradient(run, outcome[2], buffers)
+    launched = PendingStep(
+        number=count_steps(run, progress) + 1,
+        epoch=progress.epoch + 1,
+        learning_rate=run.optimizer.param_groups[0]["lr"],
+        indices=[batch.indices for batch in micro_batches],
+        outcome=Readback(outcome),
+    )
+    settle_step(run, progress)  # the one before
+    progress.step, progress.pending = progress.step + 1, launched
     unreadable = [name for batch in micro_batches for name in batch.unreadable]
-    news = exchange(run, progress, loss_share, unreadable)
-    # a scaler takes care of an infinite gradient by itself: it skips the step and scales less
-    finite = math.isfinite(news.loss) and (accelerator.scaler is not None or math.isfinite(norm))
-    if finite:
-        run.optimizer.step()
-        progress.loss_sum += news.loss
-        if run.ema is not None:
-            run.ema.update(run.bare_model)
-    elif recipe.on_non_finite == "stop":
-        fail_at_non_finite(run, progress, news.loss, float(norm), micro_batches)
-    else:
-        skip_step(run, progress, news.loss, float(norm), buffers)
-    run.optimizer.zero_grad()
-    progress.step += 1
+    news = exchange(run, progress, unreadable)
     if news.num_unreadable:
         record_unreadable(run, progress, unreadable)
     if news.stop:
@@ -255,18 +304,108 @@ def train_step(run: Run, progress: Progress, micro_batches: list[Batch]) -> None
         save(run, progress)
 
 
-def forward_backward(run: Run, micro_batches: list[Batch]) -> Tensor:
-    """Accumulates the gradient of the step's loss; returns this process' share of the loss."""
-    total = torch.zeros((), device=run.accelerator.device)
-    for index, batch in enumerate(micro_batches, start=1):
-        batch = send_to_device(batch, run.accelerator.device, non_blocking=True)
+def forward_backward(run: Run, micro_batches: list[Batch], seed: int) -> Tensor:
+    """Accumulates the gradient of the step's loss; returns this process' share of the loss.
+
+    Args:
+        seed: of the stochastic depth of our models, which an image has from its place in the whole batch.
+    """
+    device = run.accelerator.device
+    total = torch.zeros((), device=device)
+    first = run.accelerator.process_index * sum(len(batch.labels) for batch in micro_batches)
+    for index, batch in enumerate(send_batches(micro_batches, device), start=1):
         # gradients are summed over the processes once, in the last backward
         with nullcontext() if index == len(micro_batches) else run.accelerator.no_sync(run.model):
-            with run.accelerator.autocast():
+            with run.accelerator.autocast(), place_in_batch(seed, first, run.recipe.batch_size, device):
                 loss = run.compute_loss(run.model, batch) / len(micro_batches)
             run.accelerator.backward(loss)
+        first += len(batch.labels)
         total += loss.detach()
     return total
+
+
+def clip_gradient(run: Run) -> Tensor:
+    """Scales the gradient down to the norm that the recipe allows; returns the norm that it had, of whole weights."""
+    run.accelerator.unscale_gradients()
+    parameters = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
+    norm = get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if run.recipe.clip_grad is not None:
+        clip_grads_with_norm_(parameters, run.recipe.clip_grad, norm)
+    return norm
+
+
+def judge_step(run: Run, loss_share: Tensor, norm: Tensor) -> Tensor:
+    """What came of a step, the same on all processes and on the device.
+
+    Returns:
+        [3]: the mean loss of the processes, the gradient's norm, and 1 where either is not finite on any process, or 0.
+    """
+    finite = loss_share.isfinite()
+    if run.accelerator.scaler is None:  # which takes care of an infinite gradient by itself: it skips and scales less
+        finite = finite & norm.isfinite()
+    shares = torch.stack([loss_share, norm.to(loss_share.dtype), (~finite).to(loss_share.dtype)])
+    sums = run.accelerator.reduce(shares, reduction="sum")  # the norm is the same on all, but for one not finite
+    return torch.cat([sums[:2] / run.accelerator.num_processes, sums[2:].clamp(max=1)])
+
+
+def apply_gradient(run: Run, not_finite: Tensor, buffers: Mapping[str, Tensor]) -> None:
+    """Changes the weights and their average by the gradient, unless the step is not finite.
+
+    The device decides by itself. The average of a step that is left out takes the same weights once more.
+
+    Args:
+        not_finite: 1 or 0; [], on the device.
+        buffers: those of the model as they were before the step, to be put back where it is not finite.
+    """
+    optimizer = run.optimizer.optimizer
+    if run.accelerator.scaler is None:
+        optimizer.found_inf = not_finite  # where fused optimizers look, since gradients are scaled
+        run.optimizer.step()
+        del optimizer.found_inf
+    else:
+        run.optimizer.step()
+    for name, before in buffers.items():
+        buffer = run.bare_model.get_buffer(name)
+        buffer.copy_(torch.where(not_finite > 0, before, buffer))
+    if run.ema is not None:
+        run.ema.update(run.bare_model)
+    run.optimizer.zero_grad()
+
+
+def settle_step(run: Run, progress: Progress) -> None:
+    """Waits for the outcome of the pending step, if there is one, and counts its loss.
+
+    One that is not finite was skipped; this says so, or ends the run, as the recipe has it.
+    """
+    step, progress.pending = progress.pending, None
+    if step is None:
+        return
+    loss, norm, not_finite = step.outcome.read()
+    if not not_finite:
+        progress.loss_sum += loss
+    elif run.recipe.on_non_finite == "stop":
+        fail_at_non_finite(run, step, loss, norm)
+    else:
+        progress.skipped += 1
+        run.say(f"skipped step {step.number}: the loss is {loss}, the gradient's norm {norm}")
+
+
+def fail_at_non_finite(run: Run, step: PendingStep, loss: float, norm: float) -> NoReturn:
+    """Lists the images of the step, and ends the run with NonFiniteLossError."""
+    indices = torch.cat(step.indices).tolist()
+    names = [run.data.train.name_of(index) for index in gather_object(indices)]
+    path = run.folder / "non_finite.txt"
+    if run.accelerator.is_main_process:
+        path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    newest = next(iter(list_checkpoints(run.folder / CHECKPOINT_FOLDER)), "none yet")
+    error = NonFiniteLossError(
+        f"the loss is {loss} and the gradient's norm {norm} at step {step.number} (epoch {step.epoch}, learning rate "
+        f"{step.learning_rate:.2e}), on {names[0]} and {len(names) - 1} other images listed in {path}: lower "
+        f"--learning-rate, or use --on-non-finite skip; last good checkpoint: {newest}"
+    )
+    raise_on_main(run.accelerator, error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,60 +413,23 @@ class News:
     """What the processes know of each other after a step; the same on all of them.
 
     Attributes:
-        loss: mean over the processes.
         stop: a process is asked to stop.
         checkpoint: one is due.
         num_unreadable: training images that were found unreadable for the first time.
     """
 
-    loss: float
     stop: bool
     checkpoint: bool
     num_unreadable: int
 
 
-def exchange(run: Run, progress: Progress, loss_share: Tensor, unreadable: list[str]) -> News:
-    """Sums up what each process has to say after a step, in one reduction."""
-    is_due = run.accelerator.is_main_process and run.clock.is_due(count_steps(run, progress) + 1)
+def exchange(run: Run, progress: Progress, unreadable: list[str]) -> News:
+    """Sums up what each process has to say after a step: what the hosts know, and no device is asked about."""
+    is_due = run.accelerator.is_main_process and run.clock.is_due(count_steps(run, progress))
     num_new = len(set(unreadable) - set(progress.unreadable))
-    flags = torch.tensor(
-        [run.requests.reason is not None, is_due, num_new], dtype=loss_share.dtype, device=loss_share.device
-    )
-    sums = run.accelerator.reduce(torch.cat([loss_share.reshape(1), flags]), reduction="sum").tolist()
-    loss, stop, checkpoint, num_unreadable = sums
-    return News(
-        loss=loss / run.accelerator.num_processes,
-        stop=stop > 0,
-        checkpoint=checkpoint > 0,
-        num_unreadable=int(num_unreadable),
-    )
-
-
-def skip_step(run: Run, progress: Progress, loss: float, norm: float, buffers: dict[str, Tensor]) -> None:
-    """Leaves the weights as they are, and puts the buffers back to what they were before the step."""
-    progress.skipped += 1
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.update()  # it has looked at this step's gradient, and must forget it
-    run.say(f"skipped step {count_steps(run, progress) + 1}: the loss is {loss}, the gradient's norm {norm}")
-    for name, buffer in buffers.items():
-        run.bare_model.get_buffer(name).copy_(buffer)
-
-
-def fail_at_non_finite(run: Run, progress: Progress, loss: float, norm: float, micro_batches: list[Batch]) -> NoReturn:
-    """Lists the images of the step, and ends the run with NonFiniteLossError."""
-    indices = [index for batch in micro_batches for index in batch.indices.tolist()]
-    names = [run.data.train.name_of(index) for index in gather_object(indices)]
-    path = run.folder / "non_finite.txt"
-    if run.accelerator.is_main_process:
-        path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    newest = next(iter(list_checkpoints(run.folder / CHECKPOINT_FOLDER)), "none yet")
-    rate = run.optimizer.param_groups[0]["lr"]
-    error = NonFiniteLossError(
-        f"the loss is {loss} and the gradient's norm {norm} at step {count_steps(run, progress) + 1} (epoch "
-        f"{progress.epoch + 1}, learning rate {rate:.2e}), on {names[0]} and {len(names) - 1} other images listed "
-        f"in {path}: lower --learning-rate, or use --on-non-finite skip; last good checkpoint: {newest}"
-    )
-    raise_on_main(run.accelerator, error)
+    is_asked = run.requests.reason is not None
+    stop, checkpoint, num_unreadable = sum_over_hosts(run.accelerator, is_asked, is_due, num_new)
+    return News(stop=stop > 0, checkpoint=checkpoint > 0, num_unreadable=num_unreadable)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -398,16 +500,19 @@ def validate(run: Run, progress: Progress, model: nn.Module) -> Evaluation:
 
 def save(run: Run, progress: Progress) -> None:
     """Writes a checkpoint of everything that changes, and after an epoch metrics and curves."""
+    settle_step(run, progress)
     model_state = gather_model_state(run.model)
     optimizer_state = gather_optimizer_state(run.model, run.optimizer.optimizer)
+    failure: OSError | None = None
     if run.accelerator.is_main_process:
         scaler = run.accelerator.scaler
         history = [metrics.to_line() for metrics in progress.history]
+        known = {name: value for name, value in vars(progress).items() if name != "pending"}
         state = {
             "task": type(run.task).__name__,
             "data": summarize_data(run) | run.task.config,
             "recipe": run.recipe.to_json(),
-            "progress": {**vars(progress), "history": history},
+            "progress": {**known, "history": history},
             "model": model_state,
             "ema": run.ema.module.state_dict() if run.ema else None,
             "optimizer": optimizer_state,
@@ -415,10 +520,14 @@ def save(run: Run, progress: Progress) -> None:
         }
         # an epoch's last step and its evaluation are two places
         name = f"step-{count_steps(run, progress):09d}-epoch-{progress.epoch:05d}"
-        write_checkpoint(run.folder / CHECKPOINT_FOLDER / name, state, keep=run.recipe.keep_checkpoints)
-        if progress.step == 0:
-            write_history(run, progress)
-    run.accelerator.wait_for_everyone()
+        try:
+            write_checkpoint(run.folder / CHECKPOINT_FOLDER / name, state, keep=run.recipe.keep_checkpoints)
+            if progress.step == 0:
+                write_history(run, progress)
+        except OSError as error:  # such as a full disk; the others would wait for this process
+            failure = error
+    if reduce_any(run.accelerator, failure is not None):
+        raise_on_main(run.accelerator, failure or OSError("the main process could not write"))
     run.clock.restart()
 
 
@@ -433,12 +542,17 @@ def stop(run: Run, progress: Progress) -> NoReturn:
 
 
 def resume(run: Run) -> Progress:
-    """Loads the newest whole checkpoint of the run, if it has one; returns how far the run has come, and says so."""
-    state = read_newest(run.folder / CHECKPOINT_FOLDER, run.say)
-    if state is None:
+    """Loads the newest whole checkpoint of the run, if it has one; returns how far the run has come, and says so.
+
+    Which one that is, the main process finds; the others load the same, or all begin anew.
+    """
+    checkpoint = choose_checkpoint(run)
+    if checkpoint is None:
         epochs = "1 epoch" if run.recipe.total_epochs == 1 else f"{run.recipe.total_epochs} epochs"
         run.say(f"beginning {run.folder}: {epochs} of {run.steps_per_epoch} steps")
         return Progress()
+    check_readable(run, checkpoint)
+    state = read_state(run.folder / CHECKPOINT_FOLDER / checkpoint.name)
     task = state.get("task", Classification.__name__)  # the only one, when checkpoints did not name it
     if task != type(run.task).__name__:
         raise ValueError(
@@ -465,6 +579,35 @@ def resume(run: Run) -> Progress:
         where = f", at step {progress.step} of {run.steps_per_epoch}" if progress.step else ""
         run.say(f"resuming {run.folder} after epoch {progress.epoch} of {run.recipe.total_epochs}{where}")
     return progress
+
+
+def choose_checkpoint(run: Run) -> Checkpoint | None:
+    """The newest whole checkpoint that the main process has, on all processes; None where it has none."""
+    chosen: list[Checkpoint | Exception | None] = [None]
+    if run.accelerator.is_main_process:
+        try:
+            chosen = [find_newest(run.folder / CHECKPOINT_FOLDER, run.say)]
+        except (ValueError, OSError) as error:
+            chosen = [error]
+    (choice,) = broadcast_object_list(chosen)
+    if isinstance(choice, Exception):
+        raise_on_main(run.accelerator, choice)
+    return cast(Checkpoint | None, choice)
+
+
+def check_readable(run: Run, checkpoint: Checkpoint) -> None:
+    """Raises ValueError, on all processes together, where one of them does not have the main one's checkpoint."""
+    faults = []
+    folder = run.folder / CHECKPOINT_FOLDER / checkpoint.name
+    if not run.accelerator.is_main_process:  # which has looked at it already
+        fault = find_fault(folder, checkpoint.manifest)
+        place = f"process {run.accelerator.process_index} on {socket.gethostname()}"
+        faults = [f"{place} cannot read {folder}, which the main process goes on from ({fault})"] if fault else []
+    faults = gather_object(faults)
+    if faults:
+        others = f", and {len(faults) - 1} more cannot either" if len(faults) > 1 else ""
+        error = ValueError(f"{faults[0]}{others}: all machines must share the folder that --output-dir names")
+        raise_on_main(run.accelerator, error)
 
 
 def summarize_data(run: Run) -> dict[str, Any]:

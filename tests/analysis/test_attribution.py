@@ -1,6 +1,7 @@
 """Where a model looked: against dense attention with explicit softmax, and on images where the answer is known."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 from helpers import golden
 from torch import Tensor, nn
 
+import s3a.attention.plan
 import s3a.nn.s3a
 from s3a import S3A, Neighborhood, SSViT
 from s3a.analysis.attribution import attribute
+from s3a.attention.backends import BACKENDS
 from s3a.geometry import FIXED
 
 
@@ -208,6 +211,28 @@ def test_compiled_and_frozen_models(graphs):
     with torch.no_grad():
         assert torch.equal(attribute(model.requires_grad_(False), x).scans[0].anchors, right)
     assert graphs["runs"] == runs > 0
+
+
+@pytest.mark.parametrize("backend", [None, "flex"])
+def test_nothing_is_attended_by_flex(backend: str | None, monkeypatch: pytest.MonkeyPatch):
+    """It must not compile here, and uncompiled it would hold the scores of all tokens against all."""
+
+    def fail(*_: object) -> Tensor:
+        raise AssertionError("flex attended uncompiled")
+
+    model, image = make_model(), torch.randn(1, 3, 48, 64, dtype=torch.float64)
+    expected = attribute(model, image)
+    monkeypatch.setattr(s3a.attention.plan, "choose_backend", lambda *_: "flex")
+    monkeypatch.setitem(BACKENDS, "flex", replace(BACKENDS["flex"], attend=fail, why_not=lambda _: None))
+    s3a.clear_caches()
+    attentions = [module for module in model.modules() if isinstance(module, S3A)]
+    for module in attentions:
+        module.backend, module.kernel_options = backend, (("BLOCK_M", 64),) if backend else ()
+    found = attribute(model, image)
+    s3a.clear_caches()
+    for ours, right in zip(found.scans, expected.scans, strict=True):
+        assert torch.equal(ours.anchors, right.anchors)
+    assert {(each.backend, bool(each.kernel_options)) for each in attentions} == {(backend, backend is not None)}
 
 
 def test_the_class_is_the_most_probable_one():

@@ -1,12 +1,15 @@
 """Every backend is the same function: held against recorded outputs, and against softmax under a dense mask."""
 
 import itertools
+import os
+import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -23,15 +26,31 @@ from helpers.golden import (
     scan_table,
 )
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from s3a import S3A, Neighborhood, neighborhood_attention, sparse_scan, sparse_scan_attention
-from s3a.attention.backends import BACKENDS, Operands
+import s3a.attention.plan
+from s3a import S3A, CompilationError, Neighborhood, SSViT, neighborhood_attention, sparse_scan, sparse_scan_attention
+from s3a.attention.backends import BACKENDS, Operands, flex, tiled
 from s3a.attention.backends.blocks import BlockLayout
+from s3a.attention.backends.costs import CPU as CPU_COSTS
+from s3a.attention.backends.costs import PassCost
 from s3a.attention.backends.flex import compile_pass
+from s3a.attention.backends.permute import permute_tokens
 from s3a.attention.backends.reference import AxisKeys
 from s3a.attention.backends.tiled import attend_key_list, is_compiled_inference, multiply
 from s3a.attention.backends.tiles import TileLayout, list_keys
-from s3a.attention.plan import attend_plan, choose_backend, lay_out_scan, plan_scan
+from s3a.attention.plan import (
+    attend_plan,
+    choose_backend,
+    explain_choice,
+    freeze_options,
+    lay_out_scan,
+    plan_scan,
+)
+from s3a.support.compiler import NoCompilerError
 
 EAGER = list_backends(torch.float64)
 
@@ -328,23 +347,51 @@ def test_flex_stays_compiled_over_modes(graphs: Counter):
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "head_dim", "needs_grad", "num_tokens", "chosen"),
+    ("device", "dtype", "head_dim", "needs_grad", "neighborhood", "side", "chosen"),
     [
-        ("cpu", torch.float32, 32, True, 3136, "tiled"),
-        ("cpu", torch.float32, 32, False, 3136, "tiled"),
-        ("cuda", torch.float32, 32, True, 3136, "flex"),
-        ("cuda", torch.bfloat16, 16, False, 784, "flex"),
-        ("cuda", torch.bfloat16, 16, True, 49, "tiled"),
-        ("cuda", torch.bfloat16, 16, True, 256, "tiled"),
-        ("cuda", torch.bfloat16, 16, True, 257, "flex"),
-        ("cuda", torch.float64, 32, False, 3136, "tiled"),
-        ("cuda", torch.float32, 8, False, 3136, "tiled"),
-        ("mps", torch.float32, 32, False, 3136, "tiled"),
+        ("cpu", torch.float32, 32, True, (7, 1), 56, "tiled"),
+        ("cpu", torch.float32, 32, False, (7, 1), 56, "tiled"),
+        ("cuda", torch.float32, 32, True, (7, 1), 56, "flex"),
+        ("cuda", torch.bfloat16, 16, False, (7, 1), 28, "flex"),
+        ("cuda", torch.bfloat16, 16, True, (7, 8), 56, "tiled"),  # exact dilation groups
+        ("cuda", torch.bfloat16, 16, True, (7, 4), 28, "tiled"),
+        ("cuda", torch.bfloat16, 16, True, (7, 1), 7, "tiled"),  # small maps
+        ("cuda", torch.bfloat16, 16, True, (7, 1), 14, "tiled"),
+        ("cuda", torch.bfloat16, 16, True, (55, 1), 28, "tiled"),  # dense
+        ("cuda", torch.float64, 32, False, (7, 1), 56, "tiled"),
+        ("cuda", torch.float32, 8, False, (7, 1), 56, "tiled"),
+        ("mps", torch.float32, 32, False, (7, 1), 56, "tiled"),
     ],
 )
-def test_automatic_choice(device: str, dtype: torch.dtype, head_dim, needs_grad: bool, num_tokens: int, chosen: str):
-    """Flex on CUDA where it can run and has blocks to skip, tiled elsewhere."""
-    assert choose_backend(num_tokens, Operands(torch.device(device), dtype, head_dim, needs_grad)) == chosen
+def test_automatic_choice(device: str, dtype: torch.dtype, head_dim, needs_grad: bool, neighborhood, side, chosen: str):
+    """Pass by pass: on CUDA what costs least of what can run, tiles elsewhere."""
+    operands = Operands(torch.device(device), dtype, head_dim, needs_grad)
+    assert choose_backend(Neighborhood(*neighborhood), side, side, operands) == chosen
+
+
+def test_the_automatic_choice_is_what_costs_least(monkeypatch: pytest.MonkeyPatch):
+    """Of the candidates of the device's table that can run; not of the others."""
+    totals = {"flex": 30, "tiled": 20, "reference": 10}
+
+    def price(name: str) -> Callable[..., PassCost]:
+        return lambda neighborhood, height, width, costs: PassCost(pairs=1, total=totals[name])
+
+    for name, row in list(BACKENDS.items()):
+        monkeypatch.setitem(BACKENDS, name, replace(row, estimate=price(name)))
+    operands = Operands(torch.device("cuda"), torch.bfloat16, 32, needs_grad=True)
+    arguments = Neighborhood(7), 56, 56, operands
+    assert choose_backend(*arguments) == "tiled"
+    totals["flex"] = 19
+    assert choose_backend(*arguments) == "flex"
+    assert choose_backend(*arguments[:3], replace(operands, head_dim=8)) == "tiled", "flex cannot run it"
+    assert choose_backend(*arguments[:3], replace(operands, device=torch.device("cpu"), needs_grad=False)) == "tiled"
+
+
+def test_one_scan_takes_different_backends_on_cuda():
+    """The choice belongs to the pass: a local pass by block mask, its anchors as exact groups."""
+    operands = Operands(torch.device("cuda"), torch.bfloat16, 32, needs_grad=True)
+    chosen = [choose_backend(each, 56, 56, operands) for each in sparse_scan(56, 56, fixed="anchors")]
+    assert chosen == ["flex", "tiled"]
 
 
 @pytest.mark.parametrize("backend", list_backends(torch.bfloat16, needs_grad=False))
@@ -408,6 +455,15 @@ def test_functions_compile_as_one_graph(attend):
         assert error(compiled(*inputs), attend(*in_double(inputs))) <= 1e-5
 
 
+def test_flex_is_part_of_a_callers_graph(graphs: Counter):
+    """Plans are constants there, of which dynamo takes tensors but no functions."""
+    attention, tokens = S3A(32, 2, size=3, backend="flex"), torch.randn(1, 9, 11, 32)
+    with torch.no_grad():
+        expected = attention(tokens)
+        assert error(torch.compile(attention, fullgraph=True)(tokens), expected) <= 1e-6
+    assert graphs["compiled"] == 3, "each pass alone, and the whole"
+
+
 @pytest.mark.parametrize(("wrong", "meant"), [("tilde", "tiled"), ("flexx", "flex"), ("refrence", "reference")])
 def test_unknown_backend_names_the_nearest(wrong: str, meant: str):
     inputs = draw(1, 6, 7, 1, 16)
@@ -417,6 +473,314 @@ def test_unknown_backend_names_the_nearest(wrong: str, meant: str):
     with pytest.raises(ValueError, match=f"'{wrong}'"):  # also where the scan has no pass
         sparse_scan_attention(*draw(1, 1, 1, 1, 16), backend=wrong)
 
+
+# --------------------------------------------------------------------------------------------------------
+# Machines that cannot compile
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uncompilable_flex(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Flex is chosen everywhere, and fails to compile; the list grows with its attempts."""
+    attempts = []
+
+    def attend(*_: object) -> Tensor:
+        attempts.append(1)
+        raise NoCompilerError("torch.compile failed here: no compiler")
+
+    monkeypatch.setattr(s3a.attention.plan, "UNCOMPILED", {})
+    monkeypatch.setattr(s3a.attention.plan, "find_costs", lambda device: replace(CPU_COSTS, candidates=("flex",)))
+    monkeypatch.setitem(BACKENDS, "flex", replace(BACKENDS["flex"], attend=attend, why_not=lambda operands: None))
+    s3a.clear_caches()
+    yield attempts
+    s3a.clear_caches()
+
+
+def test_an_automatic_choice_that_does_not_compile_gives_way_to_tiles_with_one_warning(uncompilable_flex):
+    """Also for plans that were made before, and in training."""
+    maps = [tensor.requires_grad_() for tensor in draw(1, 9, 11, 2, 16)]
+    s3a_layer = S3A(32, 2, size=3)
+    plan = s3a_layer.plan(torch.zeros(1, 9, 11, 32))
+    assert set(plan.scan.backends) == {"flex"}
+    with pytest.warns(UserWarning, match=r'no compiler.*"flex" was the automatic choice.*"tiled" on cpu') as warned:
+        attended = sparse_scan_attention(*maps, size=3)
+        again = sparse_scan_attention(*maps, size=3)
+        x = torch.randn(1, 9, 11, 32)
+        by_plan = s3a_layer(x, plan)
+    assert len(warned) == 1
+    assert uncompilable_flex == [1], "it was tried once"
+    assert torch.equal(attended, again)
+    assert error(attended, chained_attention(*in_double(maps), "window", 3)) <= 1e-5
+    s3a_layer.backend = "reference"
+    assert error(by_plan, s3a_layer(x)) <= 1e-5
+    ours = gradients(attended, maps)
+    exact = [tensor.requires_grad_() for tensor in in_double(maps)]
+    assert_near(ours, gradients(chained_attention(*exact, "window", 3), exact), 1e-5)
+
+
+def test_after_that_tiles_are_chosen_and_explained(uncompilable_flex, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        s3a.attention.plan, "find_costs", lambda device: replace(CPU_COSTS, candidates=("flex", "tiled"))
+    )
+    monkeypatch.setattr(s3a.attention.plan, "UNCOMPILED", {"cpu": "there is no compiler"})
+    operands = Operands(torch.device("cpu"), torch.float32, 16, needs_grad=False)
+    choice = explain_choice(Neighborhood(3), 9, 11, operands)
+    assert (choice.name, choice.reasons["flex"]) == ("tiled", "there is no compiler")
+
+
+def test_a_named_backend_that_does_not_compile_is_an_error(uncompilable_flex):
+    with pytest.raises(CompilationError, match="no compiler"):
+        sparse_scan_attention(*draw(1, 9, 11, 2, 16), size=3, backend="flex")
+    assert s3a.attention.plan.UNCOMPILED == {}
+
+
+WITHOUT_COMPILER = """
+import warnings, torch, s3a
+from dataclasses import replace
+from s3a.attention import plan
+from s3a.attention.backends.costs import CPU
+plan.find_costs = lambda device: replace(CPU, candidates=("flex",))
+query, key, value = torch.randn(3, 1, 9, 11, 2, 16)
+with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+    warnings.simplefilter("always")
+    attended = [s3a.sparse_scan_attention(query, key, value, size=3) for _ in range(2)][-1]
+warned = [each for each in caught if "automatic choice" in str(each.message)]
+expected = s3a.sparse_scan_attention(query, key, value, size=3, backend="reference")
+same = bool(torch.allclose(attended, expected, atol=1e-5))
+print(len(warned), "no working C++ compiler" in str(warned[0].message), same)
+"""
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_automatic_choice_attends(tmp_path):
+    """In a process of its own, through the real compiler's failure."""
+    environment = os.environ | {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", WITHOUT_COMPILER]
+    run = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    assert run.stdout.split() == ["1", "True", "True"]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Kernel options
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_kernel_options_reach_flex_attention(monkeypatch: pytest.MonkeyPatch):
+    """Through every door, in whatever order they are given; and code of its own for each set of them."""
+    seen = []
+
+    def flex_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        seen.append(options["kernel_options"])
+        return query
+
+    monkeypatch.setattr(flex, "flex_attention", flex_attention)
+    monkeypatch.setattr(flex, "compile_copy", lambda function, name: function)
+    flex.compile_pass.cache_clear()
+    options = {"BLOCK_N": 32, "BLOCK_M": 64}
+    inputs = draw(1, 6, 7, 2, 16)
+    with torch.no_grad():
+        neighborhood_attention(*inputs, 3, backend="flex", kernel_options=options)
+        neighborhood_attention(*inputs, 3, backend="flex", kernel_options=dict(reversed(options.items())))
+        sparse_scan_attention(*inputs, size=3, passes="local", backend="flex", kernel_options=options)
+        S3A(32, 2, size=3, passes="local", backend="flex", kernel_options=options)(torch.zeros(1, 6, 7, 32))
+        assert seen == 4 * [options]
+        neighborhood_attention(*inputs, 3, backend="flex")
+    assert seen[4:] == [{}]
+    flex.compile_pass.cache_clear()
+
+
+def test_kernel_options_of_any_order_are_one_plan():
+    operands = Operands(torch.device("cpu"), torch.float32, 16, needs_grad=False)
+    given = [{"BLOCK_M": 64, "BLOCK_N": 32}, {"BLOCK_N": 32, "BLOCK_M": 64}]
+    plans = [plan_scan((Neighborhood(3),), 6, 7, operands, "flex", freeze_options(options)) for options in given]
+    assert plans[0] is plans[1]
+
+
+def test_a_network_hands_its_kernel_options_to_every_attention():
+    options = {"PRESCALE_QK": True}
+    model = SSViT(dims=(16, 32), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(2, 2), layer_scale=(None, None),
+                  backend="flex", kernel_options=options)  # fmt: skip
+    attentions = [module for module in model.modules() if isinstance(module, S3A)]
+    assert [dict(each.kernel_options) for each in attentions] == 2 * [options]
+
+
+def test_kernel_options_are_part_of_a_compiled_graph(graphs: Counter):
+    """A caller's graph takes them as constants."""
+    torch._dynamo.reset()
+    compiled = torch.compile(partial(neighborhood_attention, kernel_size=3, backend="flex"), fullgraph=True)
+    inputs = draw(1, 6, 7, 2, 16)
+    with torch.no_grad():
+        attended = compiled(*inputs, kernel_options={"PRESCALE_QK": True})
+    assert error(attended, masked_attention(*in_double(inputs), dense_mask(6, 7, 3, 1))) <= 1e-5
+    assert graphs["runs"] == 1
+
+
+@pytest.mark.parametrize("backend", [None, "tiled", "reference"])
+def test_kernel_options_need_flex(backend: str | None):
+    """Named: the automatic choice may be another one on the next map."""
+    inputs, options = draw(1, 6, 7, 2, 16), {"BLOCK_M": 64}
+    words = r"kernel_options is \{'BLOCK_M': 64\} with backend=.*name backend=\"flex\""
+    for attend in (partial(neighborhood_attention, kernel_size=3), sparse_scan_attention):
+        with pytest.raises(ValueError, match=words):
+            attend(*inputs, backend=backend, kernel_options=options)
+    with pytest.raises(ValueError, match=words):
+        S3A(32, 2, backend=backend, kernel_options=options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"BLOCK_P": 64}, "kernel option 'BLOCK_P' is unknown.*did you mean 'BLOCK_"),
+        ({"BLOCK_M": 48}, "BLOCK_M is 48.*power of two, of 128 at most"),
+        ({"bwd_BLOCK_M1": 256}, "bwd_BLOCK_M1 is 256.*of 128 at most"),
+        ({"BLOCK_M": 0}, "BLOCK_M is 0"),
+        ({"BACKEND": "FLASH"}, 'BACKEND is "FLASH" on cpu.*leave it out'),
+        ({"num_warps": [4]}, "kernel_options is .*plain values"),
+        ([("num_warps", 4)], "kernel_options is .*must be a dict"),
+    ],
+)
+def test_wrong_kernel_options(options: Any, words: str):
+    with pytest.raises(ValueError, match=words):
+        neighborhood_attention(*draw(1, 6, 7, 2, 16), 3, backend="flex", kernel_options=options)
+
+
+@pytest.mark.parametrize(("options", "block_size"), [({}, 64), ({"BLOCK_M": 64}, 64), ({"fwd_BLOCK_N": 128}, 128)])
+def test_blocks_fit_the_tiles_that_kernel_options_ask_for(options: dict[str, int], block_size: int):
+    operands = Operands(torch.device("cpu"), torch.float32, 16, needs_grad=False)
+    plan = plan_scan((Neighborhood(7, 8),), 56, 56, operands, "flex", freeze_options(options))
+    layout = plan.passes[0].layout
+    assert layout.block_size == layout.block_mask.BLOCK_SIZE == (block_size, block_size)
+    assert dict(layout.kernel_options) == options
+
+
+HALF = Operands(torch.device("cuda"), torch.bfloat16, 32, needs_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "query_tokens"), [((9, 0), 128), ((10, 0), 256), ((10, 3), 256), ((11, 0), 256)]
+)
+def test_flash_kernels_have_the_blocks_that_they_ask_for(capability, query_tokens, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(flex, "find_spec", lambda name: name)
+    arguments = flex.choose_blocks((("BACKEND", "FLASH"),), HALF)
+    layout = BACKENDS["flex"].layout(Neighborhood(7), 20, 20, torch.device("cpu"), **arguments)
+    assert (query_tokens, 128) == layout.block_mask.BLOCK_SIZE
+    assert layout.kernel_options == (("BACKEND", "FLASH"),)
+
+
+@pytest.mark.parametrize(
+    ("capability", "change", "words"),
+    [
+        ((8, 0), {}, r"on compute capability 8\.0.*9\.x to 11\.x"),
+        ((8, 9), {}, r"on compute capability 8\.9"),
+        ((7, 5), {}, r"on compute capability 7\.5"),
+        ((12, 0), {}, r"on compute capability 12\.0"),
+        (None, {"device": torch.device("cpu")}, "on cpu"),
+        ((9, 0), {"dtype": torch.float32}, "for float32 .*bfloat16"),
+        ((9, 0), {"head_dim": 192}, "for bfloat16 and a head dim of 192.*up to 128"),
+        ((9, 0), {"head_dim": 20}, "for bfloat16 and a head dim of 20.*multiple of 8"),
+    ],
+)
+def test_flash_kernels_are_refused_where_they_would_be_dense_or_missing(capability, change: dict, words: str):
+    with pytest.raises(ValueError, match=rf'BACKEND is "FLASH" {words}.*leave it out'):
+        flex.find_flash_blocks(capability, replace(HALF, **change))
+
+
+def test_flash_kernels_are_a_package_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(flex, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package flash-attn-4: install it"):
+        flex.choose_blocks((("BACKEND", "FLASH"),), HALF)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_of_older_versions_fit_into_small_blocks(dtype: torch.dtype):
+    options = dict(flex.fit_kernels(64, dtype))
+    assert all(64 % tokens == 0 for tokens in options.values())
+    assert options["bwd_BLOCK_N1"] % options["bwd_BLOCK_M1"] == options["bwd_BLOCK_M2"] % options["bwd_BLOCK_N2"] == 0
+    assert flex.fit_kernels(128, dtype) == ()
+
+
+# --------------------------------------------------------------------------------------------------------
+# Reordered tokens
+# --------------------------------------------------------------------------------------------------------
+
+ACCUMULATING = re.compile(r"index_add|index_put|scatter|index_copy|embedding_dense_backward")
+
+
+def trace_training(attend: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[list[str], tuple[Tensor, ...]]:
+    """The operators of the backward graph, and the gradients, of a caller's graph that attends."""
+    targets: list[str] = []
+
+    def compile_backward(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=compile_backward)
+    attended = torch.compile(lambda *maps: attend(*maps).tanh(), backend=backend, fullgraph=True)(*inputs)
+    return targets, gradients(attended, inputs)
+
+
+@pytest.mark.parametrize("side", [12, 23])
+def test_the_gradient_of_flex_scatters_nothing(side: int, monkeypatch: pytest.MonkeyPatch):
+    """Reordering is what this looks at: between, dense attention under flex's own mask stands for its kernel."""
+
+    def attend_blocks(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: float, _: object) -> Tensor:
+        index = torch.arange(query.shape[2])
+        mask = block_mask.mask_mod(0, 0, index[:, None], index[None])
+        return (scale * query @ key.mT).masked_fill(~mask, -torch.inf).softmax(-1) @ value
+
+    monkeypatch.setattr(flex, "attend_blocks", attend_blocks)
+    neighborhood = Neighborhood(5, 3)
+    plans = {
+        name: lay_out_scan((neighborhood, neighborhood), side, side, torch.device("cpu"), (name, name))
+        for name in ("flex", "reference")
+    }
+    assert len(plans["flex"].passes[0].layout.order) > side**2, "there is padding"
+    inputs = [tensor.requires_grad_() for tensor in draw(2, side * side, 2, 16, dtype=torch.float64)]
+    targets, ours = trace_training(partial(attend_plan, plan=plans["flex"]), inputs)
+    assert any("index_select" in target for target in targets)
+    assert [target for target in targets if ACCUMULATING.search(target)] == []
+    right = gradients(attend_plan(*inputs, plans["reference"]).tanh(), inputs)
+    assert_near(ours, right, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "dilation", "side", "accumulating"),
+    [
+        (7, 2, 14, 0),  # whole groups: nothing is gathered
+        (3, 2, 12, 0),  # with a mask
+        (7, 1, 30, 2),  # halos overlap, so gradients of keys and values are added up; those of queries never
+    ],
+)
+def test_the_gradient_of_tiles_adds_up_halos_alone(kernel_size: int, dilation: int, side: int, accumulating: int):
+    arguments = {"kernel_size": kernel_size, "dilation": dilation}
+    inputs = [tensor.requires_grad_() for tensor in draw(2, side, side, 2, 16, dtype=torch.float64)]
+    targets, ours = trace_training(partial(neighborhood_attention, **arguments, backend="tiled"), inputs)
+    assert sum(bool(ACCUMULATING.search(target)) for target in targets) == accumulating
+    right = gradients(neighborhood_attention(*inputs, **arguments, backend="reference").tanh(), inputs)
+    assert_near(ours, right, 1e-10)
+
+
+def test_what_padding_is_given_is_left_out():
+    """Tokens 1 0 2 2, the last one padding: its gradient, 8, is nobody's; on the way back its own is 0."""
+    order, inverse = torch.tensor([1, 0, 2, 2]), torch.tensor([1, 0, 2])
+    tokens = torch.tensor([[3.0, 4.0, 5.0]], requires_grad=True)
+    permuted = permute_tokens(tokens, order, inverse, axis=1)
+    assert permuted.tolist() == [[4, 3, 5, 5]]
+    (gradient,) = torch.autograd.grad(permuted, tokens, torch.tensor([[1.0, 2.0, 4.0, 8.0]]))
+    assert gradient.tolist() == [[2, 1, 4]]
+    sequence = permuted.detach()[..., None].requires_grad_()
+    back = permute_tokens(sequence, inverse, order[:3], axis=1, padding=1)
+    assert back.flatten().tolist() == [3, 4, 5]
+    (gradient,) = torch.autograd.grad(back, sequence, torch.tensor([[[1.0], [2.0], [4.0]]]))
+    assert gradient.flatten().tolist() == [2, 1, 4, 0]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Wrong arguments
+# --------------------------------------------------------------------------------------------------------
 
 WRONG_INPUTS = {
     "key shape": ((1, 6, 7, 2, 8), (1, 6, 8, 2, 8), (1, 6, 7, 2, 8), "1, 6, 8"),
@@ -594,3 +958,59 @@ def test_ablated_scans_on_flex(fixed: str, passes: str, graphs: Counter):
     ours = sparse_scan_attention(*inputs, size=3, fixed=fixed, passes=passes, backend="flex")
     assert error(ours, ablated_attention(*in_double(inputs), fixed, 3, passes)) <= 1e-5
     assert graphs["runs"] == 1
+
+
+# --------------------------------------------------------------------------------------------------------
+# Derivatives of higher order, and in forward mode
+# --------------------------------------------------------------------------------------------------------
+
+
+def attend_for_derivatives(query: torch.Tensor, backend: str | None) -> torch.Tensor:
+    return s3a.sparse_scan_attention(query, query, query, size=3, backend=backend).square().sum()
+
+
+def test_reference_is_differentiated_in_every_way():
+    """Against differences of its values and of its gradients."""
+    query = torch.randn(1, 5, 4, 1, 4, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x: attend_for_derivatives(x, "reference"), query, check_forward_ad=True)
+    torch.autograd.gradgradcheck(lambda x: attend_for_derivatives(x, "reference"), query)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 4)])
+def test_fused_attention_says_what_has_the_derivatives_that_it_lacks(size: tuple[int, int]):
+    """In tiles and on a whole map, for the function and the module."""
+    leaf = torch.randn(1, *size, 1, 16, requires_grad=True)
+    module = s3a.S3A(16, 1, size=3)
+    for call in (lambda x: attend_for_derivatives(x, None), lambda x: module(x[..., 0, :]).square().sum()):
+        (gradient,) = torch.autograd.grad(call(leaf), leaf, create_graph=True)
+        torch.testing.assert_close(gradient, torch.autograd.grad(call(leaf), leaf)[0])
+        with pytest.raises(NotImplementedError, match=r'^fused attention .* backend="reference", which has all$'):
+            gradient.square().sum().backward()
+        with pytest.raises(NotImplementedError, match=r'^fused attention .* backend="reference", which has all$'):
+            torch.func.jvp(call, (leaf.detach(),), (torch.ones_like(leaf),))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(leaf, torch.ones_like(leaf))
+            with pytest.raises(NotImplementedError, match=r'^fused attention .* backend="reference", which has all$'):
+                call(dual)
+        with sdpa_kernel(SDPBackend.MATH):  # which has all, too
+            (gradient,) = torch.autograd.grad(call(leaf), leaf, create_graph=True)
+            assert torch.autograd.grad(gradient.square().sum(), leaf)[0].isfinite().all()
+    assert not leaf._backward_hooks, "a caller's tensors are left alone"
+
+
+@pytest.mark.parametrize("dilation", [1, 4])
+def test_many_tiles_are_attended_in_several_calls(dilation: int, monkeypatch: pytest.MonkeyPatch):
+    """CUDA's kernels take 65,535 at once."""
+    maps = draw(3, 12, 12, 1, 16)
+    expected = neighborhood_attention(*maps, 3, dilation, backend="tiled")
+    calls = []
+
+    def count(query: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        calls.append(len(query))
+        return torch.nn.functional.scaled_dot_product_attention(query, *arguments, **options)
+
+    monkeypatch.setattr(tiled, "MOST_TILES", {"cpu": 2})
+    monkeypatch.setattr(tiled, "scaled_dot_product_attention", count)
+    torch.testing.assert_close(neighborhood_attention(*maps, 3, dilation, backend="tiled"), expected)
+    assert max(calls) == 2
+    assert len(calls) > 4

@@ -59,7 +59,7 @@ def unfolded(layout: TileLayout, num_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def listed_blocks(count: Tensor, indices: Tensor) -> Tensor:
-    """[blocks, blocks] bool: the block pairs that a (count, indices) list names."""
+    """[blocks, other blocks] bool: the block pairs that a (count, indices) list names."""
     blocks = torch.zeros(indices.shape[-2:], dtype=torch.bool)
     for block, named in enumerate(count[0, 0].tolist()):
         blocks[block, indices[0, 0, block, :named].long()] = True
@@ -74,9 +74,9 @@ def padded_mask(layout: BlockLayout, mask: Tensor) -> Tensor:
     return expected
 
 
-def blocked(mask: Tensor, block_size: int) -> Tensor:
+def blocked(mask: Tensor, block_size: int, query_blocks: int = 1) -> Tensor:
     """[query block, key block, query, key] of a dense mask."""
-    return mask.unflatten(1, (-1, block_size)).unflatten(0, (-1, block_size)).transpose(1, 2)
+    return mask.unflatten(1, (-1, block_size)).unflatten(0, (-1, block_size * query_blocks)).transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -84,17 +84,25 @@ def blocked(mask: Tensor, block_size: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize(("block_size", "query_blocks"), [(16, 1), (64, 1), (128, 1), (16, 2), (128, 2)])
 @pytest.mark.parametrize(("kernel_size", "dilation", "height", "width"), CASES)
-def test_block_mask_is_the_rule(kernel_size, dilation, height: int, width: int, block_size: int):
+def test_block_mask_is_the_rule(kernel_size, dilation, height, width, block_size: int, query_blocks: int):
     """The mask function pair by pair, the lists of partial and full blocks, forwards and backwards."""
-    layout = lay_out_blocks(Neighborhood(kernel_size, dilation), height, width, CPU, block_size)
+    layout = lay_out_blocks(
+        Neighborhood(kernel_size, dilation),
+        height,
+        width,
+        CPU,
+        block_sizes=(block_size,),
+        query_blocks=query_blocks,
+    )
+    assert layout.block_size == layout.block_mask.BLOCK_SIZE == (query_blocks * block_size, block_size)
     expected = padded_mask(layout, dense_mask(height, width, kernel_size, dilation))
     mask = layout.block_mask
     index = torch.arange(len(layout.order))
     assert torch.equal(mask.mask_mod(0, 0, index[:, None], index[None]), expected)
 
-    blocks = blocked(expected, block_size)
+    blocks = blocked(expected, block_size, query_blocks)
     touched, full = blocks.any((2, 3)), blocks.all((2, 3))
     assert torch.equal(mask.to_dense()[0, 0].bool(), touched)
     assert torch.equal(listed_blocks(mask.kv_num_blocks, mask.kv_indices), touched & ~full)
@@ -111,8 +119,8 @@ def test_order_pads_to_whole_blocks(kernel_size, dilation, height: int, width: i
     num_tokens = height * width
     assert sorted(layout.order[:num_tokens].tolist()) == list(range(num_tokens))
     assert torch.equal(layout.order[layout.inverse], torch.arange(num_tokens))
-    assert len(layout.order) % 128 == 0
-    assert 0 <= len(layout.order) - num_tokens < 128
+    assert len(layout.order) % layout.block_size[0] == 0
+    assert 0 <= len(layout.order) - num_tokens < layout.block_size[0]
 
     index = torch.arange(len(layout.order))
     seen = layout.block_mask.mask_mod(0, 0, index[:, None], index[None])
@@ -131,18 +139,21 @@ def test_tokens_are_walked_group_by_group_and_inside_a_group_tile_by_tile():
 
 def test_some_blocks_are_full():
     """Partial and full blocks both occur above; a map of one full block, and one with some of each."""
-    whole = lay_out_blocks(Neighborhood(7), 4, 4, CPU, 16)
+    whole = lay_out_blocks(Neighborhood(7), 4, 4, CPU, block_sizes=(16,))
     assert (whole.num_full, whole.num_touched) == (1, 1)
-    mixed = lay_out_blocks(Neighborhood(15), 24, 24, CPU, 16)
+    mixed = lay_out_blocks(Neighborhood(15), 24, 24, CPU, block_sizes=(16,))
     assert 0 < mixed.num_full < mixed.num_touched
 
 
-@pytest.mark.parametrize(("kernel_size", "dilation", "most"), [(9, 6, 0.13), (7, 8, 0.13), (7, 1, 0.25)])
-def test_touched_blocks_at_56_by_56(kernel_size: int, dilation: int, most: float):
+@pytest.mark.parametrize(
+    ("kernel_size", "dilation", "block_size", "most"),
+    [(9, 6, 128, 0.13), (7, 8, 128, 0.13), (7, 1, 128, 0.25), (9, 6, 64, 0.07), (7, 8, 64, 0.07), (7, 1, 64, 0.15)],
+)
+def test_touched_blocks_at_56_by_56(kernel_size: int, dilation: int, block_size: int, most: float):
     """The promised sparsity, counted on the dense mask in the plan's own order."""
-    layout = lay_out_blocks(Neighborhood(kernel_size, dilation), 56, 56, CPU)
+    layout = lay_out_blocks(Neighborhood(kernel_size, dilation), 56, 56, CPU, block_sizes=(block_size,))
     expected = padded_mask(layout, dense_mask(56, 56, kernel_size, dilation))
-    touched = blocked(expected, 128).any((2, 3))
+    touched = blocked(expected, block_size).any((2, 3))
     assert torch.equal(layout.block_mask.to_dense()[0, 0].bool(), touched)
     assert touched.float().mean() <= most
     assert layout.num_touched / layout.num_blocks == pytest.approx(touched.double().mean().item())
@@ -161,7 +172,11 @@ def test_tiles_are_the_rule(kernel_size, dilation, height: int, width: int):
     counts, order = unfolded(layout, num_tokens)
     assert torch.equal(counts, dense_mask(height, width, kernel_size, dilation).long())
     assert sorted(order.tolist()) == list(range(num_tokens))
-    assert not layout.whole or order.tolist() == list(range(num_tokens))
+    before, size, index = layout.places
+    sizes = [len(batch.queries) for batch in layout.batches]
+    assert torch.equal(order[before + index], torch.arange(num_tokens))
+    assert sorted(set(size.tolist())) == sorted(set(sizes))
+    assert set(before.tolist()) == {sum(sizes[:number]) for number in range(len(sizes))}
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(9, 6), (7, 8), (7, 1), (9, 1)])
@@ -228,7 +243,7 @@ def test_a_plan_is_looked_up_by_all_that_matters(monkeypatch):
         )
     ]
     plans = [plan_scan(scan, 9, 12, operands) for operands in (base, *others, base)]
-    assert asked == [(9 * 12, operands) for operands in (base, *others) for _ in scan]
+    assert asked == [(each, 9, 12, operands) for operands in (base, *others) for each in scan]
     assert [plan.passes[0].layout.batches[0].keys.device.type for plan in plans[:2]] == ["cpu", "meta"]
     plan_scan(scan, 9, 12, base, "flex")
     with pytest.raises(ValueError, match="no backward on the CPU"):

@@ -1,6 +1,10 @@
 """Loaders: each image where and how the seed, the epoch and the step say, on any number of processes and workers."""
 
+import os
 import random
+import signal
+import subprocess
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -24,6 +28,7 @@ from s3a.data import DatasetImages, EvalLoader, load_data
 from s3a.data.batches import list_upcoming_positions
 from s3a.data.decode import decode_image
 from s3a.data.images import Shuffle
+from s3a.data.loaders import block_signals, ignore_signals
 from s3a.data.slices import Slices
 
 NUM_TRAIN, NUM_VAL = 61, 23
@@ -384,3 +389,55 @@ def test_evaluation_refuses_what_it_cannot_do():
 def test_steps_that_an_epoch_does_not_have_are_refused(first_step):
     with pytest.raises(ValueError, match="an epoch has 5 steps"):
         next(make_loader(make_images(NUM_TRAIN)).epoch(0, first_step))
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_outlive_the_signals_of_their_run(method):
+    """Launchers and schedulers send them to all its processes; their end would be an error of the run."""
+    alone = make_loader(make_images(NUM_TRAIN), show_number, batch_size=4)
+    loader = make_loader(make_images(NUM_TRAIN), show_number, batch_size=4, num_workers=2)
+    loader._loader.multiprocessing_context = method
+    seen = []
+    for (batch,) in loader.epoch(0):
+        seen.append(batch.indices.tolist())
+        if len(seen) <= 4:
+            for worker in loader._loader._iterator._workers:
+                os.kill(worker.pid, getattr(signal, ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")[len(seen) - 1]))
+    assert seen == [batch.indices.tolist() for (batch,) in alone.epoch(0)]
+    assert len(seen) == 15
+
+
+def test_a_worker_that_starts_keeps_a_signal_back_until_it_ignores_it():
+    """Between the start of a process and its first own statement it would do what it does by default."""
+    with block_signals():
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            ignore_signals(0)
+            os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGUSR1}
+
+
+HANGING = """
+import signal, time
+import torch
+from s3a.data.loaders import Schedule, make_loader
+
+class Hanging(torch.utils.data.Dataset):
+    def __getitem__(self, key):
+        time.sleep(600)
+
+loader = make_loader(Hanging(), Schedule(2), num_workers=1, pin_memory=False)
+iterator = iter(loader)
+time.sleep(0.5)  # it has begun to hang
+print("exits")
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_does_not_keep_its_process():
+    """Workers ignore what asks a run to stop, also where multiprocessing asks them at the end."""
+    ended = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == "exits\n"

@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("training", "deployment", "benchmarks", "comparisons")
+PAGES = ("training", "cluster", "deployment", "benchmarks", "comparisons")
 GUIDES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES), ROOT / "CONTRIBUTING.md"]
-RUNNERS = ("python", "accelerate launch", "torchrun", "pip install", "hf")
+RUNNERS = ("python", "accelerate launch", "torchrun", "sbatch", "pip install", "hf")
 INLINE = rf"`((?:[A-Z_]+=\S+\s)*(?:{'|'.join(RUNNERS)})\s[^`]+)`"
 
 

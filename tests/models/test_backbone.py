@@ -7,6 +7,7 @@ import timm
 import torch
 from helpers.golden import error
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s3a.models.backbone import Backbone
 from s3a.nn.layers import Pointwise
@@ -90,6 +91,27 @@ def test_stochastic_depth(name: str):
         assert set(distance.argmin(0).tolist()) == {0, 1, 2, 3}
         stage.eval()
         assert torch.allclose(stage(x), outcome(stage.downsample(x), 1, 1), atol=1e-5)
+
+
+class RandomCalls(TorchDispatchMode):
+    """Counts the calls that draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        drawing = torch.ops.aten.rand, torch.ops.aten.bernoulli, torch.ops.aten.bernoulli_
+        self.count += function.overloadpacket in drawing
+        return function(*arguments, **keywords or {})
+
+
+def test_a_stage_draws_once():
+    """And a stage without rates draws nothing."""
+    model = timm.create_model("ssvit_nano", depths=(1, 2, 3), drop_path_rate=0.5).train()
+    with RandomCalls() as drawn:
+        model(torch.randn(8, 3, 32, 32))
+    assert drawn.count == 2
 
 
 @pytest.mark.parametrize("name", NANOS)

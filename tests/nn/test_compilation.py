@@ -1,10 +1,14 @@
 """Compilation in place: same numbers, same keys, and no compilation that is not owed."""
 
+import contextlib
 import copy
 import functools
+import gc
 import os
 import subprocess
 import sys
+import tracemalloc
+import warnings
 
 import pytest
 import timm
@@ -12,11 +16,14 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torch._inductor.exc import CppCompileError
+from torch.nn.modules.module import register_module_forward_hook
 
 import s3a
 import s3a.nn.compilation
+from s3a.attention.plan import NUMBERS
 from s3a.nn import compilation
-from s3a.nn.layers import Region
+from s3a.nn.layers import Downsample, Region
+from s3a.support import compiler
 from s3a.support.compiler import raise_compilation_errors
 
 OWN = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("s3a.")]
@@ -90,14 +97,14 @@ def test_blocks_share_code_and_batch_sizes_stop_compiling(name, first, backend, 
 
 
 def test_blocks_of_another_scan_have_code_of_their_own(monkeypatch):
-    """Dynamo would compile the shared code anew for each of them, and gives up after eight."""
-    kind = (Region, (8, 8, 32), (), ())
+    """Dynamo would compile the shared code anew for each of them, and gives up after some."""
+    kind = (Region, (8, 8, 32), None)
     assert compilation.compile_region(kind, any_batch=True) is compilation.compile_region(kind, any_batch=True)
-    variants = {}
+    calls = {}
 
-    def compile_region(variant, any_batch):
-        variants[variant] = any_batch
-        return compilation.call_module
+    def compile_region(call, any_batch):
+        calls[call] = any_batch
+        return compilation.transform
 
     monkeypatch.setattr(compilation, "compile_region", compile_region)
     model = s3a.compile_model(timm.create_model("ssvit_nano").eval())
@@ -106,11 +113,11 @@ def test_blocks_of_another_scan_have_code_of_their_own(monkeypatch):
     expected = set()
     for side, dim in ((24, 32), (12, 64), (6, 128)):
         for fixed in ("window", "anchors"):
-            scan = s3a.sparse_scan(side, side, 3, fixed)
-            expected.add(((side, side, dim), ((scan, ("tiled",) * len(scan)),)))
-    assert {(shape, scans) for kind, shape, scans, _ in variants if kind.__name__ == "ScanBlock"} == expected
+            expected.add(((side, side, dim), s3a.sparse_scan(side, side, 3, fixed)))
+    scans = {number: scan for (scan, *_), number in NUMBERS.items()}
+    assert {(shape, scans[plan]) for kind, shape, plan, *_ in calls if kind.__name__ == "ScanBlock"} == expected
     assert len(expected) > 3
-    assert set(variants.values()) == {True}, "on a CPU one code serves all batch sizes"
+    assert set(calls.values()) == {True}, "on a CPU one code serves all batch sizes"
 
 
 def test_inside_of_a_larger_graph_regions_are_plain(monkeypatch):
@@ -224,12 +231,20 @@ def test_a_model_without_our_blocks_is_refused():
 
 
 def test_a_compiled_model_copies_and_saves(tmp_path, monkeypatch):
+    """A copy, such as the moving average of the weights, runs the same code on weights of its own."""
     compile_with("eager", monkeypatch)
     model = s3a.compile_model(small_model().eval())
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(images)
-        torch.testing.assert_close(copy.deepcopy(model)(images), expected, rtol=1e-5, atol=1e-6)
+        copied = copy.deepcopy(model)
+        for parameter in model.parameters():
+            parameter.zero_()
+        before = graphs()
+        torch.testing.assert_close(copied(images), expected, rtol=1e-5, atol=1e-6)
+        assert graphs() == before
+        assert all(region.run_compiled for region in copied.modules() if isinstance(region, Region))
+        model = copied
         model.save_pretrained(tmp_path)
         torch.testing.assert_close(s3a.SSViT.from_pretrained(tmp_path)(images), expected, rtol=1e-5, atol=1e-6)
 
@@ -289,6 +304,279 @@ def test_scans_of_an_ablation_export(scan):
         torch.testing.assert_close(exported(images), model(images), rtol=1e-5, atol=1e-6)
 
 
+# --------------------------------------------------------------------------------------------------------
+# Whatever else is done to a model
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["stages.0.blocks.1", "stages.0.blocks.1.attn.qkv", "stem.0"])
+def test_hooks_fire_whenever_they_are_registered(place, monkeypatch):
+    """Before the first call and after it, in a second model that shares the code of the first, and until removed."""
+    compile_with("eager", monkeypatch)
+    images = torch.randn(2, 3, 32, 32)
+    first, second = (s3a.compile_model(small_model(depths=(2, 1)).train()) for _ in range(2))
+    inside = place != "stages.0.blocks.1"
+    for model in (first, second, first):
+        for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+            fired = []
+            module = model.get_submodule(place)
+            hook = getattr(module, f"register_{kind}_hook")(lambda *arguments, fired=fired: fired.append(arguments[0]))
+            with pytest.warns(RuntimeWarning, match="uncompiled while") if inside else contextlib.nullcontext():
+                model(images).sum().backward()
+            assert fired == [module], kind
+            hook.remove()
+            model(images).sum().backward()
+            assert fired == [module], kind
+
+
+def test_hooks_of_every_module_fire(monkeypatch):
+    compile_with("eager", monkeypatch)
+    model, images, fired = s3a.compile_model(small_model().eval()), torch.randn(2, 3, 32, 32), []
+    with torch.no_grad():
+        model(images)
+        hook = register_module_forward_hook(lambda module, *_: fired.append(module))
+        try:
+            model(images)
+        finally:
+            hook.remove()
+    assert {model.stem, model.stages[0].blocks[0], model.stages[0].blocks[0].attn.qkv} <= set(fired)
+
+
+def test_a_hook_of_a_region_changes_nothing_in_its_code(monkeypatch):
+    """As those with which FSDP gathers the weights of a block: they run, and the block stays compiled."""
+    compile_with("eager", monkeypatch)
+    images = torch.randn(2, 3, 32, 32)
+    compiled = []
+    for _ in range(2):  # a model with a hook before all code, and one that shares the code of the first
+        model, plain = s3a.compile_model(small_model().eval()), small_model().eval()
+        for each in (model, plain):
+            each.stages[0].blocks[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+        with torch.no_grad():
+            torch.testing.assert_close(model(images), plain(images), rtol=1e-5, atol=1e-6)
+            assert not torch.allclose(plain(images), small_model().eval()(images))
+        compiled.append(graphs())
+    assert compiled[0] == compiled[1] > 0
+
+
+class LowRank(torch.nn.Module):
+    """A layer with a correction of low rank, which takes its place, as adapters do."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = torch.nn.Linear(layer.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, layer.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+def test_layers_that_are_replaced_are_called(monkeypatch):
+    compile_with("eager", monkeypatch)
+    model, images = s3a.compile_model(small_model().eval()), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model(images)
+        for block in model.stages[0].blocks[:2]:
+            block.attn.proj = LowRank(block.attn.proj)
+        plain = small_model().eval()
+        plain.stages = copy.deepcopy(model.stages)
+        for region in plain.modules():
+            if isinstance(region, Region):
+                region.run_compiled = None
+        torch.testing.assert_close(model(images), plain(images), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(model(images), before)
+
+
+def test_functional_transforms_give_what_they_give_uncompiled(monkeypatch):
+    """Gradients of single samples, and a batch of batches."""
+    compile_with("eager", monkeypatch)
+    model = s3a.compile_model(small_model(scan="dense", depths=(1, 1)).eval())
+    images = torch.randn(3, 2, 3, 32, 32)
+    with torch.no_grad():
+        separate = torch.stack([model(each) for each in images])
+        torch.testing.assert_close(torch.vmap(model)(images), separate, rtol=1e-4, atol=1e-5)
+    parameters = dict(model.named_parameters())
+
+    def compute_loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    samples = torch.vmap(torch.func.grad(compute_loss), in_dims=(None, 0))(parameters, images[0])
+    for index, image in enumerate(images[0]):
+        model.zero_grad()
+        model(image[None]).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(samples[name][index], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_family_is_vectorised_by_vmap(compiled, monkeypatch):
+    compile_with("eager", monkeypatch)
+    for name in SMALL:
+        model = small_model(name, depths=(1, 1)).eval()
+        images = torch.randn(2, 1, 3, 32, 32)
+        with torch.no_grad():
+            expected = torch.stack([model(each) for each in images])
+            vectorised = torch.vmap(s3a.compile_model(model) if compiled else model)(images)
+        torch.testing.assert_close(vectorised, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_replicas_of_data_parallel_have_weights_of_their_own(monkeypatch):
+    """As torch.nn.parallel.replicate makes them for the second GPU: the replica's tensors differ from the module's."""
+    compile_with("eager", monkeypatch)
+    model, images = s3a.compile_model(small_model().eval()), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        first = model(images)
+        replica = replicate(model, scale=0.5)
+        halved = small_model().eval()
+        for parameter in halved.parameters():
+            parameter.mul_(0.5)
+        torch.testing.assert_close(replica(images), halved(images), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model(images), first)
+    assert not torch.allclose(first, halved(images))
+
+
+def replicate(module: torch.nn.Module, scale: float) -> torch.nn.Module:
+    """A replica of a module by torch's own rule, with scaled parameters."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        setattr(replica, name, replicate(child, scale))
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(replica, name, scale * parameter.detach())
+    return replica
+
+
+def test_twenty_kinds_of_one_region_compile(monkeypatch):
+    """As where a model is unfrozen layer by layer. Dynamo, which compiles anew for each, gives up after eight."""
+    compile_with("eager", monkeypatch)
+    region = s3a.compile_model(Downsample(8, 8)).train()
+    parameters = list(region.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for kind in range(20):
+            trained = [bool((kind % 15 + 1) >> index & 1) for index in range(len(parameters))]
+            for parameter, requires_grad in zip(parameters, trained, strict=True):
+                parameter.grad = None
+                parameter.requires_grad_(requires_grad)
+            region(torch.randn(2, 4, 4, 8, requires_grad=kind >= 15)).sum().backward()
+            assert [parameter.grad is not None for parameter in parameters] == trained
+    assert graphs() == 20
+
+
+def test_past_the_limit_a_block_runs_uncompiled_and_says_so_once(monkeypatch):
+    compile_with("eager", monkeypatch)
+    monkeypatch.setattr(compiler, "MOST_VARIANTS", 2)
+    model = s3a.compile_model(small_model(depths=(1, 1)).train())
+    plain, images = copy.deepcopy(model), torch.randn(2, 3, 32, 32)
+    for region in plain.modules():
+        if isinstance(region, Region):
+            region.run_compiled = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in range(4):
+            for each in (model, plain):
+                list(each.stages[0].blocks[0].parameters())[index].requires_grad_(False)
+            torch.testing.assert_close(model(images), plain(images), rtol=1e-5, atol=1e-6)
+    (warning,) = caught
+    assert "a ScanBlock runs uncompiled from here on: one function met more kinds of input" in str(warning.message)
+    assert model.stages[0].blocks[0].run_compiled is None
+    assert model.stages[1].blocks[0].run_compiled is not None
+
+
+def test_a_batch_of_one_value_is_refused_as_uncompiled(monkeypatch):
+    """Batch norm has no variance of one value; trained on after batches of other sizes it would leave NaN behind."""
+    compile_with("aot_eager", monkeypatch)
+    model = s3a.compile_model(torch.nn.Sequential(Downsample(8, 8))).train()
+    for batch_size in (4, 3):
+        model(torch.randn(batch_size, 2, 2, 8)).sum().backward()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.randn(1, 2, 2, 8))
+    model(torch.randn(1, 4, 4, 8)).sum().backward()
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_compiled_tokens_lie_as_uncompiled_ones(name, monkeypatch):
+    """Channels-last, which convolutions on a CPU keep, and pointwise layers need."""
+    compile_with("eager", monkeypatch)
+    model = small_model(name, depths=(1, 1)).eval()
+    first = next(module for module in model.modules() if isinstance(module, Region))
+    images = torch.randn(2, 3, 32, 40)
+    with torch.no_grad():
+        strides = first(images).stride()
+        s3a.compile_model(model)
+        assert first(images).stride() == strides
+        assert first(images).is_contiguous()
+
+
+def test_a_compiled_model_is_traced(monkeypatch):
+    """By torch.jit and by torch.fx, which know nothing of compiled code; also where a module has a child of None."""
+    compile_with("eager", monkeypatch)
+    model, images = s3a.compile_model(small_model(depths=(1, 1)).eval()), torch.randn(2, 3, 32, 32)
+    model.stages[0].blocks[0].mlp.register_module("nothing", None)
+    with torch.no_grad():
+        expected = model(images)
+        torch.testing.assert_close(torch.jit.trace(model, images)(images), expected, rtol=1e-5, atol=1e-6)
+        stem = torch.fx.symbolic_trace(torch.nn.Sequential(model.stem))
+        torch.testing.assert_close(stem(images), model.stem(images), rtol=1e-5, atol=1e-6)
+
+
+def test_calls_leave_nothing_behind(monkeypatch):
+    compile_with("eager", monkeypatch)
+    model = s3a.compile_model(small_model(depths=(1, 1)).eval())
+    block, tokens = model.stages[1].blocks[0], torch.randn(1, 4, 4, 32)
+    with torch.no_grad():
+        plan = block.attn.plan(tokens)
+        for _ in range(20):
+            block(tokens, plan)
+        gc.collect()
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(2_000):
+                block(tokens, plan)
+            gc.collect()
+            left = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+    assert left < 20_000, "ten bytes a call"
+
+
+def test_second_derivatives_are_refused_with_the_remedy(monkeypatch):
+    compile_with("aot_eager", monkeypatch)
+    model = s3a.compile_model(small_model(depths=(1, 1)).eval())
+    images = torch.randn(2, 3, 32, 32, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r'leave s3a\.compile_model out, .* backend="reference"'):
+        torch.autograd.grad(model(images).sum(), images, create_graph=True)
+    assert torch.autograd.grad(model(images).sum(), images)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_s3a_compiles_with_open_sizes(backend):
+    """At ten sizes of maps, and so past dynamo's limit."""
+    attention = s3a.S3A(32, 2, size=3)
+    compiled = torch.compile(attention, dynamic=True, backend=backend)
+    sizes = [(12, 12), (9, 11), (8, 8), (7, 20), (16, 16), (5, 5), (13, 6), (11, 11), (10, 30), (6, 7)]
+    with torch.no_grad():
+        for height, width in sizes:
+            tokens = torch.randn(2, height, width, 32)
+            torch.testing.assert_close(compiled(tokens), attention(tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_another_default_device_changes_nothing(compiled, monkeypatch):
+    """A plan that is made under torch.device("meta") holds real tensors."""
+    compile_with("eager", monkeypatch)
+    model, images = small_model(depths=(1, 1)).eval(), torch.randn(2, 3, 44, 36)
+    if compiled:
+        s3a.compile_model(model)
+    s3a.clear_caches()
+    with torch.no_grad():
+        with torch.device("meta"):
+            first = model(images)
+        torch.testing.assert_close(first, model(images))
+    assert first.device.type == "cpu"
+
+
 def compile_with(backend: str, monkeypatch) -> None:
     """The frontend makes the graphs; eager runs them as they are, aot_eager with their backward graphs."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
@@ -339,6 +627,7 @@ def test_without_a_compiler_the_error_says_so_and_the_eager_path_works(tmp_path)
             RuntimeError("No valid triton configs. out of resource: shared memory, Required: 9"),
             "too little shared memory",
         ),
+        (RuntimeError("Failed to find C compiler. Please specify via CC"), "Triton finds no C compiler; install gcc"),
         (TorchDynamoException("some limit\nand more"), "failed here: some limit; or do that"),
     ],
 )

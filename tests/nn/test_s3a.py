@@ -173,3 +173,15 @@ def test_s3a_refuses_other_shapes(shape: tuple[int, ...]):
     """The module is for any network, so it says what it takes."""
     with pytest.raises(ValueError, match=r"height, width"):
         S3A(32, 2)(torch.randn(shape))
+
+
+def test_s3a_refuses_a_plan_of_another_map():
+    attention, x = S3A(16, 1, size=3), torch.randn(1, 6, 8, 16)
+    with pytest.raises(
+        ValueError, match=r"^the plan is of 8 x 6 tokens on cpu, and x has 6 x 8 on cpu: .* or no plan$"
+    ):
+        attention(x, attention.plan(x.transpose(1, 2)))
+    with torch.device("meta"):
+        other = S3A(16, 1, size=3)
+    with pytest.raises(ValueError, match=r"on meta, and x has 6 x 8 on cpu"):
+        attention(x, other.plan(x.to("meta")))

@@ -19,7 +19,7 @@ from s3a.data import load_data
 from s3a.quantization import convert
 from s3a.quantization.convert import choose_layers, fake_quantize, quantize
 from s3a.quantization.schemes import SCHEMES
-from s3a.training.checkpoints import read_newest
+from s3a.training.checkpoints import list_checkpoints, read_state
 from s3a.training.evaluation import evaluate_weights
 from s3a.training.named_recipes import get_recipe
 from s3a.training.recipe import Recipe
@@ -150,7 +150,7 @@ def test_a_run_leaves_quantized_weights(recipe: Recipe):
     run = train(recipe)
     for name in ("model", "best", "ema", "ema-best"):
         assert SSViT.from_pretrained(run / name).quantization.scheme == "int8-dynamic"
-    state = read_newest(run / "checkpoints", print)["model"]
+    state = read_state(list_checkpoints(run / "checkpoints")[0])["model"]
     plain = timm.create_model("ssvit_nano", num_classes=2).eval()
     plain.load_state_dict(state)
     images = torch.randn(2, 3, 32, 32)

@@ -13,6 +13,7 @@ from s3a.nn.compilation import compile_region
 from s3a.quantization import convert, int8
 from s3a.quantization.convert import quantize
 from s3a.quantization.schemes import SCHEMES
+from s3a.support.compiler import MULTIPLIES_BYTES
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-activations-int4-weights"])
@@ -25,9 +26,8 @@ def test_compiled(tmp_path: Path, graphs, scheme: str):
     int8.PACKED_WEIGHTS.clear()
     assert (compute_logits(s3a.compile_model(model), images) - right).norm() < 0.03 * right.norm()
     assert graphs["compiled"] > 0
-    assert len(int8.PACKED_WEIGHTS) == (
-        24 if scheme == "int8-dynamic" and int8.CAN_MULTIPLY else 0
-    )  # the blocks' layers
+    of_blocks = 24
+    assert len(int8.PACKED_WEIGHTS) == (of_blocks if scheme == "int8-dynamic" and MULTIPLIES_BYTES else 0)
 
 
 def test_products_of_bytes():

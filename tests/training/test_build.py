@@ -1,13 +1,16 @@
 """What a recipe is built into, and what is refused before anything is built."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from helpers.hub_server import Hub
 from helpers.small_runs import load_weights, train_changed
 
@@ -46,6 +49,10 @@ def test_what_cannot_run_here_is_refused_without_a_trace(recipe, changes, messag
         ({"weights": "nowhere"}, "neither a local folder"),
         ({"model": "vgg11"}, "has no drop path"),
         ({"model": "resnet18", "drop_path": None, "scan": "dense"}, "has no sparse scans"),
+        ({"model": "resnet18", "drop_path": None, "backend": "tiled"}, "has no sparse scans .* leave --backend out"),
+        ({"model": "vvt_nano", "backend": "tiled"}, "has no sparse scans .* leave --backend out"),
+        ({"backend": "tilde"}, "backend 'tilde' is unknown: .*did you mean 'tiled'"),
+        ({"backend": "flex"}, "--backend is flex: FlexAttention has no backward on the CPU; use tiled"),
         ({"image_size": 16}, "--image-size is 16"),
         ({"batch_size": 6, "accumulate": 4}, "must be a multiple of 4"),
         ({"batch_size": 49}, "there are 48 training images: use a smaller one, such as 32"),
@@ -161,6 +168,17 @@ def test_a_run_for_a_quantization_scheme_rounds_as_it_trains(recipe):
     assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_the_backend_is_that_of_the_run_and_not_of_its_weights(recipe, pretrained, weights):
+    """Whoever loads them has another machine."""
+    recipe = dataclasses.replace(recipe, backend="reference", weights=str(pretrained) if weights else None)
+    run = build_run(recipe)
+    for model, backend in ((run.bare_model, "reference"), (run.shell, None)):
+        assert {module.backend for module in model.modules() if isinstance(module, s3a.S3A)} == {backend}
+    folder = train_changed(recipe, "trained", epochs=1)
+    assert "backend" not in json.loads((folder / "model" / "config.json").read_text())["model_args"]
+
+
 def test_the_first_weights_are_those_of_the_seed(recipe):
     weights = []
     for name, seed in (("one", 3), ("again", 3), ("other", 4)):
@@ -172,6 +190,19 @@ def test_the_first_weights_are_those_of_the_seed(recipe):
 
 def test_drop_path_reaches_the_model(digits_recipe):
     assert build_run(digits_recipe).model.stages[-1].blocks[-1].drop_path.drop_prob == digits_recipe.drop_path
+
+
+@pytest.mark.parametrize(("model", "compiler"), [("ssvit_nano", "compile_model"), ("test_resnet", "nn.Module.compile")])
+def test_the_average_is_compiled_like_the_model(recipe, monkeypatch, model, compiler):
+    """It is evaluated as often."""
+    compiled = []
+
+    def compile_nothing(module: torch.nn.Module) -> None:
+        compiled.append(module)
+
+    monkeypatch.setattr(f"s3a.training.build.{compiler}", compile_nothing)
+    run = build_run(dataclasses.replace(recipe, model=model, drop_path=None, compile=True, ema_decay=0.9))
+    assert compiled == [run.ema.module, run.bare_model]
 
 
 def test_weight_decay_spares_biases_and_vectors(digits_recipe):
@@ -228,3 +259,19 @@ def test_a_single_class_is_refused(recipe, tmp_path):
         shutil.rmtree(folder / split / "light")
     with pytest.raises(ValueError, match=r"--data imagefolder have 1 class \('dark'\): a classifier needs two or more"):
         build_run(dataclasses.replace(recipe, data_dir=folder))
+
+
+@pytest.mark.parametrize(
+    ("is_second", "device", "changes", "words"),
+    [
+        (False, "cuda", {}, "first version of FSDP.*--fsdp_version 2"),
+        (True, "cpu", {}, "FSDP needs CUDA"),
+        (True, "cuda", {"ema_decay": 0.9}, "--ema-decay is 0.9: no average .* sharded weights"),
+    ],
+)
+def test_what_fsdp_cannot_do_is_refused(recipe, is_second: bool, device: str, changes: dict, words: str):
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.FSDP, is_fsdp2=is_second, device=torch.device(device)
+    )
+    with pytest.raises(ValueError, match=words):
+        build.check_processes(dataclasses.replace(recipe, **changes), accelerator)

@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, and come when they are due."""
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -7,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from s3a.training.checkpoints import CheckpointClock, list_checkpoints, read_newest, write_checkpoint
+from s3a.training.checkpoints import (
+    CheckpointClock,
+    find_fault,
+    find_newest,
+    list_checkpoints,
+    read_state,
+    write_checkpoint,
+)
 
 
 def state_of_training(value: float) -> dict:
@@ -25,6 +33,12 @@ def state_of_training(value: float) -> dict:
 
 def complain(message: str) -> None:
     raise AssertionError(f"nothing should be said, but: {message}")
+
+
+def read_newest(parent: Path, say) -> dict | None:
+    """The state of the newest whole checkpoint."""
+    newest = find_newest(parent, say)
+    return None if newest is None else read_state(parent / newest.name)
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
@@ -91,6 +105,17 @@ def test_a_damaged_checkpoint_is_said_and_skipped(tmp_path, name, damage):
     assert len(said) == 1
     assert "step-00002" in said[0]
     assert name in said[0]
+
+
+def test_a_file_that_cannot_be_read_is_a_damage(tmp_path, monkeypatch):
+    """As on a disk that fails: the other processes of the run wait to be told."""
+    write_checkpoint(tmp_path / "step-00001", {"epoch": 1}, keep=1)
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("s3a.training.checkpoints.hash_file", fail)
+    assert find_fault(tmp_path / "step-00001") == "tensors.safetensors: Input/output error"
 
 
 def test_a_write_that_stops_half_way_leaves_the_last_checkpoint(tmp_path, monkeypatch):

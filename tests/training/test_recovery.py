@@ -1,17 +1,31 @@
 """Nothing lost: runs that are killed, stopped, tampered with or short of disk, as real processes."""
 
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.image_folder import make_image_folder
-from helpers.real_runs import ROOT, STEPS, get_signal, kill_at, make_options, read_metrics, read_weights, train
+from helpers.real_runs import (
+    ROOT,
+    STEPS,
+    get_signal,
+    kill_at,
+    make_launcher,
+    make_options,
+    read_metrics,
+    read_weights,
+    run_command,
+    train,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -89,6 +103,146 @@ def test_ten_random_kills_change_no_byte(tmp_path):
     assert train(*whole).returncode == 0
     assert read_weights(tmp_path / "killed") == read_weights(tmp_path / "whole")
     assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "whole")
+
+
+# recipes/train.py, whose process writes what it says and its exit status to files that its launcher does not touch.
+NOTED = """
+import os, runpy, sys
+place = os.environ["RUN_LOG"] + "-" + os.environ.get("RANK", "0")
+os.dup2(os.open(place + ".err", os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
+end, me = os._exit, os.getpid()
+
+def note(status):
+    if os.getpid() == me:
+        with open(place + ".status", "w") as file:
+            file.write(str(status))
+
+os._exit = lambda status: (note(status), end(status))
+sys.argv[0] = "recipes/train.py"
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    note(stop.code or 0)
+    raise
+note(0)
+"""
+# Signals reach the run's processes in each way by another path: at once, through the agent of torchrun, which has them
+# in sessions of their own, and beside `accelerate launch`, which dies.
+STARTS = {
+    "python": [sys.executable],
+    "torchrun": [*make_launcher(2), "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"],
+}
+
+
+def list_processes(mark: str) -> dict[int, str]:
+    """The command lines of all processes that were started with this in their environment, by their numbers."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:  # it ended meanwhile, or is another user's
+            continue
+    return found
+
+
+def catches(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether the condition came true within so long."""
+    deadline = time.monotonic() + seconds
+    while not (fulfilled := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return fulfilled
+
+
+def disturb(way: str, options: list[str], number: signal.Signals, in_training: bool, delay: float, log: Path) -> str:
+    """Starts a run in one of STARTS, and sends a signal to its process group some time after it could.
+
+    Returns:
+        What its processes said; none of them is left.
+    """
+    driver = log.with_suffix(".py")
+    driver.write_text(NOTED)
+    mark = f"RUN_LOG={log}"
+    environment = {**os.environ, "RUN_LOG": str(log), "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    with log.with_suffix(".launcher").open("w") as output:
+        started = subprocess.Popen(
+            [*STARTS[way], str(driver), *options],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    count = 2 if way == "torchrun" else 1
+    errors = [Path(f"{log}-{rank}.err") for rank in range(count)]
+
+    def is_ready() -> bool:
+        if in_training:
+            said = errors[0].read_text() if errors[0].exists() else ""
+            return any(word in said for word in ("beginning", "resuming", "finished"))
+        commands = list_processes(mark).items()
+        runs = [process for process, command in commands if str(driver) in command and " -m " not in command]
+        return sum(catches(process, signal.SIGUSR1) for process in runs) >= count
+
+    try:
+        assert wait_until(lambda: is_ready() or started.poll() is not None, 120)
+        time.sleep(delay)
+        with suppress(ProcessLookupError):  # it was through
+            os.killpg(started.pid, number)
+        started.wait(120)
+        assert wait_until(lambda: not list_processes(mark), 60), list_processes(mark)
+    finally:
+        for process in list_processes(mark):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    said = "".join(path.read_text() for path in errors)
+    statuses = [Path(f"{log}-{rank}.status").read_text() for rank in range(count)]
+    expected = ["75"] if "nothing left to train" not in said and "evaluate:" not in said else ["0", "75"]
+    assert all(status in expected for status in statuses), (statuses, said)
+    if way == "python":
+        assert started.returncode in map(int, expected)
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0])
+def test_signals_at_random_moments_change_no_byte_and_leave_no_process(tmp_path, seed):
+    """To the whole process group, as terminals, launchers and schedulers send them; the workers are in it."""
+    make_image_folder(tmp_path / "images", num_train=60)
+    changes = {"epochs": "12", "checkpoint_every": "3", "num_workers": "2"}
+    extra = ["--data", "imagefolder", "--data-dir", str(tmp_path / "images"), "--batch-size", "16"]
+    options = {way: make_options(tmp_path / way, **changes) + extra for way in STARTS}
+    draw = random.Random(seed)
+    for moment in range(10):
+        way = list(STARTS)[moment % len(STARTS)]
+        number = draw.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+        in_training = draw.random() < 0.6
+        delay = draw.uniform(0, 3)
+        print(
+            f"moment {moment}: {number.name} to {way}, {delay:.2f} s after it {'trains' if in_training else 'starts'}"
+        )
+        said = disturb(way, options[way], number, in_training, delay, tmp_path / f"moment-{moment}")
+        print(said)
+    for way, count in (("python", 1), ("torchrun", 2), ("accelerate", 1)):
+        whole = tmp_path / f"whole-{count}"
+        for folder in (tmp_path / way, whole):
+            arguments = make_options(folder, **changes) + extra
+            ended = run_command([*make_launcher(count), "recipes/train.py", *arguments], ACCELERATE_USE_CPU="true")
+            assert ended.returncode == 0, ended.stderr
+        assert read_weights(tmp_path / way) == read_weights(whole)
+        assert read_metrics(tmp_path / way) == read_metrics(whole)
 
 
 @pytest.fixture

@@ -25,6 +25,19 @@ def test_a_folder_of_another_recipe_is_left_alone(digits_recipe):
     assert len(read_metrics(folder)) == 2
 
 
+def test_a_run_goes_on_that_is_older_than_an_option(recipe):
+    """It had what the option is by default, and nothing else."""
+    folder = train_changed(recipe, epochs=1)
+    path = folder / "recipe.json"
+    written = json.loads(path.read_text())
+    for field in ("tf32", "backend", "crop_scale"):
+        del written[field]
+    path.write_text(json.dumps(written))
+    assert train_changed(recipe, epochs=1) == folder
+    with pytest.raises(ValueError, match=r"a run with --crop-scale \[0.08, 1.0\] \(now \[0.5, 1.0\]\)"):
+        train_changed(recipe, epochs=1, crop_scale=(0.5, 1.0))
+
+
 def test_how_the_work_is_spread_is_not_another_recipe(digits_recipe):
     folder = trainer.train(dataclasses.replace(digits_recipe, epochs=2))
     AcceleratorState._reset_state(reset_partial_state=True)

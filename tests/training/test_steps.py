@@ -30,6 +30,7 @@ def take_steps(run: Run, count: int = 1) -> trainer.Progress:
     trainer.prepare_epoch(run, progress)
     for batches in itertools.islice(run.train_loader.epoch(0), count):
         trainer.train_step(run, progress, batches)
+    trainer.settle_step(run, progress)
     return progress
 
 
@@ -191,6 +192,31 @@ def test_a_run_resumes_with_all_that_it_saved(recipe):
     assert before.keys() == after.keys()
     assert [key for key, value in before.items() if not torch.equal(value, after[key])] == []
     assert sum(key.startswith("exp_avg_sq of") for key in after) == len(list(run.model.parameters()))
+
+
+def test_an_older_checkpoint_leaves_the_optimizer_fused(recipe):
+    """Optimizers were not, and said so in their state."""
+    run = build_again(recipe)
+    with run.lock:
+        progress = take_steps(run, 2)
+        for group in run.optimizer.param_groups:
+            group["fused"] = group["foreach"] = None
+        trainer.save(run, progress)
+    (checkpoint,) = (recipe.output_dir / "checkpoints").iterdir()
+    assert "pending" not in checkpoints.read_state(checkpoint)["progress"]
+    again = build_again(recipe)
+    trainer.resume(again)
+    assert {(group["fused"], group["foreach"]) for group in again.optimizer.param_groups} == {(True, None)}
+    spoil_gradients(again)
+    before = list_weights(again)
+    (batches,) = itertools.islice(again.train_loader.epoch(0, first_step=2), 1)
+    trainer.train_step(again, progress, batches)
+    assert all(torch.equal(value, before[key]) for key, value in again.bare_model.named_parameters())
+
+
+def list_weights(run: Run) -> dict[str, torch.Tensor]:
+    """Copies of a run's weights."""
+    return {key: value.detach().clone() for key, value in run.bare_model.named_parameters()}
 
 
 def test_a_resumed_epoch_goes_on_with_the_images_that_are_left(recipe, monkeypatch):

@@ -1,10 +1,10 @@
 """The layout of the flex backend: a token order, and the block mask of a pass in it.
 
-A *block* is a run of `BLOCK_SIZE` tokens of the order. Which blocks touch which follows from the windows of the two
+A *block* is a run of tokens of the order, 64 or 128. Which blocks touch which follows from the windows of the two
 axes (`geometry.AxisWindows`), in time and memory that grow with the tokens touched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from s3a.attention.backends.costs import DeviceCosts, PassCost, find_costs
 from s3a.geometry import AxisWindows, Neighborhood
 from s3a.support.compiler import to_device
 
-BLOCK_SIZE = 128  # what FlexAttention's kernels are tuned for
+BLOCK_SIZES = (64, 128)  # tokens; FlexAttention's kernels are tuned for 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +29,25 @@ class BlockLayout:
             no softmax is empty) and whose keys nobody sees.
         inverse: [tokens] int64, the index at which each position stands.
         block_mask: the mask of the sequence.
+        rows, columns: [padded tokens] int32, the places of the token at each index; -1 for padding.
+        row_window, column_window: [2, padded tokens] int32, first place and last place + 1 of its window.
+        block_size: (query, key) tokens of a block.
         num_touched, num_full, num_blocks: touched and full (query block, key block) pairs, and all there are.
+        kernel_options: (name, value) pairs, sorted, for `flex_attention`.
     """
 
     order: Tensor
     inverse: Tensor
     block_mask: BlockMask
+    rows: Tensor
+    columns: Tensor
+    row_window: Tensor
+    column_window: Tensor
+    block_size: tuple[int, int]
     num_touched: int
     num_full: int
     num_blocks: int
+    kernel_options: tuple[tuple[str, Hashable], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +59,7 @@ class TokenOrder:
         pairs: [touched, 2] int64, the touched (query block, key block) pairs, sorted.
         full: [touched] bool, whether every query of the block sees every key of it.
         tile: (row, column) tokens of the tiles that the order walks inside a dilation group.
+        block_size: tokens of a block.
     """
 
     rows: np.ndarray
@@ -55,6 +67,22 @@ class TokenOrder:
     pairs: np.ndarray
     full: np.ndarray
     tile: tuple[int, int]
+    block_size: int
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the tokens fill."""
+        return -(-len(self.rows) // self.block_size)
+
+    def estimate_cost(self, costs: DeviceCosts) -> PassCost:
+        """What attending in this order costs."""
+        in_block = self.block_size**2
+        num_full = int(self.full.sum())
+        weighted = num_full + costs.partial_block * (len(self.pairs) - num_full)
+        tokens = self.num_blocks * self.block_size
+        pair = costs.block_pair.get(self.block_size, costs.block_pair[min(costs.block_pair)])
+        total = pair * in_block * weighted + costs.reorder * tokens
+        return PassCost(pairs=in_block * len(self.pairs), total=round(total + costs.moves + costs.call))
 
 
 def walk_tiles(rows: AxisWindows, columns: AxisWindows, tile: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +166,7 @@ def order_tokens(rows: AxisWindows, columns: AxisWindows, tile: tuple[int, int],
         common_stop = np.minimum.reduceat(windows.stop[place], starts)[query]
         lowest, highest = np.minimum.reduceat(place, starts)[key], np.maximum.reduceat(place, starts)[key]
         full &= (common_start <= lowest) & (highest < common_stop)
-    return TokenOrder(rows=row, columns=column, pairs=pairs, full=full, tile=tile)
+    return TokenOrder(rows=row, columns=column, pairs=pairs, full=full, tile=tile, block_size=block_size)
 
 
 def list_tiles(rows: AxisWindows, columns: AxisWindows, block_size: int) -> list[tuple[int, int]]:
@@ -148,23 +176,65 @@ def list_tiles(rows: AxisWindows, columns: AxisWindows, block_size: int) -> list
     return [(height, width), *(tile for tile in tiles if tile[0] < height and tile[1] < width)]
 
 
-def rank_orders(neighborhood: Neighborhood, height: int, width: int, block_size: int = BLOCK_SIZE) -> list[TokenOrder]:
-    """The candidate token orders, the one that touches the fewest blocks first; of equals, the nearest to row-major."""
+def rank_orders(
+    neighborhood: Neighborhood,
+    height: int,
+    width: int,
+    costs: DeviceCosts,
+    block_sizes: Sequence[int] = BLOCK_SIZES,
+) -> list[TokenOrder]:
+    """The candidate token orders, the cheapest first; of equals, the nearest to row-major."""
     rows, columns = neighborhood.windows(height, width)
-    orders = [order_tokens(rows, columns, tile, block_size) for tile in list_tiles(rows, columns, block_size)]
-    return sorted(orders, key=lambda order: len(order.pairs))
+    orders = [
+        order_tokens(rows, columns, tile, block_size)
+        for block_size in block_sizes
+        for tile in list_tiles(rows, columns, block_size)
+    ]
+    return sorted(orders, key=lambda order: order.estimate_cost(costs).total)
 
 
-def index_blocks(pairs: np.ndarray, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def estimate(neighborhood: Neighborhood, height: int, width: int, costs: DeviceCosts) -> PassCost:
+    """What the cheapest order costs."""
+    block_sizes = list_block_sizes(height * width)
+    return rank_orders(neighborhood, height, width, costs, block_sizes)[0].estimate_cost(costs)
+
+
+def list_block_sizes(num_tokens: int) -> tuple[int, ...]:
+    """The block sizes for a map: blocks of 64 for two and more of them.
+
+    Below 128 queries FlexAttention takes a kernel for decoding, on CUDA.
+    """
+    return tuple(size for size in BLOCK_SIZES if size == max(BLOCK_SIZES) or num_tokens > size)
+
+
+def join_query_blocks(pairs: np.ndarray, full: np.ndarray, factor: int) -> tuple[np.ndarray, np.ndarray]:
+    """Touched block pairs, and which are full, where `factor` query blocks after one another are one.
+
+    Example: with a factor of 2 and three blocks, (0, 0) full, (1, 0) full, (0, 1) partial and (2, 1) full become
+    (0, 0) full, (0, 1) partial, since block 1 does not touch it, and (1, 1) full: block 2 has no neighbour.
+    """
+    num_query_blocks, num_key_blocks = pairs.max(axis=0) + 1
+    joined = pairs[:, 0] // factor * num_key_blocks + pairs[:, 1]
+    touched, index = np.unique(joined, return_inverse=True)
+    num_full = np.bincount(index, weights=full)
+    query_block, key_block = np.divmod(touched, num_key_blocks)
+    num_joined = np.minimum(factor, num_query_blocks - factor * query_block)
+    return np.stack([query_block, key_block], axis=1), num_full == num_joined
+
+
+def index_blocks(pairs: np.ndarray, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Sorted (query block, key block) pairs as a BlockMask takes them: per query block, how many key blocks, and which.
+
+    Args:
+        shape: how many query blocks there are, and how many key blocks.
 
     Example: the pairs (0, 0), (0, 2), (1, 1) of three blocks give the counts [2, 1, 0] and, as indices, the rows
     [0, 2, -], [1, -, -] and [-, -, -], where "-" is never read.
     """
     query_block, key_block = pairs.T
-    count = np.bincount(query_block, minlength=num_blocks)
+    count = np.bincount(query_block, minlength=shape[0])
     rank = concatenate_ranges(np.zeros_like(count), count)
-    indices = np.zeros((num_blocks, num_blocks), dtype=np.int32)
+    indices = np.zeros(shape, dtype=np.int32)
     indices[query_block, rank] = key_block
     return (
         to_device(count.astype(np.int32)[None, None], device),
@@ -189,14 +259,31 @@ def make_mask(rows: Tensor, columns: Tensor, row_window: Tensor, column_window: 
 
 
 def lay_out_blocks(
-    neighborhood: Neighborhood, height: int, width: int, device: torch.device, block_size: int = BLOCK_SIZE
+    neighborhood: Neighborhood,
+    height: int,
+    width: int,
+    device: torch.device,
+    *,
+    block_sizes: Sequence[int] | None = None,
+    query_blocks: int = 1,
+    kernel_options: tuple[tuple[str, Hashable], ...] = (),
 ) -> BlockLayout:
-    """Builds the block mask from the geometry, in the token order that touches the fewest blocks."""
+    """Builds the block mask from the geometry, in the token order and with the blocks that cost least.
+
+    Args:
+        block_sizes: the sizes to choose from; None is `list_block_sizes`.
+        query_blocks: how many of these make one block of queries; the keys' stay as they are.
+        kernel_options: for `flex_attention`; handed on.
+    """
     rows, columns = neighborhood.windows(height, width)
-    best = rank_orders(neighborhood, height, width, block_size)[0]
     num_tokens = height * width
-    num_blocks = -(-num_tokens // block_size)
-    padding = num_blocks * block_size - num_tokens
+    block_sizes = list_block_sizes(num_tokens) if block_sizes is None else block_sizes
+    best = rank_orders(neighborhood, height, width, find_costs(device), block_sizes)[0]
+    pairs, is_full = join_query_blocks(best.pairs, best.full, query_blocks)
+    block_size = best.block_size * query_blocks, best.block_size
+    num_query_blocks = -(-num_tokens // block_size[0])
+    shape = num_query_blocks, num_query_blocks * query_blocks
+    padding = num_query_blocks * block_size[0] - num_tokens
     query_row, query_column = (np.pad(place, (0, padding), mode="edge") for place in (best.rows, best.columns))
     key_row, key_column = (np.pad(place, (0, padding), constant_values=-1) for place in (best.rows, best.columns))
     order = rows.position[query_row] * width + columns.position[query_column]
@@ -204,25 +291,28 @@ def lay_out_blocks(
     def int32(array: np.ndarray) -> Tensor:
         return to_device(array.astype(np.int32), device)
 
-    mask = make_mask(
-        int32(key_row),
-        int32(key_column),
-        int32(np.stack([rows.start[query_row], rows.stop[query_row]])),
-        int32(np.stack([columns.start[query_column], columns.stop[query_column]])),
-    )
-    partial, full = best.pairs[~best.full], best.pairs[best.full]
+    places = {
+        "rows": int32(key_row),
+        "columns": int32(key_column),
+        "row_window": int32(np.stack([rows.start[query_row], rows.stop[query_row]])),
+        "column_window": int32(np.stack([columns.start[query_column], columns.stop[query_column]])),
+    }
+    partial, full = pairs[~is_full], pairs[is_full]
     block_mask = BlockMask.from_kv_blocks(
-        *index_blocks(partial, num_blocks, device),
-        *index_blocks(full, num_blocks, device),
+        *index_blocks(partial, shape, device),
+        *index_blocks(full, shape, device),
         BLOCK_SIZE=block_size,
-        mask_mod=mask,
+        mask_mod=make_mask(**places),
         seq_lengths=(len(order), len(order)),
     )
     return BlockLayout(
         order=to_device(order, device),
         inverse=to_device(np.argsort(order[:num_tokens]), device),
         block_mask=block_mask,
-        num_touched=len(best.pairs),
+        **places,
+        block_size=block_size,
+        num_touched=len(pairs),
         num_full=len(full),
-        num_blocks=num_blocks**2,
+        num_blocks=shape[0] * shape[1],
+        kernel_options=kernel_options,
     )

@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from s3a.attention.backends.costs import DeviceCosts, PassCost
 from s3a.geometry import Neighborhood
 from s3a.support.compiler import to_device
 
@@ -40,6 +41,12 @@ def lay_out_keys(neighborhood: Neighborhood, height: int, width: int, device: to
         keys = windows.position[np.where(seen, places, start[:, None])]
         tensors += [to_device(keys, device), to_device(seen, device)]
     return AxisKeys(*tensors)
+
+
+def estimate(neighborhood: Neighborhood, height: int, width: int, costs: DeviceCosts) -> PassCost:
+    """What gathering the keys of every query costs."""
+    pairs = neighborhood.count_pairs(height, width)
+    return PassCost(pairs=pairs, total=round((costs.gather + 1) * pairs + costs.moves + costs.call))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: AxisKeys, scale: float) -> Tensor:

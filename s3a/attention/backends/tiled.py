@@ -6,25 +6,43 @@ are two matrix products with a softmax fused between, faster there than scaled_d
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from s3a.attention.backends.tiles import KeyList, TileBatch, TileLayout
+from s3a.attention.backends.permute import permute_tokens
+from s3a.attention.backends.tiles import KeyList, TileLayout, WholeGroups
+
+# Tiles of one call: they are an axis of the grid of CUDA's kernels, which has so many places (pytorch#142228).
+MOST_TILES = {"cuda": 65_535}
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: TileLayout, scale: float) -> Tensor:
     """Executes one pass. Shapes: query, key, value and the result [batch, tokens, heads, head_dim]."""
     if layout.key_list is not None and is_compiled_inference(query, key, value):
         return attend_key_list(query, key, value, layout.key_list, scale)
-    if layout.whole:
+    if layout.groups is not None:
+        return attend_groups(query, key, value, layout.groups, layout.batches[0].mask, scale)
+    return attend_tiles(query, key, value, layout, scale)
+
+
+def attend_groups(
+    query: Tensor, key: Tensor, value: Tensor, groups: WholeGroups, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Every dilation group as an image of its own: copied in order, so that gradients are copied too."""
+    if groups.is_map:
         # [batch, heads, tokens, head_dim]
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        mask = layout.batches[0].mask
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
-    return attend_tiles(query, key, value, layout.batches, scale)
+    lengths = {"i": groups.rows, "r": groups.row_dilation, "j": groups.columns, "c": groups.column_dilation}
+    queries, keys, values = (
+        rearrange(tensor, "b (i r j c) n d -> (b r c) (i j) n d", **lengths) for tensor in (query, key, value)
+    )
+    attended = attend_tile_batch(queries, keys, values, mask, scale)
+    return rearrange(attended, "(b r c) (i j) n d -> b (i r j c) n d", **lengths)
 
 
-def attend_tiles(query: Tensor, key: Tensor, value: Tensor, batches: tuple[TileBatch, ...], scale: float) -> Tensor:
+def attend_tiles(query: Tensor, key: Tensor, value: Tensor, layout: TileLayout, scale: float) -> Tensor:
     """Every tile as an image of its own.
 
     All tiles are gathered at once, tile batch after tile batch, so that each of them is a slice; a gather or a call
@@ -32,17 +50,22 @@ def attend_tiles(query: Tensor, key: Tensor, value: Tensor, batches: tuple[TileB
     then those of image 1, then the tiles of batch 1 of image 0, then those of image 1.
     """
     num_images, num_tokens = query.shape[:2]
+    batches = layout.batches
     query_rows = find_rows([batch.queries for batch in batches], num_images, num_tokens)
     key_rows = find_rows([batch.keys for batch in batches], num_images, num_tokens)
-    queries = query.flatten(0, 1).index_select(0, query_rows)
+    before, size, index = layout.places
+    image = torch.arange(num_images, device=query.device)[:, None]
+    place_rows = (num_images * before + image * size + index).flatten()  # where the query of each token is gathered to
+    queries = permute_tokens(query.flatten(0, 1), query_rows, place_rows, axis=0)
     keys, values = (tensor.flatten(0, 1).index_select(0, key_rows) for tensor in (key, value))
     query_sizes = [num_images * len(batch.queries) for batch in batches]
     key_sizes = [num_images * len(batch.keys) for batch in batches]
     parts = zip(queries.split(query_sizes), keys.split(key_sizes), values.split(key_sizes), batches, strict=True)
-    attended = concatenate(
-        [attend_tile_batch(q, k, v, num_images * batch.num_tiles, batch.mask, scale) for q, k, v, batch in parts]
-    )
-    return torch.empty_like(attended).index_copy_(0, query_rows, attended).unflatten(0, (num_images, -1))
+    attended = []
+    for *tensors, batch in parts:
+        q, k, v = (tensor.unflatten(0, (num_images * batch.num_tiles, -1)) for tensor in tensors)
+        attended.append(attend_tile_batch(q, k, v, batch.mask, scale).flatten(0, 1))
+    return permute_tokens(concatenate(attended), place_rows, query_rows, axis=0).unflatten(0, (num_images, -1))
 
 
 def find_rows(positions: list[Tensor], num_images: int, num_tokens: int) -> Tensor:
@@ -59,18 +82,19 @@ def concatenate(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def attend_tile_batch(
-    query: Tensor, key: Tensor, value: Tensor, num_tiles: int, mask: Tensor | None, scale: float
-) -> Tensor:
-    """Tiles of one shape and mask, as one call. Shapes: tensors and the result [tiles * tokens, heads, head_dim]."""
+def attend_tile_batch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Tiles of one shape and mask, as one call. Shapes: tensors and the result [tiles, tokens, heads, head_dim]."""
     fuses = query.dtype == torch.bfloat16 and is_compiled_inference(query, key, value)
     # [tiles, heads, tokens, head_dim]
-    query, key, value = (tensor.unflatten(0, (num_tiles, -1)).transpose(1, 2) for tensor in (query, key, value))
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     if fuses:
-        attended = multiply(query, key, value, mask, scale)
-    else:
-        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return attended.transpose(1, 2).flatten(0, 1)
+        return multiply(query, key, value, mask, scale).transpose(1, 2)
+    most = MOST_TILES.get(query.device.type)
+    if most is None or torch.compiler.is_exporting() or len(query) <= most:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+    parts = zip(query.split(most), key.split(most), value.split(most), strict=True)
+    attended = [scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale) for q, k, v in parts]
+    return torch.cat(attended).transpose(1, 2)
 
 
 def is_compiled_inference(*tensors: Tensor) -> bool:

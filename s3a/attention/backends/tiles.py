@@ -1,7 +1,8 @@
 """The layout of the tiled backend: query tiles with key halos, or the keys of every query as a list.
 
 A tile is a rectangle of queries of one dilation group; its halo is the rectangle of keys that any of them sees.
-Tiles of equal shape and mask are one batch, so no tile is padded and a mask is stored once.
+Tiles of equal shape and mask are one batch, so no tile is padded and a mask is stored once. Where every dilation group
+is one tile, and all are of one size, the tiles are a rearrangement of the map and nothing is gathered.
 """
 
 from collections import defaultdict
@@ -13,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from s3a.attention.backends.costs import DeviceCosts, PassCost, find_costs
 from s3a.attention.backends.reference import lay_out_keys
 from s3a.geometry import Neighborhood
 from s3a.support.caches import cache_results
@@ -48,19 +50,42 @@ class KeyList:
     seen: Tensor | None
 
 
+@dataclass(frozen=True)
+class WholeGroups:
+    """Dilation groups of one size, each of them a tile.
+
+    The token (row, column) of the group (row_group, column_group) stands in the map at the row
+    `row * row_dilation + row_group` and at the column `column * column_dilation + column_group`.
+
+    Attributes:
+        rows, columns: of a group.
+        row_dilation, column_dilation: how many groups there are along the rows and along the columns.
+        is_map: whether there is one group, the map.
+    """
+
+    rows: int
+    columns: int
+    row_dilation: int
+    column_dilation: int
+    is_map: bool
+
+
 @dataclass(frozen=True, eq=False)
 class TileLayout:
     """One pass as query tiles with key halos.
 
     Attributes:
         batches: the tiles, by shape and mask.
-        whole: whether the one tile is the map in row-major order, so that nothing has to be gathered.
+        places: [3, tokens] int64, where each position is found among the queries of the batches: the number of queries
+            in the batches before its own, the number in its own, and its index there.
+        groups: the dilation groups, where each is a tile and `batches` is one batch of all; else None.
         key_list: the keys of every query, for a compiler to fuse their gathering with their products; None where
             tiles are cheaper even so.
     """
 
     batches: tuple[TileBatch, ...]
-    whole: bool
+    places: Tensor
+    groups: WholeGroups | None
     key_list: KeyList | None
 
 
@@ -114,107 +139,172 @@ def cut_axis(length: int, kernel_size: int, dilation: int, tile: int) -> tuple[A
 
 
 TILES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
-# In (query, key) pairs, measured on two CPU cores (LOG.md): gathering one key and its value, and one more call.
-HALO_TOKEN_COST = 60
-BATCH_COST = 4_000
-# Likewise: one pair of compiled code that gathers every key for itself.
-KEY_LIST_PAIR_COST = 4.5
 
 
-@dataclass(frozen=True)
-class TileCost:
+@dataclass(frozen=True, kw_only=True)
+class TileCost(PassCost):
     """What a choice of tiles costs, for one head of one image.
 
     Attributes:
         tile: (row, column) queries of a tile, at most.
-        pairs: (query, key) products, masked ones included.
-        halo_tokens: keys gathered. batches: calls of the attention kernel.
+        halo_tokens: keys of all tiles. batches: calls of the attention kernel.
+        groups: the dilation groups, where each is a tile and nothing is gathered; else None.
     """
 
     tile: tuple[int, int]
-    pairs: int
     halo_tokens: int
     batches: int
-
-    @property
-    def total(self) -> int:
-        """The cost in pairs."""
-        return self.pairs + HALO_TOKEN_COST * self.halo_tokens + BATCH_COST * self.batches
+    groups: WholeGroups | None
 
 
-def rank_tiles(neighborhood: Neighborhood, height: int, width: int) -> list[TileCost]:
+@dataclass(frozen=True, eq=False)
+class AxisShapes:
+    """The tiles of one axis, by batch.
+
+    Attributes:
+        tile: queries of a tile, at most.
+        num_tiles, queries, keys: [batches] int64, how many tiles, and how many queries and keys in each.
+        masked: [batches] bool.
+        group: tokens of a dilation group, where each is a tile and all have one size; else None.
+    """
+
+    tile: int
+    num_tiles: np.ndarray
+    queries: np.ndarray
+    keys: np.ndarray
+    masked: np.ndarray
+    group: int | None
+
+
+def rank_tiles(neighborhood: Neighborhood, height: int, width: int, costs: DeviceCosts) -> list[TileCost]:
     """What every choice of tiles costs, cheapest first."""
     rows, columns = (
-        estimate_axis_costs(length, kernel_size, dilation)
+        list_axis_shapes(length, kernel_size, dilation)
         for length, kernel_size, dilation in zip(
             (height, width), neighborhood.kernel_size, neighborhood.dilation, strict=True
         )
     )
-    costs = [
-        TileCost(
-            tile=(row.tile[0], column.tile[0]),
-            pairs=row.pairs * column.pairs,
-            halo_tokens=row.halo_tokens * column.halo_tokens,
-            batches=row.batches * column.batches,
-        )
-        for row, column in product(rows, columns)
-    ]
-    return sorted(costs, key=lambda cost: cost.total)
+    ranked = [price_tiles(row, column, height, width, costs) for row, column in product(rows, columns)]
+    return sorted(ranked, key=lambda cost: cost.total)
 
 
-def estimate_axis_costs(length: int, kernel_size: int, dilation: int) -> list[TileCost]:
-    """What each size of tile costs along one axis; the costs on a map are products of these."""
+@cache_results(maxsize=256)
+def list_axis_shapes(length: int, kernel_size: int, dilation: int) -> tuple[AxisShapes, ...]:
+    """The tiles of an axis for each size of tile."""
     group_length = -(-length // dilation)
-    costs = []
+    shapes = []
     for tile in (*(tile for tile in TILES if tile < group_length), group_length):
         batches = cut_axis(length, kernel_size, dilation, tile)
-        pairs = sum(batch.queries.size * batch.keys.shape[1] for batch in batches)
-        halo_tokens = sum(batch.keys.size for batch in batches)
-        costs.append(TileCost(tile=(tile, 1), pairs=pairs, halo_tokens=halo_tokens, batches=len(batches)))
-    return costs
+        shapes.append(
+            AxisShapes(
+                tile=tile,
+                num_tiles=np.array([len(batch.queries) for batch in batches]),
+                queries=np.array([batch.queries.shape[1] for batch in batches]),
+                keys=np.array([batch.keys.shape[1] for batch in batches]),
+                masked=np.array([not batch.mask.all() for batch in batches]),
+                group=group_length if length % min(length, dilation) == 0 and tile == group_length else None,
+            )
+        )
+    return tuple(shapes)
 
 
-def estimate_key_list_cost(neighborhood: Neighborhood, height: int, width: int) -> int:
-    """What listing the keys of every query costs, in the same pairs as `TileCost.total`."""
-    return round(KEY_LIST_PAIR_COST * neighborhood.count_pairs(height, width))
+def price_tiles(rows: AxisShapes, columns: AxisShapes, height: int, width: int, costs: DeviceCosts) -> TileCost:
+    """What the tiles of a map cost: every row tile with every column tile."""
+    num_tiles, queries, keys = (
+        np.multiply.outer(of_rows, of_columns)
+        for of_rows, of_columns in (
+            (rows.num_tiles, columns.num_tiles),
+            (rows.queries, columns.queries),
+            (rows.keys, columns.keys),
+        )
+    )
+    rounded = (-(-each // costs.granule) * costs.granule for each in (queries, keys))
+    pair = np.where(np.logical_or.outer(rows.masked, columns.masked), costs.masked_pair, 1)
+    halo_tokens = int((num_tiles * keys).sum())
+    groups = None
+    if rows.group is not None and columns.group is not None:
+        dilation = height // rows.group, width // columns.group
+        groups = WholeGroups(rows.group, columns.group, *dilation, is_map=dilation == (1, 1))
+    total = (pair * num_tiles * np.multiply(*rounded)).sum() + costs.call * num_tiles.size
+    total += halo_tokens * (costs.copy if groups else costs.gather)
+    total += 0 if groups and groups.is_map else costs.moves
+    return TileCost(
+        pairs=int((num_tiles * queries * keys).sum()),
+        total=round(total),
+        tile=(rows.tile, columns.tile),
+        halo_tokens=halo_tokens,
+        batches=num_tiles.size,
+        groups=groups,
+    )
+
+
+def estimate(neighborhood: Neighborhood, height: int, width: int, costs: DeviceCosts) -> PassCost:
+    """What the cheapest tiles cost."""
+    return rank_tiles(neighborhood, height, width, costs)[0]
+
+
+def estimate_key_list(neighborhood: Neighborhood, height: int, width: int, costs: DeviceCosts) -> int | None:
+    """What listing the keys of every query costs in compiled inference; None on a device that does not list them."""
+    return None if costs.listed_pair is None else round(costs.listed_pair * neighborhood.count_pairs(height, width))
 
 
 def prefers_key_list(neighborhood: Neighborhood, height: int, width: int, device: torch.device) -> bool:
-    """Whether compiled code lists keys instead of cutting tiles; measured on CPUs, so only there."""
-    tiles = rank_tiles(neighborhood, height, width)[0].total
-    return device.type == "cpu" and estimate_key_list_cost(neighborhood, height, width) < tiles
+    """Whether compiled code lists keys instead of cutting tiles."""
+    costs = find_costs(device)
+    listed = estimate_key_list(neighborhood, height, width, costs)
+    tiles = rank_tiles(neighborhood, height, width, costs)[0].total
+    return listed is not None and listed < tiles
 
 
 def lay_out_tiles(neighborhood: Neighborhood, height: int, width: int, device: torch.device) -> TileLayout:
     """The tiles that cost least: products of row tiles and column tiles, as batches of equal shape and mask."""
-    tile = rank_tiles(neighborhood, height, width)[0].tile
+    best = rank_tiles(neighborhood, height, width, find_costs(device))[0]
     row_batches, column_batches = (
-        cut_axis(length, neighborhood.kernel_size[axis], neighborhood.dilation[axis], tile[axis])
+        cut_axis(length, neighborhood.kernel_size[axis], neighborhood.dilation[axis], best.tile[axis])
         for axis, length in enumerate((height, width))
     )
-    batches = [combine_axes(rows, columns, width, device) for rows, columns in product(row_batches, column_batches)]
-    whole = all(
-        len(each) == 1 and np.array_equal(each[0].queries, np.arange(length)[None])
-        for each, length in ((row_batches, height), (column_batches, width))
-    )
+    shapes = list(product(row_batches, column_batches))
     lists_keys = prefers_key_list(neighborhood, height, width, device)
-    key_list = list_keys(neighborhood, height, width, device) if lists_keys else None
-    return TileLayout(batches=tuple(batches), whole=whole, key_list=key_list)
+    return TileLayout(
+        batches=tuple(combine_axes(rows, columns, width, device) for rows, columns in shapes),
+        places=to_device(
+            find_places([find_positions(row.queries, column.queries, width) for row, column in shapes]), device
+        ),
+        groups=best.groups,
+        key_list=list_keys(neighborhood, height, width, device) if lists_keys else None,
+    )
 
 
 def combine_axes(rows: AxisTiles, columns: AxisTiles, width: int, device: torch.device) -> TileBatch:
-    """The tiles of a map: every row tile with every column tile."""
-
-    def combine(of_rows: np.ndarray, of_columns: np.ndarray) -> np.ndarray:  # each [tiles, tokens]
-        return (of_rows[:, None, :, None] * width + of_columns[None, :, None, :]).reshape(-1)
-
+    """A batch of the tiles of a map: every row tile with every column tile."""
     mask = rearrange(rows.mask[:, None, :, None] & columns.mask[None, :, None, :], "r c i j -> (r c) (i j)")
     return TileBatch(
         num_tiles=len(rows.queries) * len(columns.queries),
-        queries=to_device(combine(rows.queries, columns.queries), device),
-        keys=to_device(combine(rows.keys, columns.keys), device),
+        queries=to_device(find_positions(rows.queries, columns.queries, width), device),
+        keys=to_device(find_positions(rows.keys, columns.keys, width), device),
         mask=None if mask.all() else to_device(mask, device),
     )
+
+
+def find_positions(of_rows: np.ndarray, of_columns: np.ndarray, width: int) -> np.ndarray:
+    """The positions of tiles, tile after tile, from those of row tiles and column tiles, each [tiles, tokens]."""
+    return (of_rows[:, None, :, None] * width + of_columns[None, :, None, :]).reshape(-1)
+
+
+def find_places(positions: list[np.ndarray]) -> np.ndarray:
+    """`TileLayout.places` of batches whose queries stand at these positions.
+
+    Example: batches of the positions 0 2 1 and 3 begin after 0 and 3 queries:
+
+        position                     0 1 2 3
+        queries before its batch     0 0 0 3
+        queries in its batch         3 3 3 1
+        index there                  0 2 1 0
+    """
+    sizes = np.array([len(each) for each in positions])
+    before = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    places = np.stack([before, np.repeat(sizes, sizes), np.arange(sizes.sum()) - before])
+    return places[:, np.argsort(np.concatenate(positions))]
 
 
 def list_keys(neighborhood: Neighborhood, height: int, width: int, device: torch.device) -> KeyList:

@@ -161,9 +161,9 @@ def test_a_run_is_not_taken_over_by_another_task(recipe):
 def test_a_checkpoint_that_names_no_task_is_of_classification(recipe, monkeypatch, capsys):
     """They were written before there was another one; their runs go on, and are no other task's."""
     folder = train_changed(recipe)
-    read = trainer.read_newest
+    read = trainer.read_state
     monkeypatch.setattr(
-        trainer, "read_newest", lambda *where: {key: part for key, part in read(*where).items() if key != "task"}
+        trainer, "read_state", lambda *where: {key: part for key, part in read(*where).items() if key != "task"}
     )
     train_changed(recipe)
     assert f"{folder} is finished: 2 epochs" in capsys.readouterr().err
