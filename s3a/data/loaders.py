@@ -3,14 +3,15 @@
 Each is a torch DataLoader whose items are whole micro-batches, asked for by epoch and number.
 """
 
-import atexit
 import math
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
+from multiprocessing.util import Finalize
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -78,10 +79,10 @@ def ignore_signals(worker: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def kill_workers_at_exit() -> None:
-    """Has workers that are left killed when this process exits, so that one that hangs does not keep it.
+def kill_workers_at_exit(process: int) -> None:
+    """Has workers that are left killed when this process exits, of which this is the number.
 
-    Python would ask them to end by SIGTERM, which they ignore, and wait.
+    Python would ask them to end by SIGTERM, which they ignore, and wait for ever.
     """
 
     def kill_workers() -> None:
@@ -89,7 +90,7 @@ def kill_workers_at_exit() -> None:
             if child.daemon:
                 child.kill()
 
-    atexit.register(kill_workers)
+    Finalize(None, kill_workers, exitpriority=100)  # not atexit, which multiprocessing's own processes do not run
 
 
 def raise_errors(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
@@ -107,7 +108,7 @@ def make_loader(
 ) -> DataLoader[Batch | DataError]:
     """A DataLoader whose items are whole batches. It has a generator of its own: the model's must not advance."""
     if num_workers > 0:
-        kill_workers_at_exit()
+        kill_workers_at_exit(os.getpid())
     return DataLoader(
         BatchesOrErrors(batches),
         batch_size=None,

@@ -1,11 +1,14 @@
 """Loaders: each image where and how the seed, the epoch and the step say, on any number of processes and workers."""
 
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +27,7 @@ from PIL import Image
 from timm.data import create_transform
 
 import s3a.data.batches
-from s3a.data import DatasetImages, EvalLoader, load_data
+from s3a.data import DatasetImages, EvalLoader, load_data, loaders
 from s3a.data.batches import list_upcoming_positions
 from s3a.data.decode import decode_image
 from s3a.data.images import Shuffle
@@ -420,24 +423,32 @@ def test_a_worker_that_starts_keeps_a_signal_back_until_it_ignores_it():
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGUSR1}
 
 
-HANGING = """
-import signal, time
-import torch
-from s3a.data.loaders import Schedule, make_loader
-
 class Hanging(torch.utils.data.Dataset):
     def __getitem__(self, key):
         time.sleep(600)
 
-loader = make_loader(Hanging(), Schedule(2), num_workers=1, pin_memory=False)
-iterator = iter(loader)
-time.sleep(0.5)  # it has begun to hang
-print("exits")
+
+def leave_a_worker_that_hangs() -> None:
+    loader = loaders.make_loader(Hanging(), loaders.Schedule(2), num_workers=1, pin_memory=False)
+    iter(loader)
+    time.sleep(0.5)  # it has begun to hang
+
+
+HANGING = """
+import sys
+sys.path[:0] = ["tests", "tests/data"]
+from test_loaders import leave_a_worker_that_hangs
+leave_a_worker_that_hangs()
 """
 
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_does_not_keep_its_process():
-    """Workers ignore what asks a run to stop, also where multiprocessing asks them at the end."""
-    ended = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60, check=True)
-    assert ended.stdout == "exits\n"
+    """Workers ignore what asks a run to stop, also where multiprocessing asks them at the end of a process."""
+    subprocess.run([sys.executable, "-c", HANGING], cwd=Path(__file__).parents[2], timeout=60, check=True)
+    child = multiprocessing.get_context("fork").Process(target=leave_a_worker_that_hangs)
+    child.start()
+    child.join(60)
+    left = child.exitcode
+    child.kill()
+    assert left == 0
