@@ -4,6 +4,7 @@ Their figures are those of committed results. `test_commands.py` tests their com
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -147,6 +148,25 @@ def test_benchmarks_are_the_committed_results(heading: str):
                 measured[name] = 1 / sum(1 / measured[part] for part in name.split(" + "))
             expected = format(measured[name.strip("`")], digits) if name.strip("`") in measured else ""
             assert cells[column - 1].partition(" ")[0] == expected, (heading, name, figure)
+
+
+def test_loaders_are_the_committed_result():
+    """The table, and what a node of eight GPUs needs by it: the formula of docs/training.md."""
+    result = json.loads(read(ROOT / "docs" / "benchmarks" / "loader_cpu.json"))
+    speeds = {(str(row["workers"]), row["product"], row["loader"]): row for row in result["rows"]}
+    ((_, *rows),) = list_tables(find_section(read(ROOT / "docs" / "benchmarks.md"), "Loaders"))
+    assert [(workers, product) for workers, product, *_ in rows] == [*dict.fromkeys(key[:2] for key in speeds)]
+    for workers, product, ours, timms, ratio in rows:
+        mine, peer = (speeds[workers, product, loader] for loader in ("s3a", "timm"))
+        shown = f"{mine['per_worker']:.0f}", f"{peer['per_worker']:.0f}", f"{mine['times_timm']:.2f}"
+        assert (ours, timms, ratio) == shown
+    section = find_section(read(ROOT / "docs" / "training.md"), "Many GPUs")
+    rate = round(speeds["2", "pixels", "s3a"]["per_worker"])
+    assert f"{result['machine']['processor']} (Zen 5) decodes {rate} images/s" in " ".join(section.split())
+    ((_, *rows),) = list_tables(section)
+    for needed, workers, cores in rows:
+        expected = math.ceil(1.25 * int(needed.replace(",", "")) / rate)
+        assert (int(workers), int(cores)) == (expected, 8 * (expected + 1))
 
 
 def test_schemes_are_the_committed_results():

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,12 +26,16 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
+from PIL import Image
+from timm.data import create_dataset, create_loader, resolve_data_config
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 import s3a
 from s3a.attention.backends import Operands
 from s3a.attention.plan import attend_plan, lay_out_scan, plan_scan
+from s3a.data import Batch, TrainLoader, load_data
+from s3a.data.pixels import PixelNormalizer
 from s3a.geometry import FIXED, Neighborhood, Scan, sparse_scan
 from s3a.models.backbone import Backbone
 from s3a.published import PUBLISHED
@@ -40,6 +44,9 @@ from s3a.support.errors import make_unknown_error
 from s3a.support.figures import describe_machine_briefly, label_sides
 from s3a.support.palette import BLUE, GREEN, INK, ORANGE, PEER, SOFT_INK, VERMILLION
 from s3a.support.timing import Row, make_row, read_results, take_turns, write_result
+from s3a.training.named_recipes import get_recipe
+from s3a.training.tasks.classification import Classification, replace_posterize
+from s3a.training.transfers import send_batches
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Call = Callable[[], object]
@@ -125,6 +132,18 @@ class Plan(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Loader(Common):
+    """Images per second that a worker decodes and augments as ssvit_tiny_imagenet has it, in our loader and timm's."""
+
+    num_images: int = 512
+    """JPEGs of 500 x 375 pixels to generate; an epoch has as many of them as make whole batches."""
+    batch_size: int = 64
+    """Images."""
+    num_workers: tuple[int, ...] = (0, 2)
+    """Workers of a loader; 0 decodes in its own process."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compare:
     """Lays result files of one machine beside each other; refuses those of different machines."""
 
@@ -142,7 +161,7 @@ class Plot:
     """The PNG to write."""
 
 
-def main(benchmark: Operator | Model | Compile | Plan | Compare | Plot) -> None:
+def main(benchmark: Operator | Model | Compile | Plan | Loader | Compare | Plot) -> None:
     """Measures, prints and writes."""
     if isinstance(benchmark, Compare):
         if not benchmark.results:
@@ -188,9 +207,10 @@ def check_options(options: Common) -> None:
     """Raises ValueError for an empty or negative option, or a device that is not there."""
     for name, value in vars(options).items():
         given = value if isinstance(value, tuple) else (value,)
-        if not given or any(type(number) is int and number < 1 for number in given):
+        least = 0 if name == "num_workers" else 1
+        if not given or any(type(number) is int and number < least for number in given):
             shown = " ".join(map(str, given)) or "empty"
-            rule = "positive" if given else "one name or number at least"
+            rule = ("positive" if least else "0 or more") if given else "one name or number at least"
             raise ValueError(f"--{name.replace('_', '-')} is {shown}: it must be {rule}")
     kind, _, index = options.device.partition(":")
     if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
@@ -520,12 +540,132 @@ def build_plans(side: int, backend: str, device: torch.device) -> None:
         lay_out_scan(scan, side, side, device, (backend,) * len(scan))
 
 
+# --------------------------------------------------------------------------------------------------------
+# Loaders
+# --------------------------------------------------------------------------------------------------------
+
+PHOTO_SIZE = (375, 500)  # the median of ImageNet's, rows and columns
+GRAIN = ((4, 60), (12, 40), (40, 25), (120, 22), (375, 15))  # noise of so many values a side, and how strong it is
+
+
+def measure_loaders(options: Loader) -> list[Row]:
+    """A row per loader, number of workers and product: images per second, also of one worker, and timm's as a unit.
+
+    Products are "pixels", uint8 batches as workers hand them over, and "input", those normalised and erased on the
+    device. Each process has one thread, as workers always have.
+    """
+    if options.num_images < options.batch_size:
+        raise ValueError(
+            f"--num-images is {options.num_images}: it must be at least --batch-size ({options.batch_size})"
+        )
+    num_images = options.num_images // options.batch_size * options.batch_size
+    rows, num_threads = [], torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        write_photographs(Path(folder), options.num_images)
+        torch.set_num_threads(1)
+        try:
+            for num_workers in options.num_workers:
+                calls = make_loader_calls(options, Path(folder), num_workers)
+                samples = take_turns({"/".join(key): call for key, call in calls.items()}, options.turns, warm_up=1)
+                del calls  # ends the workers
+                for name, sample in samples.items():
+                    loader, product = name.split("/")
+                    speed = 1e3 * num_images / sample.median
+                    rows.append(
+                        make_row(
+                            sample,
+                            workers=num_workers,
+                            product=product,
+                            loader=loader,
+                            images_per_second=speed,
+                            per_worker=speed / max(num_workers, 1),
+                            times_timm=samples[f"timm/{product}"].median / sample.median,
+                        )
+                    )
+        finally:
+            torch.set_num_threads(num_threads)
+    return rows
+
+
+def write_photographs(folder: Path, num_images: int) -> None:
+    """Writes an image folder of two classes: noise of several scales, as JPEGs of quality 90, 93 kB each."""
+    generator = torch.Generator().manual_seed(0)
+    for split, label, number in [("train", i % 2, i) for i in range(num_images)] + [("val", i, i) for i in range(2)]:
+        path = folder / split / f"class {label}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.full((1, 3, *PHOTO_SIZE), 128.0)
+        for side, strength in GRAIN:
+            noise = strength * torch.randn(1, 3, side, side, generator=generator)
+            pixels += interpolate(noise, PHOTO_SIZE, mode="bicubic")
+        levels = pixels[0].clamp(0, 255).to(torch.uint8).permute(1, 2, 0)  # [height, width, channels]
+        Image.fromarray(levels.numpy()).save(path, quality=90)
+
+
+def make_loader_calls(options: Loader, folder: Path, num_workers: int) -> dict[tuple[str, str], Call]:
+    """An epoch of each loader, as pixels and as the model's input.
+
+    timm's `create_loader` has its prefetcher, so its workers hand bytes over too, and both loaders normalise and erase
+    on the device. What is erased is drawn by our workers, and by timm on the device. The augmentation is the same, with
+    our posterization in both, since timm's fails with the Pillow of today.
+    """
+    recipe, device = get_recipe("ssvit_tiny_imagenet"), torch.device(options.device)
+    config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(recipe.model).to_dict())
+    data = load_data("imagefolder", folder)
+    task = Classification(data)
+    common = {"batch_size": options.batch_size, "num_workers": num_workers, "pin_memory": device.type == "cuda"}
+    ours = TrainLoader(
+        data.train,
+        task.make_train_transform(recipe, config),
+        erasing=task.make_erasing(recipe),
+        normalizer=PixelNormalizer(config["mean"], config["std"]),
+        channels=3,
+        seed=0,
+        **common,
+    )
+    peer = create_loader(
+        create_dataset("", root=str(folder / "train")),
+        config["input_size"],
+        is_training=True,
+        scale=recipe.crop_scale,
+        ratio=recipe.crop_ratio,
+        hflip=recipe.horizontal_flip,
+        color_jitter=recipe.color_jitter,
+        auto_augment=recipe.auto_augment,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        re_prob=recipe.random_erasing,
+        re_mode="pixel",
+        device=device,
+        **common,
+    )
+    replace_posterize(peer.dataset.transform)
+    epochs = itertools.count()
+
+    def read_ours() -> Iterator[Batch]:
+        return itertools.chain.from_iterable(ours.epoch(next(epochs)))
+
+    return {
+        ("s3a", "pixels"): lambda: exhaust(read_ours()),
+        ("timm", "pixels"): lambda: exhaust(peer.loader),
+        ("s3a", "input"): lambda: exhaust(map(ours.normalizer, send_batches(read_ours(), device))),
+        ("timm", "input"): lambda: exhaust(peer),
+    }
+
+
+def exhaust(batches: Iterable[object]) -> None:
+    """Makes all batches, and keeps none."""
+    for _ in batches:
+        pass
+
+
 BENCHMARKS: dict[type, tuple[Callable[..., list[Row]], Callable[[dict[str, Any]], Figure] | None]] = {
     Operator: (measure_operator, draw_operator),
     Model: (measure_models, draw_models),
     Compile: (measure_compilation, None),
     Plan: (measure_plans, None),
+    Loader: (measure_loaders, None),
 }
 
 if __name__ == "__main__":
-    run_command(Operator | Model | Compile | Plan | Compare | Plot, main)
+    run_command(Operator | Model | Compile | Plan | Loader | Compare | Plot, main)

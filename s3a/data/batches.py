@@ -1,139 +1,287 @@
-"""Micro-batches, made in a worker.
-
-Whoever is asked for a micro-batch works out by itself which rows it has, so nothing depends on who asks, or on what was
-asked before.
-"""
+"""Micro-batches, made in a worker."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
-from typing import NamedTuple
+from functools import lru_cache
+from itertools import islice
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
-from s3a.data.decode import UnreadableImageError, decode_image
-from s3a.data.images import DataError, Images, Row, Shuffle
+from s3a.data.decode import UnreadableImageError, decode_image, silence_pillow
+from s3a.data.erasing import Erasure, Rectangle, draw_erased, join_erased
+from s3a.data.images import DataError, Images, MapImages, Row
 from s3a.data.slices import EvalSlices, Slices
+from s3a.data.stream import Draw, Place, Share, StreamImages
 
 Transform = Callable[[Image.Image], Tensor]
-BatchKey = tuple[int, int]
-"""Which micro-batch of a process: the epoch, and its number in it."""
+"""PIL image to [channels, height, width]: uint8 are pixels, which the device normalises (`s3a.data.pixels`); floating
+point is taken as it is."""
+BatchKey = tuple[int, int, Place | None]
+"""Which micro-batch of a process: the epoch, its number in it, and for a stream where its reader begins; None is where
+the reader is, and for images that can be read in any order."""
+MOST_UNREADABLE = 1000
+"""So many rows without an image, one behind the other, end a run."""
 
 
 class Batch(NamedTuple):
     """The images and labels of one forward of a process."""
 
     images: Tensor
-    """[n, channels, height, width] float32"""
+    """[n, channels, height, width] as the transform gave them: floating point, or uint8, which lie channels last"""
     labels: Tensor
     """[n] int64; in evaluation -1 where there is no image: padding, or unreadable"""
     indices: Tensor
     """[n] int64, the row in the split of what was read, for `name_of`; -1 for padding"""
-    unreadable: list[str]
-    """names of the images that could not be read while this batch was made, each once"""
+    unreadable: dict[str, str]
+    """the names of images that could not be read while this batch was made, and why"""
+    erasure: Erasure | None = None
+    """what is still to be erased; None where nothing is"""
+    place: Place | None = None
+    """behind this batch, of the reader that made it; None where images can be read in any order"""
 
 
 class TrainBatches(Dataset[Batch]):
-    """The micro-batches of a process: item (epoch, number).
-
-    Copy c of row r in epoch e is augmented from the seed and the draw `(e * repeats + c) * num_images + r`.
-    """
+    """The micro-batches of a process: what those of all kinds of images have in common."""
 
     def __init__(
-        self, images: Images, transform: Transform, mode: str, slices: Slices, repeats: int, seed: int
+        self,
+        images: Images,
+        transform: Transform,
+        erasing: RandomErasing | None,
+        mode: str,
+        slices: Slices,
+        repeats: int,
+        seed: int,
     ) -> None:
-        self.images = copy(images)  # each loader has its own place in a stream
-        self.transform, self.mode, self.slices = transform, mode, slices
-        self.repeats, self.seed = repeats, seed
-        self.num_rows = -(-slices.num_steps * slices.batch_size // repeats)
+        self.images, self.transform, self.erasing, self.mode = images, transform, erasing, mode
+        self.slices, self.repeats, self.seed = slices, repeats, seed
+
+    def close(self) -> None:
+        """Closes files, at the end of an epoch in this process."""
+
+    def decode(self, row: Row, tried: list[str], unreadable: dict[str, str]) -> Image.Image | None:
+        """The image of a row; None where it cannot be read.
+
+        Args:
+            tried: what is said of such images one behind the other, to be added to.
+            unreadable: those of the batch, to be added to.
+
+        Raises:
+            DataError: where too many of them are neighbours.
+        """
+        try:
+            return decode_image(row.encoded, self.mode)
+        except UnreadableImageError as error:
+            name = self.images.name_of(row.index)
+            unreadable[name] = error.reason
+            tried.append(f"{name}, since {error}")
+            if len(tried) == min(MOST_UNREADABLE, self.images.num_images):
+                raise DataError(
+                    f"{len(tried)} images of {self.images.split} in a row cannot be read, the first is {tried[0]}"
+                ) from error
+            return None
+
+    def augment(self, drawn: Iterable[tuple[Image.Image, Row, int]], unreadable: dict[str, str]) -> Batch:
+        """A batch of decoded images with their rows, each augmented from its seed.
+
+        Args:
+            unreadable: added to while `drawn` is iterated.
+        """
+        images, rows = [], []
+        erased: list[tuple[Rectangle, Tensor]] = []
+        with keep_generators(), silence_pillow():
+            for image, row, seed in drawn:
+                seed_generators(seed)
+                images.append(self.transform(image))
+                rows.append(row)
+                if self.erasing is not None:
+                    erased += draw_erased(self.erasing, len(images) - 1, images[-1].shape)
+        batch = stack_batch(images, [row.label for row in rows], [row.index for row in rows], unreadable)
+        return batch._replace(erasure=join_erased(erased))
+
+
+class MapTrainBatches(TrainBatches):
+    """Micro-batches of images that can be read in any order.
+
+    Whoever is asked for one works out by itself which rows it has, so nothing depends on who asks, or on what was asked
+    before. Copy c of row r in epoch e is augmented from the seed and the draw `(e * repeats + c) * num_images + r`.
+    """
+
+    images: MapImages
 
     def __getitem__(self, key: BatchKey) -> Batch:
-        epoch, number = key
-        shuffle = Shuffle(self.seed, epoch, self.num_rows)
-        order = self.images.shuffle_rows(shuffle)
-
-        def list_upcoming() -> np.ndarray:
-            return order[list_upcoming_positions(self.slices, number) // self.repeats]
-
+        epoch, number, _ = key
+        order = shuffle_rows(self.images.num_images, self.seed, epoch)
         positions = self.slices.list_positions(number)
         indices = order[positions // self.repeats]
         draws = (epoch * self.repeats + positions % self.repeats) * self.images.num_images + indices
-        unreadable: list[str] = []
-        images, rows = [], []
-        with keep_generators():
-            for draw, candidates in zip(draws, self.images.read(indices, shuffle, list_upcoming), strict=True):
-                image, row = self._decode_first_readable(candidates, unreadable)
-                seed_generators(self.seed, int(draw))
-                images.append(self.transform(image))
-                rows.append(row)
-        return stack_batch(images, [row.label for row in rows], [row.index for row in rows], unreadable)
+        unreadable: dict[str, str] = {}
+        seeds = [mix_seeds(self.seed, draw) for draw in draws.tolist()]  # faster in a row than between images
+        candidates = zip(self.images.read_with_substitutes(indices.tolist()), seeds, strict=True)
+        drawn = ((*self._decode_first_readable(rows, unreadable), seed) for rows, seed in candidates)
+        return self.augment(drawn, unreadable)
 
-    def _decode_first_readable(self, candidates: Iterator[Row], unreadable: list[str]) -> tuple[Image.Image, Row]:
+    def _decode_first_readable(self, candidates: Iterator[Row], unreadable: dict[str, str]) -> tuple[Image.Image, Row]:
         """The first of the rows that can be decoded; the names of those before it are added to `unreadable`."""
-        tried = []
-        for row in candidates:
-            try:
-                return decode_image(row.encoded, self.mode), row
-            except UnreadableImageError:
-                tried.append(self.images.name_of(row.index))
-                unreadable.append(tried[-1])
-        raise DataError(
-            f"{len(tried)} neighbouring images cannot be read, the first is {tried[0]}: "
-            f"mend {self.images.split} or take them out"
-        )
+        tried: list[str] = []
+        decoded = ((self.decode(row, tried, unreadable), row) for row in candidates)
+        return next((image, row) for image, row in decoded if image is not None)
 
 
-class EvalBatches(Dataset[Batch]):
-    """The batches of a process, in the split's order: item (0, number). There is no randomness and no substitute."""
+@lru_cache(maxsize=2)
+def shuffle_rows(num_images: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch's images, [num_images] int64; cached, since every batch of the epoch asks."""
+    return np.random.default_rng((seed, epoch)).permutation(num_images)
 
-    def __init__(self, images: Images, transform: Transform, mode: str, slices: EvalSlices) -> None:
-        self.images, self.transform, self.mode, self.slices = copy(images), transform, mode, slices
+
+class StreamTrainBatches(TrainBatches):
+    """Micro-batches of images that are read in the order they are stored in.
+
+    The readers of a process take turns: of 3, the second makes the micro-batches 1, 4, 7, ... of every epoch. Whichever
+    worker is asked for one of these is that reader until the epoch ends. An image that cannot be read is replaced by
+    the next one of its reader.
+
+    Args:
+        num_readers: of each process.
+    """
+
+    images: StreamImages
+
+    def __init__(self, *args: Any, num_readers: int) -> None:
+        super().__init__(*args)
+        self.num_readers = num_readers
+        self.close()
+
+    def close(self) -> None:
+        """Forgets the place in the stream, and closes its files."""
+        self._draws: Iterator[Draw] | None = None
 
     def __getitem__(self, key: BatchKey) -> Batch:
-        _, number = key
+        epoch, number, place = key
+        if place is not None:
+            share = Share(
+                self.slices.process_index + self.slices.num_processes * (number % self.num_readers),
+                self.slices.num_processes * self.num_readers,
+            )
+            self._draws = self.images.draw(share, self.seed, epoch, self.repeats, place)
+        assert self._draws is not None  # the first keys of an epoch have places
+        unreadable: dict[str, str] = {}
+        places: list[Place] = []
+        drawn = self._decode_readable(self._draws, unreadable, places)
+        batch = self.augment(islice(drawn, self.slices.micro_batch_size), unreadable)
+        if number + self.num_readers >= self.slices.num_batches:
+            self.close()
+        return batch._replace(place=places[-1])
+
+    def _decode_readable(
+        self, draws: Iterator[Draw], unreadable: dict[str, str], places: list[Place]
+    ) -> Iterator[tuple[Image.Image, Row, int]]:
+        """Those of the draws that can be decoded; the names of the others are added to `unreadable`."""
+        tried: list[str] = []
+        for draw in draws:
+            places.append(draw.place)
+            image = self.decode(draw.row, tried, unreadable)
+            if image is not None:
+                tried.clear()
+                yield image, draw.row, mix_seeds(*draw.seeds)
+
+
+class EvalMaker:
+    """Makes batches without randomness and substitutes.
+
+    Args:
+        name_of: what messages call a row.
+    """
+
+    def __init__(self, transform: Transform, mode: str, name_of: Callable[[int], str]) -> None:
+        self.transform, self.mode, self.name_of = transform, mode, name_of
+
+    def make_batch(self, rows: Iterable[Row], size: int) -> Batch:
+        """The rows, and padding up to `size`."""
         black = Image.new(self.mode, (32, 32))  # stands where there is no image
-        images, labels, indices, unreadable = [], [], [], []
-        rows = self.slices.list_positions(number)
-        for candidates in self.images.read(rows, None, lambda: list_upcoming_positions(self.slices, number)):
-            row = next(candidates)
-            try:
-                image, label = decode_image(row.encoded, self.mode), row.label
-            except UnreadableImageError:
-                unreadable.append(self.images.name_of(row.index))
-                image, label = black, -1
-            images.append(self.transform(image))
-            labels.append(label)
-            indices.append(row.index)
-        padding = self.slices.count_rows(number) - len(images)
+        images, labels, indices, unreadable = [], [], [], dict[str, str]()
+        with silence_pillow():
+            for row in rows:
+                try:
+                    image, label = decode_image(row.encoded, self.mode), row.label
+                except UnreadableImageError as error:
+                    unreadable[self.name_of(row.index)] = error.reason
+                    image, label = black, -1
+                images.append(self.transform(image))
+                labels.append(label)
+                indices.append(row.index)
+        padding = size - len(images)
         images += [self.transform(black)] * padding
         return stack_batch(images, labels + [-1] * padding, indices + [-1] * padding, unreadable)
 
 
-def stack_batch(images: list[Tensor], labels: list[int], indices: list[int], unreadable: list[str]) -> Batch:
-    """Makes a Batch of lists of equal length."""
-    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices), [*dict.fromkeys(unreadable)])
+class MapEvalBatches(Dataset[Batch]):
+    """The batches of a process, in the split's order: item (0, number, None)."""
+
+    def __init__(self, images: MapImages, maker: EvalMaker, slices: EvalSlices) -> None:
+        self.images, self.maker, self.slices = images, maker, slices
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        number = key[1]
+        rows = self.images.read_rows(self.slices.list_positions(number).tolist())
+        return self.maker.make_batch(rows, self.slices.count_rows(number))
 
 
-def list_upcoming_positions(slices: Slices | EvalSlices, number: int) -> np.ndarray:
-    """The positions that this worker will be asked for after micro-batch `number`: [n] int64.
+class StreamEvalBatches(IterableDataset[Batch | DataError]):
+    """The batches of a process from a stream: each worker's in the order they are stored in, the last one padded.
 
-    Workers take turns. Of 3 workers the second makes the micro-batches 1, 4, 7, ...; asked for 1, it has 4, 7, ... to
-    come.
+    An error stands in place of a batch and ends them.
     """
-    info = get_worker_info()
-    step = info.num_workers if info else 1
-    later = range(number + step, slices.num_batches, step)
-    return np.concatenate([np.arange(0), *map(slices.list_positions, later)])
+
+    def __init__(
+        self, images: StreamImages, maker: EvalMaker, batch_size: int, process_index: int, num_processes: int
+    ) -> None:
+        self.images, self.maker, self.batch_size = images, maker, batch_size
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        share = Share(self.process_index + self.num_processes * worker, self.num_processes * num_workers)
+        rows = self.images.read(share)
+        try:
+            while taken := list(islice(rows, self.batch_size)):
+                yield self.maker.make_batch(taken, self.batch_size)
+        except (DataError, OSError) as error:
+            yield DataError(str(error))
 
 
-def seed_generators(*seeds: int) -> None:
+def stack_batch(images: list[Tensor], labels: list[int], indices: list[int], unreadable: dict[str, str]) -> Batch:
+    """Makes a Batch of lists of equal length."""
+    return Batch(stack_images(images), torch.tensor(labels), torch.tensor(indices), unreadable)
+
+
+def stack_images(images: list[Tensor]) -> Tensor:
+    """[n, channels, height, width], in shared memory where this is a worker.
+
+    Pixels stay as pictures have them in memory, channels last: to lay them out otherwise takes ten times as long as to
+    copy them, and the device does that as it normalises them.
+    """
+    if images[0].dtype != torch.uint8 or images[0].ndim != 3:
+        return cast(Tensor, default_collate(images))
+    pictures = default_collate([image.permute(1, 2, 0) for image in images])  # [n, height, width, channels]
+    return cast(Tensor, pictures.permute(0, 3, 1, 2))
+
+
+def mix_seeds(*seeds: int) -> int:
+    """One seed of 32 bits, made of several of any size."""
+    return int(np.random.SeedSequence(seeds).generate_state(1)[0])
+
+
+def seed_generators(seed: int) -> None:
     """Seeds all three global generators, since timm's transforms draw from each."""
-    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every accelerator too, at each image

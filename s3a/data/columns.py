@@ -1,6 +1,7 @@
-"""Which columns of a dataset are the image and the label, and whether the labels can be trained on."""
+"""Which columns of a dataset are the image and the label, whether the labels can be trained on, and their split."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import datasets
@@ -8,39 +9,47 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
+from s3a.data.decode import EncodedImage
+from s3a.data.images import DatasetImages, Images
+from s3a.data.stream import READ_ROWS, StreamImages
+
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 ENCODED = (Value("binary"), Value("large_binary"), {"bytes": Value("binary"), "path": Value("string")})
 """How images are stored by those who do not know of datasets.Image."""
+MOST_CLASSES = 1_000_000
+"""More of them are counted from no labels: a single large number would ask for as many names."""
 
 
-def find_image_column(features: Features, where: str) -> str:
-    """The name of the only image column, or of the only one of encoded images; ValueError if there is none."""
+def find_columns(features: Features, where: str) -> tuple[str, str]:
+    """The names of the image and the label column; ValueError if there is none, or several that may be meant.
+
+    The image is the only datasets.Image, or else the only column of encoded ones; the label is the only ClassLabel, or
+    else the only column of integers.
+    """
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    return choose_column(images or [name for name, feature in features.items() if feature in ENCODED], "image", where)
-
-
-def find_label_column(features: Features, where: str) -> str:
-    """The name of the only ClassLabel column, or else of the only one of integers; ValueError if there is none."""
+    encoded = [name for name, feature in features.items() if feature in ENCODED]
     labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     scalars = {name: feature.dtype for name, feature in features.items() if isinstance(feature, Value)}
     integers = [name for name, dtype in scalars.items() if dtype.startswith(("int", "uint"))]
-    return choose_column(labels or integers, "label", where)
+    found = ", ".join(f"{name} ({describe_type(feature)})" for name, feature in features.items())
+    image = choose_column(images or encoded, "image", where, f"of encoded images among {found}")
+    return image, choose_column(labels or integers, "label", where, f"of whole numbers among {found}")
 
 
-def choose_column(names: list[str], wanted: str, where: str) -> str:
-    """The only name, or among several the one that is `wanted`; ValueError without either."""
+def describe_type(feature: object) -> str:
+    """A column's type in a word: that of its values, or of what they stand for."""
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__
+
+
+def choose_column(names: list[str], wanted: str, where: str, rule: str) -> str:
+    """The only name, or among several the one that is `wanted`; ValueError without either, which states the rule."""
     if len(names) == 1:
         return names[0]
     if wanted in names:
         return wanted
-    found = f"{len(names)} {wanted} columns ({', '.join(names)})" if names else f"no {wanted} column"
+    found = f"{len(names)} {wanted} columns ({', '.join(names)})" if names else f"no {wanted} column {rule}"
     raise ValueError(f"{where} has {found}: it must have one, or one that is called {wanted!r}")
-
-
-def select_image_and_label(rows: Rows, image: str, label: str) -> Rows:
-    """The two columns alone, renamed to `image` and `label` as all sources call them."""
-    return rows.select_columns([image, label]).rename_columns({image: "image", label: "label"})
 
 
 def find_class_names(label_features: Mapping[str, object], labels: Iterable[np.ndarray], where: str) -> list[str]:
@@ -52,11 +61,17 @@ def find_class_names(label_features: Mapping[str, object], labels: Iterable[np.n
         where: for the message.
 
     Raises:
-        ValueError: where a number means different classes in the two splits.
+        ValueError: where a number means different classes in the two splits, or is too large to be one of a class.
     """
     known = {split: feature.names for split, feature in label_features.items() if isinstance(feature, ClassLabel)}
     if not known:
-        return [str(label) for label in range(1 + max((int(part.max()) for part in labels if len(part)), default=-1))]
+        largest = max((int(part.max()) for part in labels if len(part)), default=-1)
+        if largest >= MOST_CLASSES:
+            raise ValueError(
+                f"{where} has the label {largest}: labels are the numbers of classes from 0 on, and more than "
+                f"{MOST_CLASSES:,} classes must be named; number them anew, or name them in classes.txt"
+            )
+        return [str(label) for label in range(1 + largest)]
     names = known.get("train", [])
     for split, others in known.items():
         if others != names:
@@ -67,9 +82,12 @@ def find_class_names(label_features: Mapping[str, object], labels: Iterable[np.n
     return list(names)
 
 
-def convert_labels(column: pa.ChunkedArray) -> np.ndarray:
-    """A label column as int64, with -1 where there is none."""
-    return column.cast(pa.int64()).fill_null(-1).to_numpy()
+def convert_labels(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """A label column as int64, with -1 where there is none; ValueError for numbers that do not fit."""
+    try:
+        return column.cast(pa.int64()).fill_null(-1).to_numpy()
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{where} has labels that cannot be classes ({error}): number these from 0 on") from error
 
 
 def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
@@ -82,3 +100,51 @@ def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
             f"{len(wrong)} images of {where} have no label of the {num_classes} classes, the first is row {wrong[0]} "
             f"with {labels[wrong[0]]}: every image must be labelled with 0 to {num_classes - 1}"
         )
+
+
+def make_images(
+    rows: Dataset | IterableDataset,
+    columns: tuple[str, str],
+    split: str,
+    *,
+    num_images: int,
+    num_classes: int,
+    shard_names: Sequence[str] = (),
+    sizes: Sequence[int] | None = None,
+    paths: bool = False,
+) -> Images:
+    """A split of rows that datasets reads: from a copy in any order, or as a stream.
+
+    Args:
+        columns: the names of the image and the label column.
+        num_images, num_classes, shard_names, sizes: of a stream; see `StreamImages`.
+        paths: whether a cell may name a file instead of holding it; of copies.
+    """
+    if isinstance(rows, Dataset):
+        return DatasetImages(select_image_and_label(rows, *columns), split, paths=paths)
+    encoded = select_image_and_label(rows, *columns).cast_column("image", datasets.Image(decode=False))
+    names = list(shard_names)
+    if len(names) != rows.num_shards:
+        names = [f"shard {shard} of {split}" for shard in range(rows.num_shards)]
+    return StreamImages(
+        TableReader(encoded), names, split=split, num_images=num_images, num_classes=num_classes, sizes=sizes
+    )
+
+
+def select_image_and_label(rows: Rows, image: str, label: str) -> Rows:
+    """The two columns alone, renamed to `image` and `label` as all sources call them."""
+    names = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
+    rows = rows.select_columns([image, label])
+    return rows.rename_columns(names) if names else rows
+
+
+@dataclass(frozen=True)
+class TableReader:
+    """Reads a shard of a streamed dataset with the columns `image` and `label`."""
+
+    rows: IterableDataset
+
+    def __call__(self, shard: int) -> Iterator[tuple[EncodedImage | None, int | None]]:
+        # unlike plain iteration, iteration by batches does not deal the rows to the workers once more
+        for batch in self.rows.shard(self.rows.num_shards, shard).iter(READ_ROWS):
+            yield from zip(batch["image"], batch["label"], strict=True)

@@ -1,11 +1,11 @@
 """Datasets of the Hugging Face Hub by name, copied into the cache of datasets or streamed."""
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import datasets
-import numpy as np
 from datasets import Dataset, DatasetBuilder, IterableDataset, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from httpx2 import ReadTimeout, TransportError
@@ -23,18 +23,15 @@ from s3a.data.columns import (
     check_labels,
     convert_labels,
     find_class_names,
-    find_image_column,
-    find_label_column,
-    select_image_and_label,
+    find_columns,
+    make_images,
 )
-from s3a.data.decode import EncodedImage
-from s3a.data.images import DatasetImages, ImageData
+from s3a.data.images import ImageData, Images
 from s3a.data.local import hash_content
-from s3a.data.parts import SPLIT_NAMES, Part
-from s3a.data.shards import hide_bars_in_logs
-from s3a.data.stream import StreamImages
+from s3a.data.shards import SPLIT_NAMES, hide_bars_in_logs
 
-ROWS_AT_ONCE = 64  # while it streams
+FOLDER_BUILDER = "imagefolder"
+"""What datasets calls its reader of repositories of single images; the paths in their rows are its own."""
 
 
 def load_hub(dataset: str, streaming: bool) -> ImageData:
@@ -63,7 +60,7 @@ def load_hub(dataset: str, streaming: bool) -> ImageData:
             raise
         raise FileNotFoundError(explain_obstacle(dataset, obstacle)) from error
     splits = {split: splits[name] for split, name in find_splits(splits, dataset).items()}
-    return make_streams(dataset, builder, splits) if streaming else make_copies(dataset, builder, splits)
+    return make_splits(dataset, builder, splits)
 
 
 def split_config(dataset: str) -> tuple[str, str | None]:
@@ -210,61 +207,62 @@ def shorten_error(error: BaseException) -> str:
     return " ".join(str(error.__cause__ or error).split())[:200]
 
 
-def find_columns(rows: Dataset | IterableDataset, dataset: str) -> tuple[str, str]:
-    """The names of the image and the label column."""
-    if rows.features is None:
-        raise ValueError(f"--dataset {dataset} does not say what its columns are: leave --streaming out")
-    where = f"--dataset {dataset}"
-    return find_image_column(rows.features, where), find_label_column(rows.features, where)
-
-
 def hash_repository(builder: DatasetBuilder, class_names: list[str]) -> str:
     """A fingerprint that changes with the revision (or a folder's files), the configuration, and the classes."""
     return hash_content([builder.hash, builder.config_id, *class_names])
 
 
-# --------------------------------------------------------------------------------------------------------
-# Copied
-# --------------------------------------------------------------------------------------------------------
+def make_splits(dataset: str, builder: DatasetBuilder, splits: Mapping[str, Dataset | IterableDataset]) -> ImageData:
+    """Both splits, of copied or streamed rows.
 
-
-def make_copies(dataset: str, builder: DatasetBuilder, splits: Mapping[str, Dataset]) -> ImageData:
-    """Both splits, of rows in the cache of datasets that can be read in any order."""
-    columns = {split: find_columns(rows, dataset) for split, rows in splits.items()}
-    labels = {split: convert_labels(rows.data.column(columns[split][1])) for split, rows in splits.items()}
+    A stream must be told what a copy can count: how many images and classes there are.
+    """
+    where = f"--dataset {dataset}"
+    for rows in splits.values():
+        if isinstance(rows, IterableDataset) and rows.info.builder_name == FOLDER_BUILDER:
+            raise ValueError(f"{where} is a folder of single images, and a stream reads shards: leave --streaming out")
+        if rows.features is None:
+            raise ValueError(f"{where} does not say what its columns are: leave --streaming out")
+    columns = {split: find_columns(rows.features, where) for split, rows in splits.items()}
     label_features = {split: rows.features[columns[split][1]] for split, rows in splits.items()}
-    names = find_class_names(label_features, labels.values(), f"--dataset {dataset}")
+    labels = {
+        split: convert_labels(rows.data.column(columns[split][1]), where)
+        for split, rows in splits.items()
+        if isinstance(rows, Dataset)
+    }
+    names = find_class_names(label_features, labels.values(), where)
+    if not names and not labels:
+        raise ValueError(
+            f"column {columns['train'][1]!r} of {where} is of numbers without names, whose classes a stream cannot "
+            "count: leave --streaming out"
+        )
     for split, values in labels.items():
         check_labels(values, len(names), f"{split} of {dataset}")
-    train, val = (DatasetImages(select_image_and_label(rows, *columns[split]), split) for split, rows in splits.items())
+    images: list[Images] = []
+    for split, rows in splits.items():
+        name = str(rows.split)
+        files = builder.config.data_files[name] if builder.config.data_files else ()
+        num_images = len(rows) if isinstance(rows, Dataset) else find_num_rows(builder, name, dataset)
+        images.append(
+            make_images(
+                rows,
+                columns[split],
+                split,
+                num_images=num_images,
+                num_classes=len(names),
+                shard_names=name_shards(files),
+                paths=rows.info.builder_name == FOLDER_BUILDER,
+            )
+        )
+    train, val = images
     return ImageData(train, val, names, hash_repository(builder, names))
 
 
-# --------------------------------------------------------------------------------------------------------
-# Streamed
-# --------------------------------------------------------------------------------------------------------
-
-
-def make_streams(dataset: str, builder: DatasetBuilder, splits: Mapping[str, IterableDataset]) -> ImageData:
-    """Both splits, of rows that are read over the network in the order they are stored in.
-
-    The shards of a repository do not say how many rows they have, so a split is one part here: rows are shuffled
-    within the window, from the first to the last.
-    """
-    columns = {split: find_columns(rows, dataset) for split, rows in splits.items()}
-    label_features = {split: rows.features[columns[split][1]] for split, rows in splits.items()}
-    names = find_class_names(label_features, [], f"--dataset {dataset}")
-    if not names:
-        raise ValueError(
-            f"column {columns['train'][1]!r} of --dataset {dataset} is of numbers without names, whose classes "
-            "a stream cannot count: leave --streaming out"
-        )
-    images = {}
-    for split, rows in splits.items():
-        num_rows = find_num_rows(builder, str(rows.split), dataset)
-        encoded = select_image_and_label(rows, *columns[split]).cast_column("image", datasets.Image(decode=False))
-        images[split] = StreamImages([HubPart(split, num_rows, encoded)], split, len(names))
-    return ImageData(images["train"], images["val"], names, hash_repository(builder, names))
+def name_shards(files: Sequence[str]) -> list[str]:
+    """Short names of files, which are still different: their paths behind the folder that all are in."""
+    paths = [PurePosixPath(file) for file in files]
+    folder = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    return [str(path.relative_to(folder)) for path in paths]
 
 
 def find_num_rows(builder: DatasetBuilder, split: str, dataset: str) -> int:
@@ -276,21 +274,3 @@ def find_num_rows(builder: DatasetBuilder, split: str, dataset: str) -> int:
             "leave --streaming out"
         )
     return int(known.num_examples)
-
-
-class HubPart(Part):
-    """A split of a repository, with encoded images."""
-
-    def __init__(self, name: str, num_rows: int, rows: IterableDataset) -> None:
-        super().__init__(name, num_rows)
-        self.rows = rows
-
-    def read(self, needed: np.ndarray) -> Iterator[tuple[int, EncodedImage | None, int]]:
-        last = int(np.flatnonzero(needed)[-1])
-        start = 0
-        for table in self.rows.iter(ROWS_AT_ONCE):  # unlike plain iteration, it gives every worker all rows
-            labels = table["label"]
-            yield from zip(range(start, start + len(labels)), table["image"], labels, strict=True)
-            start += len(labels)
-            if start > last:
-                return

@@ -1,12 +1,10 @@
-"""A split of images: rows read by number, in an order that depends on the seed and the epoch alone."""
+"""A split of images, and one whose rows are read by number."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from s3a.data.decode import EncodedImage
 
@@ -20,24 +18,17 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """An image before it is decoded: its row in the split, its file, its label."""
+    """An image before it is decoded.
+
+    Attributes:
+        index: its row in the split.
+        encoded: what the row holds, or the path of a file that the source itself found on this machine.
+        label: its class.
+    """
 
     index: int
-    encoded: EncodedImage | None
+    encoded: EncodedImage | Path | None
     label: int
-
-
-@dataclass(frozen=True)
-class Shuffle:
-    """What an epoch's order depends on. The epoch has `num_rows` of the split's rows, each once."""
-
-    seed: int
-    epoch: int
-    num_rows: int
-
-    def make_generator(self, *purpose: int) -> np.random.Generator:
-        """A random generator of this epoch, independent for every purpose."""
-        return np.random.default_rng((self.seed, self.epoch, *purpose))
 
 
 class Images(ABC):
@@ -50,41 +41,19 @@ class Images(ABC):
     def name_of(self, index: int) -> str:
         """What messages call a row, so that a person finds it: its path, or its number."""
 
-    @abstractmethod
-    def shuffle_rows(self, shuffle: Shuffle) -> np.ndarray:
-        """The rows of an epoch, in its order: [shuffle.num_rows] int64."""
-
-    @abstractmethod
-    def read(
-        self, indices: np.ndarray, shuffle: Shuffle | None, list_upcoming: Callable[[], np.ndarray]
-    ) -> list[Iterator[Row]]:
-        """For each of the rows: the row itself, followed by its substitutes if it cannot be decoded.
-
-        Args:
-            indices: rows of the split, [n] int64.
-            shuffle: the epoch whose order they come from; None for the split's own order, without substitutes.
-            list_upcoming: gives the rows that the caller will ask for afterwards in this order, [m] int64; a stream
-                keeps them when it comes by.
-        """
-
 
 class MapImages(Images):
-    """Images of which any can be read at any time."""
+    """Images of which any can be read at any time, by row number."""
 
     @abstractmethod
     def read_rows(self, indices: list[int]) -> list[Row]:
         """Reads the rows with these numbers."""
 
-    def shuffle_rows(self, shuffle: Shuffle) -> np.ndarray:
-        return shuffle_whole_split(self.num_images, shuffle)
+    def read_with_substitutes(self, indices: list[int]) -> list[Iterator[Row]]:
+        """For each of the rows: the row itself, then all behind it, and on from the start of the split."""
+        return [self._follow(row) for row in self.read_rows(indices)]
 
-    def read(
-        self, indices: np.ndarray, shuffle: Shuffle | None, list_upcoming: Callable[[], np.ndarray]
-    ) -> list[Iterator[Row]]:
-        return [self._with_substitutes(row) for row in self.read_rows(indices.tolist())]
-
-    def _with_substitutes(self, row: Row) -> Iterator[Row]:
-        """The row, then all behind it, and on from the start of the split."""
+    def _follow(self, row: Row) -> Iterator[Row]:
         yield row
         for offset in range(1, self.num_images):
             yield from self.read_rows([(row.index + offset) % self.num_images])
@@ -96,29 +65,30 @@ class DatasetImages(MapImages):
     Args:
         dataset: with the columns `image` and `label`.
         split: what it is called in messages.
+        paths: whether images may be files whose paths are in the rows. Only for rows that were made on this machine:
+            those of others could name any of its files.
     """
 
-    def __init__(self, dataset: "Dataset", split: str) -> None:
+    def __init__(self, dataset: "Dataset", split: str, paths: bool = False) -> None:
         import datasets  # noqa: PLC0415  datasets is slow to import
 
-        self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
-        self.split, self.num_images = split, len(dataset)
+        self.dataset = dataset.cast_column("image", datasets.Image(decode=False)).with_format("arrow")
+        self.split, self.num_images, self.paths = split, len(dataset), paths
 
     def name_of(self, index: int) -> str:
-        encoded = self.dataset[index]["image"]
-        if encoded and encoded["path"] and encoded["bytes"] is None:
-            return str(encoded["path"])
-        return f"row {index} of {self.split}"
+        (row,) = self.read_rows([index])
+        return str(row.encoded) if isinstance(row.encoded, Path) else f"row {index} of {self.split}"
 
     def read_rows(self, indices: list[int]) -> list[Row]:
-        columns = self.dataset[indices] if indices else {"image": [], "label": []}
-        return [Row(*row) for row in zip(indices, columns["image"], columns["label"], strict=True)]
-
-
-@lru_cache(maxsize=2)
-def shuffle_whole_split(num_images: int, shuffle: Shuffle) -> np.ndarray:
-    """The first `shuffle.num_rows` rows of a shuffled split; cached, since every batch of the epoch asks."""
-    return shuffle.make_generator().permutation(num_images)[: shuffle.num_rows]
+        if not indices:
+            return []
+        table = self.dataset[indices]
+        images, labels = table["image"].to_pylist(), table["label"].to_pylist()
+        if self.paths:
+            images = [
+                Path(each["path"]) if each and each["bytes"] is None and each["path"] else each for each in images
+            ]
+        return [Row(*row) for row in zip(indices, images, labels, strict=True)]
 
 
 @dataclass(frozen=True)

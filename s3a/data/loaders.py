@@ -12,14 +12,28 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from multiprocessing.util import Finalize
+from typing import Any
 
 import torch
+from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from s3a.data.batches import Batch, BatchKey, EvalBatches, TrainBatches, Transform
+from s3a.data.batches import (
+    Batch,
+    BatchKey,
+    EvalMaker,
+    MapEvalBatches,
+    MapTrainBatches,
+    StreamEvalBatches,
+    StreamTrainBatches,
+    TrainBatches,
+    Transform,
+)
 from s3a.data.decode import choose_mode
-from s3a.data.images import DataError, Images
+from s3a.data.images import DataError, Images, MapImages
+from s3a.data.pixels import PixelNormalizer
 from s3a.data.slices import EvalSlices, Slices
+from s3a.data.stream import START, Place, StreamImages
 
 
 class Schedule(Sampler[BatchKey]):
@@ -28,16 +42,19 @@ class Schedule(Sampler[BatchKey]):
     Attributes:
         epoch: the epoch to iterate.
         first: the micro-batch that it begins with.
+        places: of a stream, where the readers that make the first ones begin.
     """
 
     def __init__(self, num_batches: int) -> None:
         self.num_batches, self.epoch, self.first = num_batches, 0, 0
+        self.places: dict[int, Place] = {}
 
     def __len__(self) -> int:
         return self.num_batches - self.first
 
     def __iter__(self) -> Iterator[BatchKey]:
-        return iter([(self.epoch, number) for number in range(self.first, self.num_batches)])
+        numbers = range(self.first, self.num_batches)
+        return iter([(self.epoch, number, self.places.get(number)) for number in numbers])
 
 
 class BatchesOrErrors(Dataset[Batch | DataError]):
@@ -49,8 +66,17 @@ class BatchesOrErrors(Dataset[Batch | DataError]):
     def __getitem__(self, key: BatchKey) -> Batch | DataError:
         try:
             return self.batches[key]
-        except (DataError, OSError) as error:
-            return DataError(str(error))  # not the error itself: others' cannot always be sent between processes
+        except DataError as error:
+            return DataError(str(error))  # with no cause, which could not always be sent between processes
+        except OSError as error:
+            return DataError(f"{error}: while a run reads its data, they must stay; put them back and go on")
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            return DataError(
+                f"/dev/shm has no room for a batch ({error}): enlarge it (--shm-size of a container), use fewer "
+                "--num-workers or a larger --accumulate"
+            )
 
 
 # What a terminal, a launcher or a scheduler sends to all processes of a run.
@@ -86,6 +112,8 @@ def kill_workers_at_exit(process: int) -> None:
     """
 
     def kill_workers() -> None:
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call each of them an error
         for child in multiprocessing.active_children():
             if child.daemon:
                 child.kill()
@@ -104,33 +132,66 @@ def raise_errors(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
 
 
 def make_loader(
-    batches: Dataset[Batch], schedule: Schedule, num_workers: int, pin_memory: bool
+    batches: Dataset[Batch | DataError],
+    schedule: Schedule | None,
+    num_workers: int,
+    pin_memory: bool,
+    *,
+    keep_workers: bool,
 ) -> DataLoader[Batch | DataError]:
-    """A DataLoader whose items are whole batches. It has a generator of its own: the model's must not advance."""
+    """A DataLoader whose items are whole batches. It has a generator of its own: the model's must not advance.
+
+    Args:
+        keep_workers: let them outlive an iteration.
+    """
     if num_workers > 0:
         kill_workers_at_exit(os.getpid())
     return DataLoader(
-        BatchesOrErrors(batches),
+        batches,
         batch_size=None,
         sampler=schedule,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
+        persistent_workers=keep_workers and num_workers > 0,
         generator=torch.Generator(),
         worker_init_fn=ignore_signals,
+    )
+
+
+def limit_workers(images: Images, num_processes: int, num_workers: int) -> int:
+    """How many workers each process can have: of a stream, everyone needs shards of its own."""
+    if not isinstance(images, StreamImages):
+        return num_workers
+    return min(num_workers, max(1, images.num_shards // num_processes))
+
+
+def describe_idle_workers(images: Images, num_processes: int, num_workers: int) -> str | None:
+    """What is said where a stream has fewer shards than workers; None where all can read."""
+    limit = limit_workers(images, num_processes, num_workers)
+    if limit == num_workers or not isinstance(images, StreamImages):
+        return None
+    processes = f"{num_processes} process{'es' if num_processes > 1 else ''}"
+    return (
+        f"{images.split} has {images.num_shards} shards for {processes}: {limit} of --num-workers {num_workers} can "
+        f"read; write {num_workers * num_processes} or more to use all"
     )
 
 
 class TrainLoader:
     """Shuffled, augmented images for the optimizer steps of a process.
 
-    A step has the same images and augmentation on any number of processes and workers and for any `accumulate`: process
-    p gets the p-th slice (see s3a.data.slices). An image that cannot be read is replaced by the one behind it in the
-    split, and named. Only one epoch is iterated at a time: a new one ends those begun before.
+    Of images that can be read in any order, a step has the same ones with the same augmentation on any number of
+    processes and workers and for any `accumulate`: process p gets the p-th slice (see s3a.data.slices). Of a stream,
+    every worker has shards of its own, so a step depends on how many workers there are; `state_dict` tells its place.
+    An image that cannot be read is replaced by the one behind it, and named. Only one epoch is iterated at a time: a
+    new one ends those begun before.
 
     Args:
         images: the training split.
-        transform: PIL image to [channels, height, width] float32; may draw from any global generator.
+        transform: PIL image to [channels, height, width], uint8 or floating point; may draw from any global generator.
+        erasing: what is erased of each image after the transform, drawn by timm on the CPU; None erases nothing.
+        normalizer: what the device makes of a batch, kept for whoever iterates; None is for transforms that give
+            floating point.
         channels: of the network's input, 1 or 3.
         batch_size: images per optimizer step, over all processes.
         accumulate: micro-batches per step on each process.
@@ -140,11 +201,17 @@ class TrainLoader:
         seed: of the order and the augmentation.
         process_index: of this process.
         num_processes: that share each step.
-        num_workers: processes that decode and augment; 0 does it in this one. They live as long as the loader.
+        num_workers: processes that decode and augment; 0 does it in this one. They live as long as the loader. A stream
+            has at most one for each of the shards of a process.
         pin_memory: whether batches are put where a GPU copies from without waiting.
 
+    Attributes:
+        num_workers: of a stream as many as have shards of their own.
+        num_readers: who divide the shards of a process among them: its workers, or itself.
+
     Raises:
-        ValueError: where the batch cannot be cut that way, or there are fewer images than one batch.
+        ValueError: where the batch cannot be cut that way, there are fewer images than one batch, or fewer shards of a
+            stream than processes.
     """
 
     def __init__(
@@ -152,6 +219,8 @@ class TrainLoader:
         images: Images,
         transform: Transform,
         *,
+        erasing: RandomErasing | None = None,
+        normalizer: PixelNormalizer | None = None,
         channels: int,
         batch_size: int,
         accumulate: int = 1,
@@ -173,38 +242,92 @@ class TrainLoader:
                 f"use a smaller one{example}"
             )
         self.accumulate, self.steps_per_epoch = accumulate, slices.num_steps
-        batches = TrainBatches(images, transform, choose_mode(channels), slices, repeats, seed)
+        self.normalizer = normalizer or PixelNormalizer()
+        self.num_workers = limit_workers(images, num_processes, num_workers)
+        self.num_readers = max(1, self.num_workers)
+        how = images, transform, erasing, choose_mode(channels), slices, repeats, seed
+        self._batches: TrainBatches
+        if isinstance(images, StreamImages):
+            if images.num_shards < num_processes:
+                raise ValueError(
+                    f"{images.split} has {images.num_shards} shards for {num_processes} processes: each must have one "
+                    "of its own; write more and smaller shards, use fewer processes, or leave --streaming out"
+                )
+            self._batches = StreamTrainBatches(*how, num_readers=self.num_readers)
+        else:
+            self._batches = MapTrainBatches(*how)
         self._schedule = Schedule(slices.num_batches)
-        self._loader = make_loader(batches, self._schedule, num_workers, pin_memory)
+        self._epoch, self._step, self._places = 0, 0, [START] * self.num_readers
+        self._iteration: object = None
+        self._loader = make_loader(
+            BatchesOrErrors(self._batches), self._schedule, self.num_workers, pin_memory, keep_workers=True
+        )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """Iterates the steps of an epoch from `first_step` on, each a list of this process' micro-batches.
 
-        Nothing before that step is decoded.
+        Nothing before that step is decoded. A stream goes on at the place that it is at or that `load_state_dict` gave,
+        where that is behind the step before, and else begins with the first of its shards.
         """
         if not 0 <= first_step <= self.steps_per_epoch:
             raise ValueError(f"first_step is {first_step}: an epoch has {self.steps_per_epoch} steps")
-        self._schedule.epoch, self._schedule.first = epoch, first_step * self.accumulate
+        if (epoch, first_step) != (self._epoch, self._step):
+            self._epoch, self._step, self._places = epoch, first_step, [START] * self.num_readers
+        number = first_step * self.accumulate
+        self._schedule.epoch, self._schedule.first = epoch, number
+        if isinstance(self._batches, StreamTrainBatches):
+            turns = range(number, number + self.num_readers)
+            self._schedule.places = {turn: self._places[turn % self.num_readers] for turn in turns}
+        self._iteration = iteration = object()
         batches = raise_errors(self._loader)
-        for _ in range(first_step, self.steps_per_epoch):
-            yield list(islice(batches, self.accumulate))
+        try:
+            for step in range(first_step, self.steps_per_epoch):
+                if self._iteration is not iteration:
+                    return  # a new one has begun
+                micro_batches = list(islice(batches, self.accumulate))
+                for number, batch in enumerate(micro_batches, start=step * self.accumulate):
+                    if batch.place is not None:
+                        self._places[number % self.num_readers] = batch.place
+                self._step = step + 1
+                yield [batch._replace(place=None) for batch in micro_batches]
+        finally:
+            if self._iteration is iteration:
+                self._batches.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in a stream behind the last step that was given out, of JSON's types; empty for other images."""
+        if not isinstance(self._batches, StreamTrainBatches):
+            return {}
+        return {"epoch": self._epoch, "step": self._step, "places": list(self._places)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Has `epoch` go on where another loader was, of the same process of as many processes and readers."""
+        self._epoch, self._step, self._places = state["epoch"], state["step"], list(state["places"])
 
 
 class EvalLoader:
-    """Every image of a split exactly once over all processes, in order.
+    """Every image of a split exactly once over all processes.
 
-    Each process gets equally many batches of equal shapes; what is missing is padded with black images of label -1 and
-    index -1. An image that cannot be read has label -1 too, and is named.
+    Images that can be read in any order come in the split's order, in equally many batches of equal shapes on each
+    process. Of a stream every worker has shards of its own, and the processes may come to their ends at different
+    times; see `make_padding`. What is missing in a batch is padded with black images of label -1 and index -1. An image
+    that cannot be read has label -1 too, and is named.
 
     Args:
         images: the split.
-        transform: PIL image to [channels, height, width] float32, without randomness.
+        transform: PIL image to [channels, height, width], uint8 or floating point, without randomness.
+        normalizer: what the device makes of a batch, kept for whoever iterates; None is for transforms that give
+            floating point.
         channels: of the network's input, 1 or 3.
         batch_size: images per batch, over all processes.
         process_index: of this process.
         num_processes: that share each batch.
-        num_workers: processes that decode; 0 does it in this one. They live as long as the loader.
+        num_workers: processes that decode; 0 does it in this one. They end with each iteration.
         pin_memory: whether batches are put where a GPU copies from without waiting.
+
+    Attributes:
+        num_images: of the split.
+        is_counted: whether that has been counted; else it is what the source says of itself.
     """
 
     def __init__(
@@ -212,6 +335,7 @@ class EvalLoader:
         images: Images,
         transform: Transform,
         *,
+        normalizer: PixelNormalizer | None = None,
         channels: int,
         batch_size: int,
         process_index: int = 0,
@@ -222,12 +346,29 @@ class EvalLoader:
         if batch_size < 1:
             raise ValueError(f"--batch-size is {batch_size}: it must be above 0")
         slices = EvalSlices(images.num_images, batch_size, process_index, num_processes)
-        self._schedule = Schedule(slices.num_batches)
-        batches = EvalBatches(images, transform, choose_mode(channels), slices)
-        self._loader = make_loader(batches, self._schedule, num_workers, pin_memory)
+        self.split, self.num_images, self._num_batches = images.split, images.num_images, slices.num_batches
+        self.is_counted = not isinstance(images, StreamImages) or images.sizes is not None
+        self._batch_size = -(-batch_size // num_processes)
+        self.normalizer = normalizer or PixelNormalizer()
+        self._maker = EvalMaker(transform, choose_mode(channels), images.name_of)
+        batches: Dataset[Batch | DataError]
+        schedule = None
+        if isinstance(images, StreamImages):
+            batches = StreamEvalBatches(images, self._maker, self._batch_size, process_index, num_processes)
+        else:
+            assert isinstance(images, MapImages)
+            batches = BatchesOrErrors(MapEvalBatches(images, self._maker, slices))
+            schedule = Schedule(slices.num_batches)
+        num_workers = limit_workers(images, num_processes, num_workers)
+        self._loader = make_loader(batches, schedule, num_workers, pin_memory, keep_workers=False)
 
     def __len__(self) -> int:
-        return len(self._schedule)
+        """How many batches there are; of a stream about as many."""
+        return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
         return raise_errors(self._loader)
+
+    def make_padding(self) -> Batch:
+        """A batch without images, for a process that has come to its end before the others."""
+        return self._maker.make_batch((), self._batch_size)

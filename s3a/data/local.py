@@ -1,17 +1,27 @@
 """Sources of single images on this machine: digits, Fashion-MNIST, and folders of pictures."""
 
+import errno
 import gzip
 import hashlib
-from collections.abc import Iterable, Sequence
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import sklearn.datasets
-from datasets import ClassLabel, Dataset, Features
+from datasets import ClassLabel, Dataset, DatasetInfo, Features
 from PIL import Image
 from sklearn.model_selection import train_test_split
-from torchvision.datasets import FashionMNIST, ImageFolder
+from torchvision.datasets import FashionMNIST
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from s3a.data.decode import EncodedImage
 from s3a.data.images import DatasetImages, ImageData
@@ -22,12 +32,12 @@ IDX_NAMES = {"train": "train", "val": "t10k"}
 
 
 def make_images(
-    images: Sequence[Image.Image] | Sequence[EncodedImage] | Sequence[str],
+    images: Sequence[Image.Image] | Sequence[EncodedImage],
     labels: Sequence[int],
     class_names: list[str],
     split: str,
 ) -> DatasetImages:
-    """Makes a split of decoded images, of encoded ones, or of paths."""
+    """Makes a split of decoded images, or of encoded ones."""
     features = Features(image=datasets.Image(), label=ClassLabel(names=class_names))
     return DatasetImages(Dataset.from_dict({"image": images, "label": labels}, features), split)
 
@@ -102,32 +112,49 @@ def parse_idx(images: bytes, labels: bytes, files: list[Path]) -> tuple[list[Enc
 # Folders
 # --------------------------------------------------------------------------------------------------------
 
+FOLDER_SHAPE = "it must hold images in train/CLASS/* and val/CLASS/*"
+
+
+class FolderSplit(NamedTuple):
+    """A folder of class folders, and the images in them, class by class: a million of them are columns, not objects."""
+
+    class_names: list[str]
+    """sorted"""
+    paths: list[str]
+    sizes: list[int]
+    """in bytes"""
+    labels: list[int]
+
 
 def load_image_folder(data_dir: Path) -> ImageData:
-    """A folder with train/CLASS/* and val/CLASS/*; images in folders below belong to their CLASS too."""
-    shape = "it must hold images in train/CLASS/* and val/CLASS/*"
+    """A folder with train/CLASS/* and val/CLASS/*; images in folders below belong to their CLASS too.
+
+    What has an image's name is one: where it turns out to be none, it is an image that cannot be read.
+
+    Raises:
+        FileNotFoundError: where a folder is missing, or has no images.
+        ValueError: where the splits have different classes, or classes whose names some file systems cannot tell
+            apart; for links in a circle, and for folders that may not be read.
+    """
     if not data_dir.is_dir():
-        raise FileNotFoundError(f"data folder {str(data_dir)!r} does not exist: {shape}")
-    folders = {}
+        raise FileNotFoundError(f"data folder {str(data_dir)!r} does not exist: {FOLDER_SHAPE}")
     for split in SPLITS:
         if not (data_dir / split).is_dir():
             raise FileNotFoundError(
-                f"data folder {str(data_dir)!r} has no folder {split!r}: {shape}; {advise_split(data_dir)}"
+                f"data folder {str(data_dir)!r} has no folder {split!r}: {FOLDER_SHAPE}; {advise_split(data_dir)}"
             )
-        if not any(path.is_dir() for path in (data_dir / split).iterdir()):
-            raise FileNotFoundError(f"{str(data_dir / split)!r} has no images in class folders: {shape}")
-        folders[split] = ImageFolder(data_dir / split, allow_empty=True)
-        if not folders[split].samples:
-            raise FileNotFoundError(f"{str(data_dir / split)!r} has no images in class folders: {shape}")
-    check_classes(data_dir, folders)
-    names = folders["train"].classes
-    train, val = (
-        make_images([path for path, _ in folder.samples], folder.targets, names, split)
-        for split, folder in folders.items()
-    )
-    samples = sorted(sample for folder in folders.values() for sample in folder.samples)
-    lines = ((Path(path).relative_to(data_dir), Path(path).stat().st_size, label) for path, label in samples)
-    return ImageData(train, val, names, hash_content(lines))
+    splits = {split: list_images(data_dir / split) for split in SPLITS}
+    check_class_names(data_dir, {split: folder.class_names for split, folder in splits.items()})
+    for split, folder in splits.items():
+        if not folder.paths:
+            raise FileNotFoundError(
+                f"{str(data_dir / split)!r} has no images in class folders: {FOLDER_SHAPE}"
+                f"{describe_other_files(data_dir / split)}"
+            )
+    check_classes(data_dir, splits)
+    names = splits["train"].class_names
+    train, val = (DatasetImages(make_path_rows(folder), split, paths=True) for split, folder in splits.items())
+    return ImageData(train, val, names, hash_files(data_dir, splits))
 
 
 def advise_split(data_dir: Path) -> str:
@@ -142,13 +169,169 @@ def advise_split(data_dir: Path) -> str:
     )
 
 
-def check_classes(data_dir: Path, folders: dict[str, ImageFolder]) -> None:
+def list_images(split_dir: Path) -> FolderSplit:
+    """The classes and images of a split, in the order of torchvision's ImageFolder.
+
+    One walk that looks at every file once: a million files take seconds.
+    """
+    way = follow_link(str(split_dir), ()) if split_dir.is_symlink() else ()
+    with explain_access(str(split_dir)):
+        folders = sorted((entry for entry in os.scandir(split_dir) if is_folder(entry)), key=attrgetter("name"))
+    split = FolderSplit([folder.name for folder in folders], [], [], [])
+    for label, folder in enumerate(folders):
+        own_way = follow_link(folder.path, way) if folder.is_symlink() else way
+        for path, size in list_class_images(folder.path, own_way):
+            split.paths.append(path)
+            split.sizes.append(size)
+            split.labels.append(label)
+    return split
+
+
+def list_class_images(class_dir: str, way: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """The path and size of each image in a folder and those below it: folder by folder, both sorted.
+
+    Args:
+        way: of links that were followed, as `follow_link` has it.
+    """
+    found = []
+    waiting = [(class_dir, way)]
+    while waiting:
+        folder, way = waiting.pop()
+        images = []
+        with explain_access(folder), os.scandir(folder) as entries:
+            for entry in entries:
+                if is_folder(entry):
+                    waiting.append((entry.path, follow_link(entry.path, way) if entry.is_symlink() else way))
+                elif is_image_file(entry.name):
+                    images.append((entry.path, find_size(entry)))
+        found.append((folder, sorted(images)))
+    return chain.from_iterable(images for _, images in sorted(found))
+
+
+@contextmanager
+def explain_access(folder: str) -> Iterator[None]:
+    """Turns the system's errors into a ValueError that names the file or folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename or folder} cannot be read ({error.strerror}): give the user of this run the right to, "
+            "or take it out"
+        ) from error
+
+
+def scan_folder(folder: str) -> list[os.DirEntry[str]]:
+    """What lies in a folder; ValueError where it may not be read."""
+    with explain_access(folder), os.scandir(folder) as entries:
+        return list(entries)
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself
+            raise
+        return False
+
+
+def is_image_file(name: str) -> bool:
+    """Whether the name ends like that of an image."""
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
+def find_size(entry: os.DirEntry[str]) -> int:
+    """Bytes of a file, or of what a link leads to; 0 where that is nothing."""
+    try:
+        return entry.stat().st_size
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        return 0
+
+
+def follow_link(path: str, way: tuple[str, ...]) -> tuple[str, ...]:
+    """Adds a link to a folder to the links that were followed to reach it; ValueError if they form a circle.
+
+    Args:
+        way: for each of those links the folder that it lies in, without links in its path. If this link leads to such
+            a folder or one above it, the way comes by the same links again, and never ends.
+    """
+    way = (*way, os.path.realpath(Path(path).parent))
+    target = os.path.realpath(path)
+    if any(os.path.commonpath([target, folder]) == target for folder in way):
+        raise ValueError(
+            f"link {path} leads to {target}, from where the way leads back to the link: folders must end somewhere; "
+            "take it out"
+        )
+    return way
+
+
+def describe_other_files(split_dir: Path) -> str:
+    """What lies where the images of a split are missed, to stand behind a message; empty where that is nothing."""
+    entries = scan_folder(str(split_dir))
+    loose = sum(is_image_file(entry.name) for entry in entries if not is_folder(entry))
+    if loose:
+        return f"; {loose} images lie in no class folder: make a folder for each class, and move them there"
+    inner = [inner for entry in entries if is_folder(entry) for inner in scan_folder(entry.path)]
+    endings = Counter(Path(entry.name).suffix.lower() for entry in [*entries, *inner] if not is_folder(entry))
+    if not endings:
+        return ""
+    (ending, count), *_ = endings.most_common()
+    kind = f"{count} files end with {ending!r}" if ending else f"{count} files have no ending"
+    return f"; {kind}, images with {', '.join(IMG_EXTENSIONS)}: unpack archives, and convert others"
+
+
+def check_class_names(data_dir: Path, class_names: Mapping[str, list[str]]) -> None:
+    """Raises ValueError for names, in one split or both, that some file systems take for one."""
+    seen: dict[str, tuple[str, Path]] = {}
+    for split, names in class_names.items():
+        for name in names:
+            folder = data_dir / split
+            other, other_folder = seen.setdefault(unicodedata.normalize("NFC", name.lower()), (name, folder))
+            if other != name:
+                same_letters = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)
+                what = "in the Unicode form of their letters" if same_letters else "in upper and lower case"
+                shown, other_shown = (ascii(each) if same_letters else repr(each) for each in (name, other))
+                raise ValueError(
+                    f"class folders {other_shown} of {other_folder} and {shown} of {folder} differ {what} alone, and "
+                    "other file systems and programs that copy would make them one or rename them: "
+                    "give one class one name, and two classes names that differ in more"
+                )
+
+
+def check_classes(data_dir: Path, splits: Mapping[str, FolderSplit]) -> None:
     """Raises ValueError unless both splits have images of the same classes."""
-    seen = {split: {folder.classes[label] for label in folder.targets} for split, folder in folders.items()}
+    seen = {split: {folder.class_names[label] for label in {*folder.labels}} for split, folder in splits.items()}
     for split, other in (SPLITS, SPLITS[::-1]):
-        absent = sorted({*seen[other], *folders[other].classes} - seen[split])
+        absent = sorted({*seen[other], *splits[other].class_names} - seen[split])
         if absent:
             raise ValueError(
                 f"class {', '.join(absent[:3])} of {data_dir / other} has no images in {data_dir / split}: "
-                "both splits must have the same classes"
+                "both splits must have the same classes; give it images there, or take its folders out"
             )
+
+
+def make_path_rows(folder: FolderSplit) -> Dataset:
+    """Rows of paths, as datasets would encode them one by one; ValueError for a name that is not UTF-8."""
+    try:
+        paths = pa.array(folder.paths, pa.string())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"file name {error.object!a} is not UTF-8: rename the file") from error
+    images = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
+    features = Features(image=datasets.Image(), label=ClassLabel(names=folder.class_names))
+    return Dataset(
+        pa.table({"image": images, "label": pa.array(folder.labels, pa.int64())}), DatasetInfo(features=features)
+    )
+
+
+def hash_files(data_dir: Path, splits: Mapping[str, FolderSplit]) -> str:
+    """A fingerprint of the paths in the folder, sizes and labels of all images.
+
+    Runs are resumed by it, so each line stays the text of a tuple with a Path, without making a million of these.
+    """
+    start = len(str(data_dir / "train")) - len("train")
+    columns = (zip(folder.paths, folder.sizes, folder.labels, strict=True) for folder in splits.values())
+    kind = type(data_dir).__name__
+    return hash_content(f"({kind}({path[start:]!r}), {size}, {label})" for path, size, label in sorted(chain(*columns)))

@@ -8,8 +8,10 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from s3a.data.local import hash_content
-from s3a.data.parts import SPLIT_NAMES
 from s3a.support.command_line import read_rank
+
+SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "valid", "test")}
+"""What others may call our two splits; the first that is there is taken."""
 
 
 def find_shards(data_dir: Path, ending: str) -> dict[str, list[Path]]:

@@ -51,10 +51,15 @@ class Slices:
         """Micro-batches of an epoch, the same on every process."""
         return self.num_steps * self.accumulate
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Images of a micro-batch."""
+        return self.batch_size // self.num_processes // self.accumulate
+
     def list_positions(self, number: int) -> np.ndarray:
         """Positions in the epoch of this process' micro-batch of that number: [n] int64."""
         step, part = divmod(number, self.accumulate)
-        size = self.batch_size // self.num_processes // self.accumulate
+        size = self.micro_batch_size
         start = step * self.batch_size + (self.process_index * self.accumulate + part) * size
         return np.arange(start, start + size)
 

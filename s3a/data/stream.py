@@ -1,164 +1,193 @@
-"""Images that are read in the order they are stored in, and shuffled within a window.
+"""Images that are read in the order they are stored in: every reader has shards of its own and reads them once.
 
-The order of an epoch is a list of row numbers, known before anything is read. A worker therefore knows which rows it
-will need, keeps their bytes when it comes by, and decodes them when their turn comes; the window of shuffling is shared
-by all processes and workers, not held by each.
+Dealing the shards and knowing the place in them is done by the library datasets. Its buffer for shuffling forgets what
+it holds when a run is stopped, so rows are shuffled in blocks here, of which a place can be told by two numbers.
 
-With two parts of 4 rows, a window of 3 and an epoch of 6 rows:
+Four shards of 3 rows, two readers, blocks of 4 rows (SHARD.ROW):
 
-    parts in random order            part 1 (rows 4 5 6 7), part 0 (rows 0 1 2 3)
-    their rows as stored             4   5   6   7   0   1   2   3
-    6 of these, chosen at random     4   5   7   0   1   3
-    place plus a delay below 3       0.0 3.1 2.5 3.9 6.2 5.4
-    sorted by that: the epoch        4   7   5   0   3   1
+    shards, shuffled               2, 0, 3, 1
+    reader 1 has every other       0.0 0.1 0.2 1.0 | 1.1 1.2
+    and shuffles each block        1.0 0.1 0.0 0.2 | 1.2 1.1
 
-A worker whose rows of the epoch are 7 and 3 reads part 1 up to row 7, decodes that row, and then reads part 0 up to row
-3. Of those in between it keeps what may be a substitute for its own.
+A reader decodes a block and then reads the next one. The first block of each has a length of its own, so that they do
+not all read at once: here reader 0 begins with two rows.
+
+With shards of unequal sizes some readers come to the end of theirs before the epoch ends, and begin another pass over
+them; others leave rows out. The next epoch deals the shards anew.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from s3a.data.images import DataError, Images, Row, Shuffle
-from s3a.data.parts import Part, Parts
+from s3a.data.decode import EncodedImage
+from s3a.data.images import DataError, Images, Row
 
-WINDOW = 8192
-"""How many rows may overtake another while shuffling."""
-SUBSTITUTES = 3
-"""How many rows behind a row are kept beside it, in case that it cannot be decoded."""
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+READ_ROWS = 64
+"""So many rows are read at once."""
+SHUFFLE_ROWS = 16 * READ_ROWS
+"""Rows of a block; a reader keeps the files of so many images in memory."""
+
+ReadShard = Callable[[int], Iterable[tuple[EncodedImage | None, int | None]]]
+"""Reads a shard by its number, from the first row to the last: image and label. It is handed to other processes."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of `count` readers, which divide the shards among them."""
+
+    index: int
+    count: int
+
+
+class Place(TypedDict):
+    """How far a reader has come in an epoch; of JSON's types alone."""
+
+    passes: int
+    """how often it has come to the end of its shards"""
+    shards: dict[str, object] | None
+    """where its block begins, as datasets says it; None is the beginning"""
+    used: int
+    """how many draws of the block it has taken"""
+
+
+START = Place(passes=0, shards=None, used=0)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A row of the stream, for one augmentation of it.
+
+    Attributes:
+        seeds: differ from those of all other draws of an epoch.
+        place: behind it.
+    """
+
+    row: Row
+    seeds: tuple[int, ...]
+    place: Place
 
 
 class StreamImages(Images):
-    """Sequentially streamed images with windowed shuffling.
+    """Images in shards, which several readers divide among them.
 
-    Parts are taken in another order each epoch, and rows overtake each other by up to WINDOW: parts whose images are
-    sorted by class should be many or small. Every worker of every process walks all parts that have a row for it, and
-    reads them as far as their format makes it; it decodes its own rows alone. The bytes read are thus up to (processes
-    x workers) times the data: where that is too much, make do without streaming. All together they keep about
-    WINDOW / 2 encoded images in memory, or that times 1 + SUBSTITUTES where each has a small share. To go on in the
-    middle of an epoch, what was before is skipped.
+    A row has the number `row * num_shards + shard`, which needs no knowledge of how many rows the shards have.
 
     Args:
-        parts: the shards.
-        split: what it is called in messages.
+        read_shard: reads one.
+        shard_names: what messages call each.
+        num_images: of all shards, as far as is known before they are read.
         num_classes: labels must be below it.
+        sizes: rows of each shard; None where nobody has counted them, and `num_images` is what somebody says.
     """
 
-    def __init__(self, parts: Sequence[Part], split: str, num_classes: int) -> None:
-        self.parts, self.split, self.num_classes = Parts(parts, split), split, num_classes
-        self.num_images = self.parts.num_rows
-        self._walk: Walk | None = None
+    def __init__(
+        self,
+        read_shard: ReadShard,
+        shard_names: Sequence[str],
+        *,
+        split: str,
+        num_images: int,
+        num_classes: int,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        self.read_shard, self.shard_names, self.sizes = read_shard, list(shard_names), sizes
+        self.split, self.num_images, self.num_classes = split, num_images, num_classes
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_walk": None}  # a place in a stream cannot be copied
+    @property
+    def num_shards(self) -> int:
+        """How many readers can have shards of their own."""
+        return len(self.shard_names)
 
     def name_of(self, index: int) -> str:
-        return self.parts.name_of(index)
+        row, shard = divmod(index, self.num_shards)
+        return f"row {row} of {self.shard_names[shard]}"
 
-    def shuffle_rows(self, shuffle: Shuffle) -> np.ndarray:
-        return shuffle_in_window(self.parts.sizes, shuffle)
+    def draw(self, share: Share, seed: int, epoch: int, repeats: int, place: Place = START) -> Iterator[Draw]:
+        """The share's rows of an epoch in shuffled blocks, each `repeats` times side by side; without an end.
 
-    def read(
-        self, indices: np.ndarray, shuffle: Shuffle | None, list_upcoming: Callable[[], np.ndarray]
-    ) -> list[Iterator[Row]]:
-        if self._walk is None or not self._walk.has_ahead(indices, shuffle):
-            self._walk = Walk(self, shuffle, np.concatenate([indices, list_upcoming()]))
-        return [iter(candidates) for candidates in self._walk.take(indices)]
-
-
-def shuffle_parts(num_parts: int, shuffle: Shuffle | None) -> np.ndarray:
-    """The order in which parts are read; without a shuffle that in which they are stored."""
-    return np.arange(num_parts) if shuffle is None else shuffle.make_generator().permutation(num_parts)
-
-
-@lru_cache(maxsize=2)
-def shuffle_in_window(sizes: tuple[int, ...], shuffle: Shuffle) -> np.ndarray:
-    """An epoch's rows: chosen evenly from all parts, each then delayed by up to WINDOW rows: [num_rows] int64."""
-    starts = np.cumsum([0, *sizes])
-    stored = np.concatenate([np.arange(starts[part], starts[part + 1]) for part in shuffle_parts(len(sizes), shuffle)])
-    generator = shuffle.make_generator(1)
-    chosen = stored[np.sort(generator.choice(len(stored), shuffle.num_rows, replace=False))]
-    return chosen[np.argsort(np.arange(len(chosen)) + generator.random(len(chosen)) * WINDOW, kind="stable")]
-
-
-class Walk:
-    """A worker's way through a stream in an epoch.
-
-    Args:
-        images: the stream.
-        shuffle: the epoch; None walks in the stored order and keeps no substitutes.
-        wanted: the rows that will be taken, in this order, with repetitions.
-
-    Attributes:
-        num_wanted: [num_images] how often each row is still to be taken.
-        num_uses: [num_images] how often each is still to be taken as a row or as a substitute.
-        kept: the rows that the walk has come by and that are still of use.
-    """
-
-    def __init__(self, images: StreamImages, shuffle: Shuffle | None, wanted: np.ndarray) -> None:
-        self.images, self.shuffle = images, shuffle
-        self.num_candidates = 1 if shuffle is None else 1 + SUBSTITUTES
-        self.num_wanted = np.bincount(wanted, minlength=images.num_images)
-        self.num_uses = np.bincount(self._find_candidates(wanted).reshape(-1), minlength=images.num_images)
-        self.kept: dict[int, Row] = {}
-        self._ahead = self._read_useful_rows()
-
-    def has_ahead(self, rows: np.ndarray, shuffle: Shuffle | None) -> bool:
-        """Whether these rows are still to be taken on this walk."""
-        unique, counts = np.unique(rows, return_counts=True)
-        return shuffle == self.shuffle and bool((self.num_wanted[unique] >= counts).all())
-
-    def take(self, rows: np.ndarray) -> list[list[Row]]:
-        """For each of the rows: the row and its substitutes. Reads on until all of them are kept."""
-        candidates = self._find_candidates(rows)
-        for row in candidates.reshape(-1).tolist():
-            while row not in self.kept:
-                self._keep_next()
-        taken = [[self.kept[row] for row in each] for each in candidates.tolist()]
-        np.subtract.at(self.num_wanted, rows, 1)
-        np.subtract.at(self.num_uses, candidates.reshape(-1), 1)
-        for row in np.unique(candidates[self.num_uses[candidates] == 0]).tolist():
-            del self.kept[row]
-        return taken
-
-    def _find_candidates(self, rows: np.ndarray) -> np.ndarray:
-        """Each row and those behind it, and on from the start of its part: [rows, num_candidates] int64.
-
-        Row 6 of a part with the rows 4 to 7 has the candidates 6, 7, 4 and 5.
+        Args:
+            place: where to begin.
         """
-        parts = self.images.parts
-        part = parts.find_parts(rows)
-        start, size = parts.starts[part], np.asarray(parts.sizes)[part]
-        offsets = (rows - start)[:, None] + np.arange(self.num_candidates)
-        return start[:, None] + offsets % size[:, None]
+        passes, shards, used = place["passes"], place["shards"], place["used"]
+        order = np.random.default_rng((seed, epoch)).permutation(self.num_shards)
+        first_length = max(1, SHUFFLE_ROWS // READ_ROWS * (share.index + 1) // share.count)
+        while True:
+            is_empty = shards is None
+            rows = self._deal(order, share)
+            if shards is not None:
+                rows.load_state_dict(shards)
+            batches = rows.iter(READ_ROWS)
+            while block := read_block(batches, first_length if shards is None else SHUFFLE_ROWS // READ_ROWS):
+                shuffled = np.random.default_rng((seed, epoch, passes, block[0].index)).permutation(len(block))
+                for position in range(used, repeats * len(block)):
+                    row = block[shuffled[position // repeats]]
+                    seeds = (seed, epoch, passes, row.index, position % repeats)
+                    yield Draw(row, seeds, Place(passes=passes, shards=shards, used=position + 1))
+                shards, used, is_empty = rows.state_dict(), 0, False
+                block.clear()  # or it and the next one would be in memory
+            if is_empty:
+                raise DataError(
+                    f"reader {share.index} of {share.count} has shards of {self.split} without a row: "
+                    "write fewer and larger ones, or use fewer --num-workers"
+                )
+            passes, shards = passes + 1, None
 
-    def _keep_next(self) -> None:
-        row = next(self._ahead, None)
-        if row is None:
-            raise DataError(
-                f"{self.images.split} ended before its {self.images.num_images} images had been read: "
-                "the files changed, or what they say of their number is wrong"
-            )
-        self.kept[row.index] = row
+    def read(self, share: Share) -> Iterator[Row]:
+        """The share's rows, once and as they are stored."""
+        if share.index < self.num_shards:
+            for batch in self._deal(np.arange(self.num_shards), share).iter(READ_ROWS):
+                yield from batch["row"]
 
-    def _read_useful_rows(self) -> Iterator[Row]:
-        """Reads the rows that will be taken, or may be substitutes, in the order they are stored in."""
-        parts = self.images.parts
-        for part in shuffle_parts(len(parts), self.shuffle).tolist():
-            start, end = parts.starts[part : part + 2].tolist()
-            needed = self.num_uses[start:end] > 0
-            if not needed.any():
-                continue
-            for row, encoded, label in parts[part].read(needed):
-                if needed[row]:
-                    self._check_label(start + row, label)
-                    yield Row(start + row, encoded, label)
+    def _deal(self, order: np.ndarray, share: Share) -> "IterableDataset":
+        """The shards of a share, in this order of all shards."""
+        from datasets import IterableDataset  # noqa: PLC0415  datasets is slow to import
+        from datasets.distributed import split_dataset_by_node  # noqa: PLC0415
+        from datasets.iterable_dataset import ExamplesIterable  # noqa: PLC0415
 
-    def _check_label(self, row: int, label: int | None) -> None:
-        if label is None or not 0 <= label < self.images.num_classes:
-            raise DataError(
-                f"{self.images.name_of(row)} has the label {label}: it must be 0 to {self.images.num_classes - 1}"
-            )
+        # what IterableDataset.from_generator makes, without its builder, which locks files of the cache
+        rows = IterableDataset(ExamplesIterable(self._read_shards, {"shards": order.tolist()}))
+        count = min(share.count, self.num_shards)
+        return split_dataset_by_node(rows, rank=share.index, world_size=count, strategy="shards")
+
+    def _read_shards(self, shards: list[int]) -> Iterator[tuple[int, dict[str, Row]]]:
+        """The rows of shards, as datasets takes them: a number, and columns.
+
+        Raises:
+            DataError: where a shard cannot be read, has other rows than were counted, or a label that is no class.
+        """
+        from datasets.exceptions import DatasetsError  # noqa: PLC0415  datasets is slow to import
+
+        for shard in shards:
+            name, known = self.shard_names[shard], self.sizes[shard] if self.sizes else None
+            num_rows = 0
+            try:
+                for image, label in self.read_shard(shard):
+                    row = self._make_row(num_rows * self.num_shards + shard, image, label)
+                    yield row.index, {"row": row}
+                    num_rows += 1
+            except DataError:
+                raise
+            except (OSError, ValueError, TypeError, DatasetsError) as error:
+                raise DataError(
+                    f"{name} cannot be read behind {num_rows} rows ({error}): see that it can be reached and is whole, "
+                    "then go on with the same command"
+                ) from error
+            if known is not None and num_rows != known:
+                raise DataError(f"{name} has {num_rows} rows, and had {known} when the run began: it has changed")
+
+    def _make_row(self, index: int, image: EncodedImage | None, label: int | None) -> Row:
+        if label is None or not 0 <= label < self.num_classes:
+            raise DataError(f"{self.name_of(index)} has the label {label}: it must be 0 to {self.num_classes - 1}")
+        return Row(index, image, label)
+
+
+def read_block(batches: Iterator[dict[str, list[Row]]], num_batches: int) -> list[Row]:
+    """The rows of the next batches, as datasets gives them."""
+    return [row for batch in islice(batches, num_batches) for row in batch["row"]]

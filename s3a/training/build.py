@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 from s3a.analysis.cost import Cost, copy_to_meta, count_cost
 from s3a.attention.backends import BACKENDS, Operands
 from s3a.data import EvalLoader, ImageData, TrainLoader, load_data
+from s3a.data.pixels import PixelNormalizer
 from s3a.models.backbone import Backbone
 from s3a.nn.batch_norm import synchronise_batch_norm
 from s3a.nn.compilation import compile_model
@@ -388,6 +389,8 @@ def build_train_loader(
     return TrainLoader(
         task.data.train,
         task.make_train_transform(recipe, data_config),
+        erasing=task.make_erasing(recipe),
+        normalizer=PixelNormalizer(data_config["mean"], data_config["std"]),
         channels=data_config["input_size"][0],
         batch_size=recipe.batch_size,
         accumulate=recipe.accumulate,
@@ -401,14 +404,18 @@ def build_train_loader(
 
 
 def build_val_loader(recipe: Recipe, task: Task, data_config: dict[str, Any], accelerator: Accelerator) -> EvalLoader:
-    """This process' share of the validation images."""
+    """This process' share of the validation images.
+
+    In batches as large as the passes of training, which fit into memory, and with half of the workers, since images are
+    only decoded and cropped.
+    """
     return make_eval_loader(
         task.data,
         task.make_eval_transform(data_config),
         accelerator,
-        channels=data_config["input_size"][0],
-        batch_size=recipe.batch_size,
-        num_workers=recipe.num_workers,
+        data_config=data_config,
+        batch_size=recipe.batch_size // recipe.accumulate,
+        num_workers=(recipe.num_workers + 1) // 2,
     )
 
 

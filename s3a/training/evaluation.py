@@ -2,8 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -12,9 +14,12 @@ from accelerate.utils import gather_object
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from s3a.data import EvalLoader, ImageData
+from s3a.data import Batch, EvalLoader, ImageData
 from s3a.data.batches import Transform
-from s3a.training.processes import reduce_any, set_cpu_threads
+from s3a.data.images import DataError
+from s3a.data.loaders import describe_idle_workers
+from s3a.data.pixels import PixelNormalizer
+from s3a.training.processes import raise_on_main, set_cpu_threads, sum_over_hosts
 from s3a.training.progress import ProgressDisplay
 from s3a.training.recipe import Precision
 from s3a.training.tasks.classification import Classification
@@ -36,13 +41,14 @@ class Evaluation:
 
     Attributes:
         scores: of the task, by name.
-        images: how many were read; `unreadable` names the others.
+        images: how many were read.
+        unreadable: the names of the others, sorted, and why they could not be read.
     """
 
     scores: dict[str, float]
     images: int
     images_per_second: float
-    unreadable: tuple[str, ...] = ()
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """One flat object, with the loss behind the other scores, and the names of unreadable images if there are."""
@@ -65,10 +71,11 @@ def evaluate(
 
     Args:
         model: on the accelerator's device, the same on every process.
-        stop: called after every batch: whether this process wants to stop. If any does, all return None.
+        stop: called before every batch: whether this process wants to stop. If any does, all return None.
         progress: show how far it is, on stderr.
 
     Raises:
+        DataError: where there were more or fewer images than the source had counted.
         NonFiniteLossError: where a score is not finite, as that of a model that returns NaN.
         ValueError: where the task has no score of the name that ranks epochs.
     """
@@ -77,25 +84,29 @@ def evaluate(
     started = time.perf_counter()
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     sums = torch.zeros(1, dtype=exact, device=accelerator.device)  # as long as the task's from the first batch on
-    unreadable: list[str] = []
+    unreadable: dict[str, str] = {}
     num_read = 0
     behind: Readback | None = None
     with ProgressDisplay(len(loader), unit="batch", show=progress) as display:
-        for batch in send_batches(loader, accelerator.device):
+        for batch in map(loader.normalizer, send_batches(follow_with_padding(loader), accelerator.device)):
+            stopping, num_images = sum_over_hosts(accelerator, stop(), int((batch.indices >= 0).sum()))
+            if stopping:
+                model.train(was_training)
+                return None
+            if num_images == 0:
+                break
+            num_read += num_images
             with accelerator.autocast():
                 measured = task.measure(model, batch)
-            num_images = (batch.labels >= 0).sum()  # the others are padding, or could not be read
-            sums = sums + torch.cat([measured, num_images.to(measured.dtype).reshape(1)])
+            num_scored = (batch.labels >= 0).sum()  # the others are padding, or could not be read
+            sums = sums + torch.cat([measured, num_scored.to(measured.dtype).reshape(1)])
             if behind is not None:
                 behind.read()  # the device is a batch behind at most, and what is shown has been computed
             behind = Readback(sums)
-            unreadable += batch.unreadable
-            if reduce_any(accelerator, stop()):
-                model.train(was_training)
-                return None
-            num_read += len(batch.labels) * accelerator.num_processes
+            unreadable |= batch.unreadable
             display.advance("evaluating", f"{num_read / (time.perf_counter() - started):.0f} images/s")
     model.train(was_training)
+    check_count(loader, num_read, accelerator)
     *totals, counted = accelerator.reduce(sums, reduction="sum").tolist()
     scores = task.compute_scores(totals, int(counted))
     if task.best not in scores:
@@ -111,8 +122,32 @@ def evaluate(
         scores=scores,
         images=int(counted),
         images_per_second=round(counted / (time.perf_counter() - started), 1),
-        unreadable=tuple(sorted(gather_object(unreadable))),
+        unreadable=dict(sorted(gather_object([*unreadable.items()]))),
     )
+
+
+def check_count(loader: EvalLoader, num_read: int, accelerator: Accelerator) -> None:
+    """Raises DataError where other images were read than were counted; warns where that is but what a card says."""
+    if num_read == loader.num_images:
+        return
+    if loader.is_counted:
+        error = DataError(
+            f"{loader.split} has {num_read} images, and had {loader.num_images} when it was loaded: its files changed; "
+            "put those back that it had"
+        )
+        raise_on_main(accelerator, error)
+    if accelerator.is_main_process:
+        warnings.warn(
+            f"{loader.split} has {num_read} images, and its card says {loader.num_images}: those that it has were "
+            "scored; mend the card",
+            stacklevel=2,
+        )
+
+
+def follow_with_padding(loader: EvalLoader) -> Iterator[Batch]:
+    """The batches, and then padding without an end: the processes of a stream come to their ends at different times."""
+    yield from loader
+    yield from repeat(loader.make_padding())
 
 
 def make_eval_loader(
@@ -120,15 +155,20 @@ def make_eval_loader(
     transform: Transform,
     accelerator: Accelerator,
     *,
-    channels: int,
+    data_config: Mapping[str, Any],
     batch_size: int,
     num_workers: int,
 ) -> EvalLoader:
-    """This process' share of the validation images."""
+    """This process' share of the validation images.
+
+    Args:
+        data_config: timm's preprocessing keys, of which input_size, mean and std are read.
+    """
     return EvalLoader(
         data.val,
         transform,
-        channels=channels,
+        normalizer=PixelNormalizer(data_config["mean"], data_config["std"]),
+        channels=data_config["input_size"][0],
         batch_size=batch_size,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
@@ -162,21 +202,24 @@ def evaluate_weights(
     set_cpu_threads(accelerator, threads=None)
     config = resolve_model_data_config(model)
     transform = task.make_eval_transform(config)
-    channels = config["input_size"][0]
     loader = make_eval_loader(
-        data, transform, accelerator, channels=channels, batch_size=batch_size, num_workers=num_workers
+        data, transform, accelerator, data_config=config, batch_size=batch_size, num_workers=num_workers
     )
+    idle = describe_idle_workers(data.val, accelerator.num_processes, num_workers)
+    if idle and accelerator.is_main_process:
+        warnings.warn(idle, stacklevel=2)
     evaluation = evaluate(model.to(accelerator.device), task, loader, accelerator, progress=accelerator.is_main_process)
     assert evaluation is not None  # nobody asks to stop
     check_unreadable(evaluation.unreadable, int(max_bad_images * data.val.num_images))
     return evaluation
 
 
-def check_unreadable(names: tuple[str, ...], most: int) -> None:
+def check_unreadable(unreadable: Mapping[str, str], most: int) -> None:
     """Raises UnreadableImagesError where more validation images cannot be read than allowed."""
-    if len(names) > most:
-        first = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    if len(unreadable) > most:
+        first = "; ".join(f"{name}, since {reason}" for name, reason in list(unreadable.items())[:3])
+        more = f"; and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
         raise UnreadableImagesError(
-            f"{len(names)} validation images cannot be read ({first}), {most} are allowed: mend them or take them out, "
-            "or allow as many with --max-bad-images"
+            f"{len(unreadable)} of the validation images cannot be read ({first}{more}), {most} are allowed: mend them "
+            "or take them out, or allow as many with --max-bad-images"
         )

@@ -121,7 +121,8 @@ class Recipe(DataOptions):
     grad_checkpointing: bool = False
     """Trade a second forward of every block for its activations."""
     num_workers: int = 0
-    """Processes that decode and augment; 0 does it in the training process."""
+    """Processes that decode and augment, and half as many for the validation images; 0 does it in the training
+    process."""
     cpu_threads: int | None = None
     """Threads of each process on the CPU; None shares the machine's cores among the processes."""
     checkpoint_every: str | None = None

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from s3a.data import Batch
+from s3a.data.loaders import describe_idle_workers
 from s3a.models.backbone import Backbone
 from s3a.nn.stochastic_depth import place_in_batch
 from s3a.support.compiler import compile_whole_regions
@@ -97,6 +98,9 @@ def train(recipe: Recipe, task: type[Task] = Classification, *, note: str | None
             requests.begin()
             if note is not None:
                 run.say(note)
+            processes, workers = run.accelerator.num_processes, run.recipe.num_workers
+            if idle := describe_idle_workers(run.data.train, processes, workers):
+                run.say(idle)
             display = ProgressDisplay(
                 recipe.total_epochs * run.steps_per_epoch,
                 done=count_steps(run, progress),
@@ -294,7 +298,7 @@ def train_step(run: Run, progress: Progress, micro_batches: list[Batch]) -> None
     )
     settle_step(run, progress)  # the one before
     progress.step, progress.pending = progress.step + 1, launched
-    unreadable = [name for batch in micro_batches for name in batch.unreadable]
+    unreadable = {name: reason for batch in micro_batches for name, reason in batch.unreadable.items()}
     news = exchange(run, progress, unreadable)
     if news.num_unreadable:
         record_unreadable(run, progress, unreadable)
@@ -313,7 +317,8 @@ def forward_backward(run: Run, micro_batches: list[Batch], seed: int) -> Tensor:
     device = run.accelerator.device
     total = torch.zeros((), device=device)
     first = run.accelerator.process_index * sum(len(batch.labels) for batch in micro_batches)
-    for index, batch in enumerate(send_batches(micro_batches, device), start=1):
+    batches = map(run.train_loader.normalizer, send_batches(micro_batches, device))
+    for index, batch in enumerate(batches, start=1):
         # gradients are summed over the processes once, in the last backward
         with nullcontext() if index == len(micro_batches) else run.accelerator.no_sync(run.model):
             with run.accelerator.autocast(), place_in_batch(seed, first, run.recipe.batch_size, device):
@@ -423,7 +428,7 @@ class News:
     num_unreadable: int
 
 
-def exchange(run: Run, progress: Progress, unreadable: list[str]) -> News:
+def exchange(run: Run, progress: Progress, unreadable: Mapping[str, str]) -> News:
     """Sums up what each process has to say after a step: what the hosts know, and no device is asked about."""
     is_due = run.accelerator.is_main_process and run.clock.is_due(count_steps(run, progress))
     num_new = len(set(unreadable) - set(progress.unreadable))
@@ -437,28 +442,31 @@ def exchange(run: Run, progress: Progress, unreadable: list[str]) -> News:
 # --------------------------------------------------------------------------------------------------------
 
 
-def record_unreadable(run: Run, progress: Progress, names: list[str]) -> None:
+def record_unreadable(run: Run, progress: Progress, unreadable: Mapping[str, str]) -> None:
     """Lists unreadable training images in the run's folder; ends the run where the recipe allows fewer."""
-    progress.unreadable = sorted({*progress.unreadable, *gather_object(names)})
+    found = dict(gather_object([*unreadable.items()]))
+    progress.unreadable = sorted({*progress.unreadable, *found})
     if run.accelerator.is_main_process:
         write_unreadable(run.folder, "train", progress.unreadable)
     most = int(run.recipe.max_bad_images * run.data.train.num_images)
     if len(progress.unreadable) > most:
-        fail_at_unreadable(run, "train", "max_bad_images", progress.unreadable, most)
+        fail_at_unreadable(run, "train", len(progress.unreadable), most, found)
 
 
-def fail_at_unreadable(run: Run, split: str, limit: str, names: Sequence[str], most: int) -> NoReturn:
+def fail_at_unreadable(run: Run, split: str, count: int, most: int, found: Mapping[str, str]) -> NoReturn:
     """Ends the run with UnreadableImagesError.
 
     Args:
         split: train or val.
-        limit: the recipe's field that allows `most`.
+        count: of unreadable images, where `most` are allowed.
+        found: some of them, and why they cannot be read.
     """
-    kind = {"train": "training", "val": "validation"}[split]
+    kind, limit = {"train": ("training", "max_bad_images"), "val": ("validation", "max_bad_val_images")}[split]
+    name, reason = min(found.items())
     error = UnreadableImagesError(
-        f"{len(names)} {kind} images cannot be read, {most} are allowed ({spell_option(limit)} "
-        f"{getattr(run.recipe, limit)}): mend those listed in {run.folder / f'unreadable_{split}.txt'}, such as "
-        f"{names[0]}, or allow more"
+        f"{count} of the {kind} images cannot be read, {most} are allowed ({spell_option(limit)} "
+        f"{getattr(run.recipe, limit)}), such as {name}, since {reason}: mend those listed in "
+        f"{run.folder / f'unreadable_{split}.txt'} or take them out, or allow more"
     )
     raise_on_main(run.accelerator, error)
 
@@ -489,7 +497,7 @@ def validate(run: Run, progress: Progress, model: nn.Module) -> Evaluation:
         most = int(run.recipe.max_bad_val_images * run.data.val.num_images)
         if len(evaluation.unreadable) > most:
             save(run, progress)
-            fail_at_unreadable(run, "val", "max_bad_val_images", evaluation.unreadable, most)
+            fail_at_unreadable(run, "val", len(evaluation.unreadable), most, evaluation.unreadable)
     return evaluation
 
 
@@ -503,6 +511,7 @@ def save(run: Run, progress: Progress) -> None:
     settle_step(run, progress)
     model_state = gather_model_state(run.model)
     optimizer_state = gather_optimizer_state(run.model, run.optimizer.optimizer)
+    loader_states = gather_object([run.train_loader.state_dict()])
     failure: OSError | None = None
     if run.accelerator.is_main_process:
         scaler = run.accelerator.scaler
@@ -517,6 +526,7 @@ def save(run: Run, progress: Progress) -> None:
             "ema": run.ema.module.state_dict() if run.ema else None,
             "optimizer": optimizer_state,
             "scaler": scaler.state_dict() if scaler else None,
+            "loaders": loader_states,
         }
         # an epoch's last step and its evaluation are two places
         name = f"step-{count_steps(run, progress):09d}-epoch-{progress.epoch:05d}"
@@ -578,7 +588,31 @@ def resume(run: Run) -> Progress:
     else:
         where = f", at step {progress.step} of {run.steps_per_epoch}" if progress.step else ""
         run.say(f"resuming {run.folder} after epoch {progress.epoch} of {run.recipe.total_epochs}{where}")
+        resume_stream(run, progress, state.get("loaders", []))
     return progress
+
+
+def resume_stream(run: Run, progress: Progress, states: Sequence[dict[str, Any]]) -> None:
+    """Has a stream go on at its place in the epoch, or says what is seen again where nobody has that place.
+
+    Args:
+        states: of the loaders of all processes when the checkpoint was written.
+    """
+    loader = run.train_loader
+    if progress.step == 0 or not loader.state_dict():
+        return
+    readers = [len(state.get("places", ())) for state in states]
+    if readers == [loader.num_readers] * run.accelerator.num_processes:
+        loader.load_state_dict(states[run.accelerator.process_index])
+        return
+    before = f"{len(readers)} x {readers[0]}" if any(readers) else "an unknown number"
+    now = f"{run.accelerator.num_processes} x {loader.num_readers}"
+    run.say(
+        f"the stream was read by {before} readers, and now by {now} (of each process): its shards are dealt anew. "
+        f"The rest of epoch {progress.epoch + 1} may show images again that its first "
+        f"{progress.step / run.steps_per_epoch:.0%} had, and leave others out; as many processes and --num-workers as "
+        "before would go on exactly"
+    )
 
 
 def choose_checkpoint(run: Run) -> Checkpoint | None:

@@ -8,7 +8,7 @@ from s3a.data.columns import check_labels, convert_labels
 
 
 def test_missing_labels_are_no_class():
-    assert convert_labels(pa.chunked_array([[0, None], [2]])).tolist() == [0, -1, 2]
+    assert convert_labels(pa.chunked_array([[0, None], [2]]), "train").tolist() == [0, -1, 2]
 
 
 @pytest.mark.parametrize("wrong", [-1, 3, 4])

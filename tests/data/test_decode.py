@@ -1,14 +1,25 @@
 """Image files of every kind come as the same picture."""
 
 import io
+import os
+import socket
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.alarm import stop_after
 from PIL import Image
 
-from s3a.data.decode import UnreadableImageError, choose_mode, decode_image, read_image
+from s3a.data import decode
+from s3a.data.decode import (
+    MAX_ENCODED_BYTES,
+    UnreadableImageError,
+    choose_mode,
+    decode_image,
+    read_image,
+    silence_pillow,
+)
 
 ROWS, COLUMNS = 24, 40
 GRAY = np.add.outer(np.arange(ROWS) * 4, np.arange(COLUMNS) * 3).astype(np.uint8)  # 0 to 209, no symmetry
@@ -178,14 +189,109 @@ def test_damaged_files_are_unreadable(content):
 
 
 def test_a_missing_file_is_unreadable(tmp_path):
-    with pytest.raises(UnreadableImageError, match="gone"):
-        decode_image({"bytes": None, "path": str(tmp_path / "gone.png")}, "RGB")
+    with pytest.raises(UnreadableImageError, match="it does not exist"):
+        decode_image(tmp_path / "gone.png", "RGB")
 
 
-def test_a_decompression_bomb_is_unreadable(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(UnreadableImageError, match="decompression bomb"):
-        decode_image({"bytes": saved(photo(), "PNG"), "path": None}, "RGB")
+def test_paths_in_rows_are_not_opened(tmp_path):
+    """Whoever wrote a row could name any file of this machine; those that a source found itself are Paths."""
+    path = written(photo(), tmp_path / "a.png")
+    assert decode_image(path, "RGB").size == (40, 32)
+    with pytest.raises(UnreadableImageError, match=r"a\.png', and paths are for image folders: .*--data imagefolder"):
+        decode_image({"bytes": None, "path": str(path)}, "RGB")
+    for nothing in (None, {"bytes": None, "path": None}):
+        with pytest.raises(UnreadableImageError, match="it is empty"):
+            decode_image(nothing, "RGB")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("limit", "words"), [(1279, "1,280 pixels, and at most 1,279"), (500, "more than 1,000 pixels, and at most 500")]
+)
+def test_more_pixels_than_pillow_allows_are_unreadable(monkeypatch, limit, words):
+    """Where Pillow alone would warn, and where it would refuse."""
+    content = saved(photo(), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with (
+        pytest.raises(UnreadableImageError, match=rf"^it has {words} are decoded: shrink"),
+        silence_pillow(),
+    ):
+        decode_image({"bytes": content, "path": None}, "RGB")
+    for enough in (1280, None):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", enough)
+        with silence_pillow():
+            assert decode_image({"bytes": content, "path": None}, "RGB").size == (40, 32)
+
+
+def test_a_small_file_of_many_pixels_is_refused_without_a_warning(tmp_path, recwarn):
+    filters = list(warnings.filters)
+    path = written(Image.new("1", (9500, 9500)), tmp_path / "white.png")
+    assert path.stat().st_size < 100_000
+    with pytest.raises(
+        ValueError, match=r"white\.png cannot be read \(it has 90,250,000 pixels, and at most 89,478,485 are"
+    ):
+        read_image(path)
+    assert not recwarn.list
+    assert warnings.filters == filters
+
+
+def test_warnings_about_metadata_are_not_repeated_for_every_image(recwarn):
+    """They name no file. Others come as ever."""
+    content = saved(photo(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09broken")
+    with Image.open(io.BytesIO(content)) as image:
+        image.getexif()
+    assert "Corrupt EXIF" in str(recwarn.pop().message)
+    with silence_pillow():
+        assert decode_image({"bytes": content, "path": None}, "RGB").size == (40, 32)
+    assert not recwarn.list
+
+
+def test_files_of_too_many_bytes_are_unreadable(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    with path.open("wb") as file:
+        file.truncate(MAX_ENCODED_BYTES + 1)  # takes no room on the disk
+    with pytest.raises(
+        ValueError, match=r"large\.png cannot be read \(it has 268,435,457 bytes, and at most 268,435,456"
+    ):
+        read_image(path)
+    content = saved(photo(), "PNG")
+    monkeypatch.setattr(decode, "MAX_ENCODED_BYTES", len(content))
+    assert decode_image({"bytes": content, "path": None}, "RGB").size == (40, 32)
+    with pytest.raises(UnreadableImageError, match="shrink it or take it out"):
+        decode_image({"bytes": content + b"\0", "path": None}, "RGB")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device", "folder", "link"])
+def test_what_is_no_file_is_not_opened(tmp_path, kind):
+    path = tmp_path / "a.png"
+    with socket.socket(socket.AF_UNIX) as server:
+        make = {
+            "fifo": os.mkfifo,
+            "socket": lambda path: server.bind(str(path)),
+            "device": lambda path: path.symlink_to("/dev/zero"),
+            "folder": Path.mkdir,
+            "link": lambda path: path.symlink_to("gone.png"),
+        }[kind]
+        make(path)
+    words = {"fifo": "a FIFO", "link": r"a link to gone\.png, which does not exist"}.get(kind, f"a {kind}")
+    with stop_after(seconds=60):
+        with pytest.raises(
+            ValueError, match=rf"image {path} cannot be read \(it is {words}.*\): mend it or take it out"
+        ):
+            read_image(path)
+        with pytest.raises(UnreadableImageError, match=words):
+            decode_image(path, "RGB")
+
+
+def test_a_file_that_may_not_be_read_is_unreadable(tmp_path, monkeypatch):
+    path = written(photo(), tmp_path / "a.png")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ValueError, match=r"a\.png cannot be read \(Permission denied\): give the user of this command"):
+        read_image(path)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

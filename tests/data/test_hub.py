@@ -7,11 +7,12 @@ from contextlib import nullcontext
 
 import datasets
 import httpx2
+import numpy as np
 import pytest
-from datasets import Value
+from datasets import ClassLabel, Dataset, Features, Value
 from datasets.exceptions import DatasetNotFoundError
 from helpers.hub_server import STRANGER, TOKEN
-from helpers.numbered_images import NAMES, check_numbers, make_dataset, show_number
+from helpers.numbered_images import NAMES, check_numbers, encode_number, make_dataset, show_number
 
 import s3a.data.hub
 from s3a.data import EvalLoader, TrainLoader, load_data
@@ -41,7 +42,7 @@ def test_a_repository_is_loaded_by_the_types_of_its_columns(tmp_path, streaming,
     data = load_data("hub", dataset=str(repository), streaming=streaming)
     assert data.label_names == NAMES
     check_numbers(data, NUM_TRAIN, NUM_VAL)
-    assert data.val.name_of(3) == "row 3 of val"
+    assert data.val.name_of(3) == (f"row 3 of {split}-00000-of-00001.parquet" if streaming else "row 3 of val")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -51,15 +52,9 @@ def test_a_streamed_repository_gives_every_worker_its_share(tmp_path, num_worker
     for epoch in range(2):
         numbers = [int(number) for [batch] in loader.epoch(epoch) for number in batch.images.flatten()]
         assert len({*numbers}) == 30
-    batches = EvalLoader(data.val, show_number, channels=3, batch_size=2, num_workers=num_workers)
-    assert [int(n) for batch in batches for n in batch.images.flatten()] == [*range(NUM_TRAIN, NUM_TRAIN + NUM_VAL)]
-
-
-def test_a_streamed_repository_keeps_nothing_behind(tmp_path):
-    data = load_data("hub", dataset=str(make_repository(tmp_path / "birds")), streaming=True)
-    loader = TrainLoader(data.train, show_number, channels=3, batch_size=10, seed=0, process_index=1, num_processes=2)
-    list(loader.epoch(0))
-    assert not loader._loader.dataset.batches.images._walk.kept
+    batches = list(EvalLoader(data.val, show_number, channels=3, batch_size=2, num_workers=num_workers))
+    numbers = [int(n) for batch in batches for n in batch.images[batch.indices >= 0].flatten()]
+    assert numbers == [*range(NUM_TRAIN, NUM_TRAIN + NUM_VAL)]
 
 
 def test_labels_without_names_are_counted_where_they_can_be(tmp_path):
@@ -241,6 +236,33 @@ def test_a_copied_repository_needs_no_network_and_no_token(hub, tmp_path, monkey
         check_numbers(again, NUM_TRAIN, NUM_VAL)
         assert again.fingerprint == copied.fingerprint
     assert {*hub.requests} == {"GET /api/datasets/org/birds/auth-check"}
+
+
+def test_two_processes_of_three_workers_are_sent_every_byte_once(hub, tmp_path):
+    """In pieces, from the servers of the Hub; labels, sizes and names come before, from little."""
+    noise = np.random.default_rng(0)
+    features = Features(image=datasets.Image(), label=ClassLabel(names=NAMES))
+    counts, files = {"train": 6, "validation": 1}, {}
+    for split, num_shards in counts.items():
+        for shard in range(num_shards):
+            images = [{"bytes": encode_number(row) + noise.bytes(64_000), "path": None} for row in range(60)]
+            rows = Dataset.from_dict({"image": images, "label": [row % 3 for row in range(60)]}, features)
+            rows.to_parquet(tmp_path / "shard.parquet", batch_size=20)
+            files[f"data/{split}-{shard:05d}-of-{num_shards:05d}.parquet"] = (tmp_path / "shard.parquet").read_bytes()
+    splits = [{"name": name, "num_examples": 60 * count, "num_bytes": 0} for name, count in counts.items()]
+    hub.publish(
+        "org/birds", files | {"README.md": f"---\n{json.dumps({'dataset_info': {'splits': splits}})}\n---\n".encode()}
+    )
+    size = sum(len(content) for name, content in files.items() if "train" in name)
+    before = hub.num_sent
+    images = load_data("hub", dataset="org/birds", streaming=True).train
+    assert hub.num_sent - before < 0.01 * size
+    options = {"channels": 3, "batch_size": 12, "seed": 0, "num_processes": 2, "num_workers": 3}
+    loaders = [TrainLoader(images, show_number, process_index=index, **options) for index in range(2)]
+    before = hub.num_sent
+    indices = [index for loader in loaders for [batch] in loader.epoch(0) for index in batch.indices.tolist()]
+    assert sorted(indices) == list(range(360))
+    assert size * 0.95 < hub.num_sent - before < size * 1.05
 
 
 def test_another_configuration_than_that_of_the_cache_needs_the_hub(hub, monkeypatch):

@@ -17,12 +17,12 @@ from helpers.numbered_images import (
     encode_number,
     make_dataset,
     read_split,
-    show_number,
     write_shards,
 )
 
-import s3a.data.hub
+import s3a.data.columns
 from s3a.data import TrainLoader, load_data
+from s3a.data.decode import MAX_ENCODED_BYTES
 from s3a.data.webdataset import split_key
 
 NUM_TRAIN, NUM_VAL = 31, 11
@@ -37,10 +37,9 @@ def test_shards_hold_what_was_written(tmp_path, source, kind, streaming):
     check_numbers(data, NUM_TRAIN, NUM_VAL)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(("source", "kind"), SHARDS)
-def test_shards_train_alike_with_any_workers(tmp_path, source, kind, streaming):
-    data = load_data(source, write_shards(tmp_path, kind, NUM_TRAIN, NUM_VAL), streaming=streaming)
+def test_shards_train_alike_with_any_workers(tmp_path, source, kind):
+    data = load_data(source, write_shards(tmp_path, kind, NUM_TRAIN, NUM_VAL))
     options = {"channels": 3, "batch_size": 10, "seed": 1}
     seen = [
         torch.cat([batch.images for [batch] in TrainLoader(data.train, add_noise, num_workers=n, **options).epoch(0)])
@@ -50,28 +49,14 @@ def test_shards_train_alike_with_any_workers(tmp_path, source, kind, streaming):
     assert len(seen[0].unique(dim=0)) == 30
 
 
-@pytest.mark.parametrize(("source", "kind"), SHARDS)
-def test_augmentation_is_the_same_streamed_or_not(tmp_path, source, kind):
-    write_shards(tmp_path, kind, NUM_TRAIN, NUM_VAL)
-    seen = []
-    for streaming in (False, True):
-        loader = TrainLoader(
-            load_data(source, tmp_path, streaming=streaming).train, add_noise, channels=3, batch_size=31, seed=1
-        )
-        [[batch]] = loader.epoch(3)
-        seen.append(batch.images[batch.indices.argsort()])
-    assert torch.equal(*seen)
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(("source", "kind"), SHARDS)
 def test_unreadable_images_of_shards_are_named(tmp_path, source, kind, streaming):
     write_shards(tmp_path, kind, NUM_TRAIN, NUM_VAL, broken=(20,))
     _, labels, unreadable = read_split(load_data(source, tmp_path, streaming=streaming).train)
     assert (labels < 0).nonzero().flatten().tolist() == [20]
-    assert [name.split(" (")[0] for name in unreadable] == ["row 20 of train"]
-    if streaming or kind == "tar":
-        assert unreadable[0].endswith(f"(row 5 of train-0002.{kind})")
+    copied = {"parquet": "row 20 of train", "tar": "row 20 of train (row 5 of train-0002.tar)"}[kind]
+    assert unreadable == [f"row 5 of train-0002.{kind}" if streaming else copied]
 
 
 @pytest.mark.parametrize("name", ["validation", "val", "valid", "test"])
@@ -117,14 +102,9 @@ def test_damaged_shards_are_named(tmp_path, source, kind, damage):
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 7])
 def test_parquet_streams_in_chunks_of_any_size(tmp_path, monkeypatch, rows_at_once):
-    monkeypatch.setattr(s3a.data.parquet, "ROWS_AT_ONCE", rows_at_once)
-    images = load_data("parquet", write_shards(tmp_path, "parquet", NUM_TRAIN, NUM_VAL), streaming=True).train
-    for process in range(3):
-        loader = TrainLoader(
-            images, show_number, channels=3, batch_size=30, seed=0, process_index=process, num_processes=3
-        )
-        [[batch]] = loader.epoch(0)
-        assert batch.images.flatten().tolist() == batch.indices.tolist()
+    monkeypatch.setattr(s3a.data.columns, "READ_ROWS", rows_at_once)
+    data = load_data("parquet", write_shards(tmp_path, "parquet", NUM_TRAIN, NUM_VAL), streaming=True)
+    check_numbers(data, NUM_TRAIN, NUM_VAL)
 
 
 def test_parquet_by_datasets_keeps_the_names_of_classes(tmp_path):
@@ -154,12 +134,65 @@ def write_columns(tmp_path, **columns):
         ),
         ({"image": [IMAGE], "label": pa.array([None], pa.int64())}, "has no images|no label of the"),
         ({"image": [IMAGE] * 2, "label": [0, -1]}, "first is row 1 with -1"),
+        ({"image": [IMAGE] * 2, "label": [0, 10**10]}, "has the label 10000000000: .* name them in classes.txt"),
+        ({"image": [IMAGE], "label": pa.array([2**64 - 1], pa.uint64())}, "has labels that cannot be classes"),
         ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, "has no images"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused(tmp_path, columns, message):
     with pytest.raises(ValueError, match=message):
         load_data("parquet", write_columns(tmp_path, **columns), streaming=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"image": [{"bytes": IMAGE, "path": "0.png"}], "label": [0]},
+        {"image": [{"bytes": None, "path": "/dev/zero"}], "label": [0]},
+        {"picture": [IMAGE], "label": [0]},
+        {"image": [IMAGE], "class": [0]},
+    ],
+)
+def test_shards_with_other_columns_are_named(tmp_path, streaming, columns):
+    folder = write_columns(tmp_path, image=[IMAGE] * 2, label=[0, 1])
+    pq.write_table(pa.table(columns), folder / "train_b.parquet")  # behind train.parquet
+    with pytest.raises(ValueError, match=r"train_b\.parquet has other columns 'image' and 'label' than train\.p"):
+        load_data("parquet", folder, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_nobody_needs_may_differ(tmp_path, streaming):
+    folder = write_columns(tmp_path, image=[IMAGE] * 2, label=[0, 1])
+    pq.write_table(pa.table({"image": [IMAGE], "label": [1], "caption": ["a cat"]}), folder / "train_b.parquet")
+    _, labels, _ = read_split(load_data("parquet", folder, streaming=streaming).train)
+    assert labels.tolist() == [0, 1, 1]
+
+
+def test_damage_that_is_found_when_shards_are_copied_is_one_line(tmp_path):
+    """Of the images: labels and the end of the file are whole."""
+    folder = write_columns(tmp_path, label=[0, 1] * 50, image=[IMAGE + bytes(50_000)] * 100)
+    content = bytearray((folder / "train.parquet").read_bytes())
+    start = len(content) // 3
+    content[start : start + 400] = bytes(255 - byte for byte in content[start : start + 400])
+    (folder / "train.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^train in \S+ has a file that cannot be read \(.*\): get it again$"):
+        load_data("parquet", folder)
+
+
+def test_an_image_that_is_no_column_of_images_is_said(tmp_path):
+    folder = write_columns(tmp_path, image=["a.png"], label=["cat"])
+    with pytest.raises(ValueError, match=r"no image column of encoded images among image \(string\), label \(string\)"):
+        load_data("parquet", folder)
+
+
+def test_shards_that_number_their_classes_otherwise_are_named(tmp_path):
+    for name, names in (("train-a", ["cat", "dog"]), ("train-b", ["dog", "cat"]), ("val", ["cat", "dog"])):
+        features = Features(image=datasets.Image(), label=ClassLabel(names=names))
+        cells = [{"bytes": IMAGE, "path": None}] * 2
+        Dataset.from_dict({"image": cells, "label": [0, 1]}, features).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match=r"train-b\.parquet has other columns .* the same classes; write them alike$"):
+        load_data("parquet", tmp_path)
 
 
 def test_of_several_columns_the_one_called_label_is_taken(tmp_path):
@@ -191,17 +224,39 @@ def write_members(path, members):
             [("0.png", IMAGE), ("1.png", IMAGE), ("1.cls", b"0")],
             r"train.tar: 0 has the files png",
         ),
-        ([("0.cls", b"0")], r"train.tar: 0 has the files cls: it must have one image"),
-        ([("0.png", IMAGE), ("0.jpg", IMAGE), ("0.cls", b"0")], "must have one image"),
+        ([("0.cls", b"0")], r"train.tar: 0 has the files cls: of one name .* must be one image"),
+        ([("0.png", IMAGE), ("0.jpg", IMAGE), ("0.cls", b"0")], "must be one image"),
         ([("0.png", IMAGE), ("0.cls", b"0")] * 2, "has the files png, cls, png, cls"),
-        ([("0.png", IMAGE), ("0.cls", b"dog")], "has the label b'dog'"),
-        ([("0.png", IMAGE), ("0.cls", b"-1")], "has the label b'-1'"),
+        ([("0.png", IMAGE), ("0.cls", b"dog")], "has the label 'dog'"),
+        ([("0.png", IMAGE), ("0.cls", b"-1")], "has the label '-1'"),
+        ([("0.png", IMAGE), ("0.cls", b"1" * 10**6)], "has the label '1{19}' in its cls: .* at most 18 bytes"),
+        ([("0.png", IMAGE), ("0.cls", b"9" * 18)], "has the label 999999999999999999: labels are the numbers of"),
+        ([("0.png", IMAGE), ("0.cls", b"10000000000")], "has the label 10000000000: labels are the numbers of classes"),
     ],
 )
 def test_samples_that_are_not_whole_are_named(tmp_path, members, message):
     for split in ("train", "val"):
         write_members(tmp_path / f"{split}.tar", members)
     with pytest.raises(ValueError, match=message):
+        load_data("webdataset", tmp_path)
+
+
+def test_a_member_that_is_too_large_is_named_and_not_read(tmp_path):
+    """Its file is sparse: it takes no space."""
+    for split in ("train", "val"):
+        write_members(tmp_path / f"{split}.tar", [("0.png", IMAGE), ("0.cls", b"0")])
+    with (tmp_path / "train.tar").open("wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+        huge = tarfile.TarInfo("1.jpg")
+        huge.size = MAX_ENCODED_BYTES + 1
+        tar.addfile(huge)
+        file.seek(-(-huge.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, io.SEEK_CUR)
+        tar.offset = file.tell()
+        label = tarfile.TarInfo("1.cls")
+        label.size = 1
+        tar.addfile(label, io.BytesIO(b"0"))
+    with pytest.raises(
+        ValueError, match=r"train\.tar: 1 has an image of 268,435,457 bytes, and at most 268,435,456 are"
+    ):
         load_data("webdataset", tmp_path)
 
 

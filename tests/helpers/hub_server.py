@@ -47,12 +47,14 @@ class Hub:
         repositories: by ORG/NAME.
         requests: "METHOD /path" of every request, in order.
         failing: an HTTP status with which every request is answered, or None.
+        num_sent: bytes of all answers' bodies so far.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
         self.failing: int | None = None
+        self.num_sent = 0
         self.port = 0
         self.start()
 
@@ -135,12 +137,17 @@ class Handler(BaseHTTPRequestHandler):
             status, content, headers = 200, *self.route(path, body)
         except RefusalError as refusal:
             status, content, headers = refusal.status, refusal.body, refusal.headers
+        if status == 200 and (span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")):
+            first, last = int(span[1]), min(int(span[2] or len(content)), len(content) - 1)
+            headers = {**headers, "Content-Range": f"bytes {first}-{last}/{len(content)}"}
+            status, content = 206, content[first : last + 1]
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+            self.hub.num_sent += len(content)
 
     def route(self, path: str, body: bytes) -> tuple[bytes, dict[str, str]]:
         """The content and headers of the endpoint that a request is for."""

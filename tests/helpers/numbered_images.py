@@ -134,7 +134,8 @@ def read_split(images: Images, transform: Transform = show_number) -> tuple[Tens
     """Everything a split shows, in order: image tensors, labels, unreadable names."""
     batches = list(EvalLoader(images, transform, channels=3, batch_size=8))
     names = [name for batch in batches for name in batch.unreadable]
-    return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches]), names
+    shown, labels, indices = (torch.cat(column) for column in list(zip(*batches, strict=True))[:3])
+    return shown[indices >= 0], labels[indices >= 0], names
 
 
 def check_numbers(data: ImageData, num_train: int, num_val: int) -> None:

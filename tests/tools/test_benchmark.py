@@ -18,9 +18,15 @@ from helpers.command_line import TOOLS, Command, check_refused
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from timm.data.loader import PrefetchLoader
 
 from s3a.attention.backends import BACKENDS
+from s3a.data import TrainLoader
+from s3a.data.batches import Transform
+from s3a.data.images import Images
+from s3a.data.pixels import PixelNormalizer
 from s3a.geometry import FIXED, Neighborhood, sparse_scan
+from s3a.training.tasks.classification import list_operations
 
 SWIN = "swin_tiny_patch4_window7_224"
 SMALL = ("--batch-size", 1, "--num-heads", 1, "--head-dim", 16)
@@ -299,6 +305,68 @@ def test_compilation_is_timed_in_a_fresh_process(command: Command, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------
+# Loaders
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("clock")
+def test_loader_rows_are_epochs_beside_timms(measure: Measure):
+    """Of whole batches."""
+    rows = measure("loader", "--num-images", 5, "--batch-size", 2, "--num-workers", 0, 2)["rows"]
+    expected = []
+    for workers, first in ((0, 1), (2, 13)):
+        for turn, (product, loader) in enumerate(itertools.product(("pixels", "input"), ("s3a", "timm")), start=first):
+            times = scripted(turn, 4)
+            speed = 4 / (times["median_ms"] / 1000)
+            timm_ms = scripted(turn + (loader == "s3a"), 4)["median_ms"]
+            row = {"workers": workers, "product": product, "loader": loader, "images_per_second": pytest.approx(speed)}
+            ratios = {"per_worker": speed / max(workers, 1), "times_timm": timm_ms / times["median_ms"]}
+            expected.append(row | times | {name: pytest.approx(ratio) for name, ratio in ratios.items()})
+    assert rows == expected
+
+
+def test_loaders_augment_the_same_photographs_alike(measure: Measure, monkeypatch):
+    made, threads, create_loader = [], [], timm.data.create_loader
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+
+    class Noted(TrainLoader):
+        def __init__(self, images: Images, transform: Transform, **options: object) -> None:
+            super().__init__(images, transform, **options)
+            made.append((transform, options["erasing"]))
+
+    def noted(
+        dataset: timm.data.ImageDataset, *arguments: object, **options: object
+    ) -> timm.data.loader.PrefetchLoader:
+        assert threads == [1]
+        paths = sorted(Path(path) for path in dataset.filenames(absolute=True))
+        assert len({path.read_bytes() for path in paths}) == len(paths) == 4
+        assert all(60_000 < path.stat().st_size < 140_000 for path in paths)
+        with Image.open(paths[0]) as image:
+            assert (image.format, *image.size) == ("JPEG", 500, 375)
+        loader = create_loader(dataset, *arguments, **options)
+        made.append((loader.dataset.transform, loader.random_erasing))
+        return loader
+
+    monkeypatch.setattr("s3a.data.TrainLoader", Noted)
+    monkeypatch.setattr("timm.data.create_loader", noted)
+    measure("loader", "--num-images", 4, "--batch-size", 2, "--num-workers", 0)
+    (ours, erasing), (timms, timms_erasing) = made
+    assert repr(ours) == repr(timms)
+    assert {operation.aug_fn for operation in list_operations(timms)} == {
+        operation.aug_fn for operation in list_operations(ours)
+    }
+    assert vars(erasing) == vars(timms_erasing) | {"device": erasing.device}
+    assert threads == [1, torch.get_num_threads()]
+
+
+def test_input_is_what_devices_make_of_pixels(measure: Measure, count_calls):
+    """Of the pixels alone nothing is normalised, by neither loader."""
+    ours, timms = count_calls(PixelNormalizer, "__call__"), count_calls(PrefetchLoader, "__iter__")
+    measure("loader", "--num-images", 4, "--batch-size", 2, "--num-workers", 0)
+    assert (len(ours), len(timms)) == (4 * 2, 4)  # batches and epochs of three turns; one round warms up
+
+
+# --------------------------------------------------------------------------------------------------------
 # Results
 # --------------------------------------------------------------------------------------------------------
 
@@ -387,6 +455,12 @@ def test_comparing_nothing_is_refused(command: Command, tmp_path):
         (("operator", "--dtype", "float8"), ["float8", "bfloat16"]),
         (("plan", "--device", "tpu"), ["--device is tpu", "cpu"]),
         (("plan", "--device", "cuda:first"), ["--device is cuda:first", "cuda:N"]),
+        (
+            ("loader", "--num-images", 8, "--batch-size", 9),
+            ["--num-images is 8", "at least --batch-size (9)"],
+        ),
+        (("loader", "--num-images", 0), ["--num-images is 0", "positive"]),
+        (("loader", "--num-workers", 2, -1), ["--num-workers is 2 -1", "0 or more"]),
         (("plan", "--plot", "plans.png"), ["--plot is plans.png", "no picture"]),
         (("compile", "--plot", "first.png"), ["--plot is first.png", "no picture"]),
     ],
@@ -396,7 +470,7 @@ def test_what_cannot_be_measured_is_refused(command: Command, tmp_path, argument
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("benchmark", ["operator", "model", "compile", "plan"])
+@pytest.mark.parametrize("benchmark", ["operator", "model", "compile", "plan", "loader"])
 def test_a_missing_gpu_is_said(command: Command, monkeypatch, tmp_path, benchmark):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = command("benchmark", benchmark, "--device", "cuda", "--output", tmp_path / "result.json")

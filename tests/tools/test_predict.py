@@ -1,12 +1,14 @@
 """tools/predict.py as a user runs it."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers.alarm import stop_after
 from helpers.command_line import Command, check_refused
 from helpers.hub_server import Hub
 from PIL import Image
@@ -114,10 +116,14 @@ def test_images_that_cannot_be_read(command: Command, weights: Path, tmp_path: P
     bad = [tmp_path / "text.jpg", tmp_path / "half.png", tmp_path / "none.png"]
     check_refused(command("predict", "--weights", weights, bad[0]), str(bad[0]), "cannot be read")
     check_refused(command("predict", "--weights", weights, bad[2]), str(bad[2]), "does not exist")
-    status, out, err = command("predict", "--weights", weights, *bad, photo)
+    bad += [tmp_path / "waits.png", tmp_path / "large.png"]
+    os.mkfifo(bad[3])
+    Image.new("1", (9500, 9500)).save(bad[4])
+    with stop_after(seconds=60):
+        status, out, err = command("predict", "--weights", weights, *bad, photo)
     assert (status, out.splitlines()[0]) == (2, str(photo))
     lines = err.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 5
     assert all(line.startswith("error: image ") and str(path) in line for line, path in zip(lines, bad, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from helpers.small_runs import load_weights, train_changed
 import s3a
 from s3a.training import build, trainer
 from s3a.training.build import build_run
+from s3a.training.evaluation import evaluate
 
 # --------------------------------------------------------------------------------------------------------
 # Refusals
@@ -157,6 +159,28 @@ def test_what_a_recipe_asks_of_model_and_loader_is_built(recipe):
     assert run.train_loader.accumulate == 2
     assert run.accelerator.mixed_precision == "bf16"
     assert (run.data_config["crop_pct"], run.data_config["input_size"]) == (0.8, (3, 32, 32))
+
+
+@pytest.mark.parametrize(("num_workers", "expected"), [(0, 0), (1, 1), (3, 2)])
+def test_half_of_the_workers_decode_validation_images(recipe, num_workers, expected):
+    """Rounded up, and none of them lives when the evaluation is over."""
+    run = build_run(dataclasses.replace(recipe, num_workers=num_workers))
+    before, counts = len(multiprocessing.active_children()), []
+
+    def count() -> bool:
+        counts.append(len(multiprocessing.active_children()) - before)
+        return False
+
+    evaluate(run.bare_model, run.task, run.val_loader, run.accelerator, stop=count)
+    assert counts[0] == expected
+    assert len(multiprocessing.active_children()) == before
+
+
+def test_validation_batches_are_as_large_as_the_passes_of_training(recipe):
+    """So that --accumulate, which makes a step fit into memory, makes an evaluation fit too."""
+    run = build_run(dataclasses.replace(recipe, accumulate=4))
+    (train, *_) = next(run.train_loader.epoch(0))
+    assert max(len(batch.images) for batch in run.val_loader) == len(train.images) == 4
 
 
 def test_a_run_for_a_quantization_scheme_rounds_as_it_trains(recipe):

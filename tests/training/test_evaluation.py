@@ -13,7 +13,8 @@ from helpers.small_runs import call_command, fail_command, read_metrics
 from PIL import Image
 
 import s3a
-from s3a.training import progress, trainer
+from s3a.data import load_data
+from s3a.training import evaluation, progress, trainer
 from s3a.training.build import build_run
 from s3a.training.evaluation import evaluate
 
@@ -44,6 +45,23 @@ def test_evaluation_counts_what_plain_code_counts(digits_recipe, images):
             with Image.open(path) as image, torch.no_grad():
                 right += int(model(transform(image.convert("RGB"))[None]).argmax() == label)
     assert right / 18 == read_metrics(folder)[-1]["val_top1"]
+
+
+def test_an_evaluation_alone_has_all_the_workers_that_it_is_given(images, monkeypatch):
+    given, make = [], evaluation.EvalLoader
+
+    def note(*split, **options):
+        given.append(options["num_workers"])
+        return make(*split, **options)
+
+    monkeypatch.setattr(evaluation, "EvalLoader", note)
+    model = timm.create_model("ssvit_nano", num_classes=2)
+    data = load_data("imagefolder", images)
+    found = evaluation.evaluate_weights(model, data, batch_size=8, num_workers=1)
+    assert found == dataclasses.replace(
+        evaluation.evaluate_weights(model, data, batch_size=8), images_per_second=found.images_per_second
+    )
+    assert given == [1, 0]
 
 
 @pytest.mark.parametrize(("training", "stopped"), [(True, False), (True, True), (False, False)])

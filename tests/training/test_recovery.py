@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.image_folder import make_image_folder
+from helpers.numbered_images import write_parquet
 from helpers.real_runs import (
     ROOT,
     STEPS,
@@ -101,6 +102,54 @@ def test_ten_random_kills_change_no_byte(tmp_path):
     kill_at_random([*command, *killed], kills=10, seed=0)
     assert train(*killed).returncode == 0
     assert train(*whole).returncode == 0
+    assert read_weights(tmp_path / "killed") == read_weights(tmp_path / "whole")
+    assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "whole")
+
+
+# recipes/train.py with blocks of so few images that its readers go through several.
+SMALL_BLOCKS = """
+import runpy, sys
+import s3a.data.stream
+s3a.data.stream.READ_ROWS, s3a.data.stream.SHUFFLE_ROWS = 1, 7
+sys.argv[0] = "recipes/train.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "num_workers"), [(1, "3"), (2, "2")])
+def test_ten_random_kills_of_a_stream_change_no_byte(tmp_path, count, num_workers):
+    """Of all its processes at the same moment, in shards of unequal sizes that some readers go through twice.
+
+    Of the validation images one process has none.
+    """
+    for shard, rows in enumerate((20, 30, 10, 25, 15, 20, 40, 10)):
+        write_parquet(tmp_path / f"train-{shard}.parquet", range(shard * 50, shard * 50 + rows))
+    write_parquet(tmp_path / "val-0.parquet", range(400, 430))
+    driver = tmp_path / "driver.py"
+    driver.write_text(SMALL_BLOCKS)
+    changes = {"epochs": "12", "checkpoint_every": "2", "num_workers": num_workers, "batch_size": "16"}
+    extra = ["--data", "parquet", "--data-dir", str(tmp_path), "--streaming"]
+    killed, whole = (make_options(tmp_path / name, **changes) + extra for name in ("killed", "whole"))
+    command = [*make_launcher(count), str(driver)]
+    mark = f"RUN_LOG={tmp_path}"
+    environment = {**os.environ, "RUN_LOG": str(tmp_path), "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    draw, begun = random.Random(count), []
+    for _ in range(10):
+        process = subprocess.Popen([*command, *killed], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        begun.append(next(line for line in process.stderr if line.startswith(("beginning", "resuming"))))
+        time.sleep(draw.uniform(0, 1.5))
+        assert process.poll() is None, "it was through, and none is left to be killed"
+        for each in list_processes(mark):
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
+        process.wait()
+        assert wait_until(lambda: not list_processes(mark), 60)
+    assert any("at step" in line for line in begun), begun
+    for options in (killed, whole):
+        ended = run_command([*command, *options], **environment)
+        assert ended.returncode == 0, ended.stderr
+        assert "the stream was read by" not in ended.stderr
     assert read_weights(tmp_path / "killed") == read_weights(tmp_path / "whole")
     assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "whole")
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform
+from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -54,6 +55,9 @@ class Classification(Task):
 
     def make_train_transform(self, recipe: Recipe, data_config: dict[str, Any]) -> Transform:
         return make_augmentation(recipe, data_config)
+
+    def make_erasing(self, recipe: Recipe) -> RandomErasing | None:
+        return RandomErasing(recipe.random_erasing, mode="pixel", device="cpu") if recipe.random_erasing else None
 
     def make_loss(self, recipe: Recipe) -> "ClassificationLoss":
         return ClassificationLoss(recipe, self.num_outputs)
@@ -186,7 +190,7 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def make_augmentation(recipe: Recipe, data_config: dict[str, Any]) -> Compose:
-    """timm's augmentation with the recipe's options.
+    """timm's augmentation with the recipe's options, from an image to uint8 pixels; without the erasing.
 
     Raises:
         ValueError: for a policy that timm does not know.
@@ -200,20 +204,23 @@ def make_augmentation(recipe: Recipe, data_config: dict[str, Any]) -> Compose:
             hflip=recipe.horizontal_flip,
             color_jitter=recipe.color_jitter,  # type: ignore[arg-type]  # timm takes None too
             auto_augment=recipe.auto_augment,
-            re_prob=recipe.random_erasing,
-            re_mode="pixel",
             interpolation=data_config["interpolation"],
-            mean=data_config["mean"],
-            std=data_config["std"],
+            mean=data_config["mean"],  # the colour of what operations leave empty
+            normalize=False,
         )
     except AssertionError as error:
         raise ValueError(
             f"--auto-augment is {recipe.auto_augment!r}: it must be a policy of timm's, such as rand-m9-mstd0.5-inc1"
         ) from error
+    replace_posterize(transform)
+    return transform
+
+
+def replace_posterize(transform: Compose) -> None:
+    """Has the policies in a transform of timm's posterize by `posterize`."""
     for operation in list_operations(transform):
         if operation.aug_fn is auto_augment.posterize:
             operation.aug_fn = posterize
-    return transform
 
 
 def list_operations(transform: Compose) -> Iterator[auto_augment.AugmentOp]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from s3a.data import Batch, ImageData
@@ -72,9 +73,10 @@ class Task(ABC):
         return True
 
     def make_train_transform(self, recipe: Recipe, data_config: dict[str, Any]) -> Transform:
-        """From an image of the training split to the model's input; by default that of the evaluation.
+        """From an image of the training split to a tensor of the model's shape; by default that of the evaluation.
 
-        It may draw from any global generator: they are seeded for each image and epoch.
+        uint8 are pixels, which the device normalises by the mean and std of `data_config`; floating point reaches the
+        model as it is. It may draw from any global generator: they are seeded for each image and epoch.
 
         Args:
             data_config: timm's preprocessing keys: input_size, interpolation, mean, std, crop_pct.
@@ -84,9 +86,19 @@ class Task(ABC):
         """
         return self.make_eval_transform(data_config)
 
+    def make_erasing(self, recipe: Recipe) -> RandomErasing | None:
+        """timm's random erasing of normalised training images, with `device="cpu"`; by default None, which erases none.
+
+        It is drawn after the transform of each image, from the same generators, and done on the device.
+        """
+        return None
+
     def make_eval_transform(self, data_config: dict[str, Any]) -> Transform:
-        """From an image of the validation split to the model's input, without randomness; by default timm's."""
-        transform: Transform = create_transform(**data_config, is_training=False)
+        """From an image of the validation split to a tensor of the model's shape; by default timm's, to uint8.
+
+        There is no randomness. uint8 and floating point are what they are in `make_train_transform`.
+        """
+        transform: Transform = create_transform(**data_config, is_training=False, normalize=False)
         return transform
 
     @abstractmethod

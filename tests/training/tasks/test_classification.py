@@ -13,6 +13,7 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
 from s3a.data import load_data
+from s3a.training.build import build_run
 from s3a.training.processes import seed_step
 from s3a.training.run_folder import EpochMetrics
 from s3a.training.tasks import classification
@@ -108,7 +109,6 @@ def test_every_option_of_the_augmentation_reaches_timm(recipe, monkeypatch):
         "horizontal_flip": 0.25,
         "color_jitter": 0.35,
         "auto_augment": "rand-m7",
-        "random_erasing": 0.45,
     }
     make_augmentation(dataclasses.replace(recipe, **fields), DATA_CONFIG)
     assert given == {
@@ -118,13 +118,73 @@ def test_every_option_of_the_augmentation_reaches_timm(recipe, monkeypatch):
         "hflip": 0.25,
         "color_jitter": 0.35,
         "auto_augment": "rand-m7",
-        "re_prob": 0.45,
-        "re_mode": "pixel",
+        "normalize": False,
         **DATA_CONFIG,
     }
 
 
-DATA_CONFIG = {"input_size": (3, 8, 8), "interpolation": "bicubic", "mean": (0, 0, 0), "std": (1, 1, 1)}
+DATA_CONFIG = {"input_size": (3, 8, 8), "interpolation": "bicubic", "mean": (0, 0, 0)}
+
+
+def seed_all(seed: int) -> None:
+    """Seeds the global generators as a draw of the loaders is documented to."""
+    state = int(np.random.SeedSequence([3, seed]).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+
+
+@pytest.mark.parametrize(("erasing", "num_workers"), [(0.25, 0), (0.25, 2), (1.0, 0)])
+def test_the_images_of_a_run_are_those_of_timms_whole_transform(recipe, monkeypatch, erasing, num_workers):
+    """Normalised by timm, and erased by it: every pixel of every image, and the noise in its place."""
+    fields = {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": erasing, "repeats": 3, "seed": 3}
+    run = build_run(dataclasses.replace(recipe, num_workers=num_workers, **fields))
+    for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+        monkeypatch.setitem(auto_augment.NAME_TO_OP, name, posterize)
+    whole = timm.data.create_transform(
+        input_size=(3, 32, 32),
+        is_training=True,
+        scale=recipe.crop_scale,
+        ratio=recipe.crop_ratio,
+        hflip=recipe.horizontal_flip,
+        color_jitter=recipe.color_jitter,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        re_prob=erasing,
+        re_mode="pixel",
+        interpolation=run.data_config["interpolation"],
+        mean=run.data_config["mean"],
+        std=run.data_config["std"],
+    )
+    position, num_erased = 0, 0
+    for (batch,) in run.train_loader.epoch(1):
+        assert batch.images.dtype == torch.uint8
+        num_erased += len(batch.erasure.rectangles)
+        for image, index in zip(run.train_loader.normalizer(batch).images, batch.indices.tolist(), strict=True):
+            with Image.open(run.data.train.name_of(index)) as file:
+                seed_all((1 * 3 + position % 3) * 48 + index)
+                torch.testing.assert_close(image, whole(file.convert("RGB")), atol=1e-6, rtol=0)
+            position += 1
+    assert position == 48
+    assert num_erased == 48 if erasing == 1 else 0 < num_erased < 48
+
+
+def test_validation_images_of_a_run_are_those_of_timms_whole_transform(recipe):
+    run = build_run(dataclasses.replace(recipe, crop_pct=0.8))
+    whole = timm.data.create_transform(**run.data_config, is_training=False)
+    for batch in run.val_loader:
+        assert batch.images.dtype == torch.uint8
+        ready = run.val_loader.normalizer(batch).images
+        for image, index in zip(ready, batch.indices.tolist(), strict=True):
+            path = run.data.val.name_of(index) if index >= 0 else None
+            with Image.open(path) if path else Image.new("RGB", (32, 32)) as file:
+                torch.testing.assert_close(image, whole(file.convert("RGB")), atol=1e-6, rtol=0)
+
+
+def test_erasing_is_the_recipes(recipe):
+    task = Classification(load_data(recipe.data, recipe.data_dir))
+    erasing = task.make_erasing(dataclasses.replace(recipe, random_erasing=0.45))
+    assert (erasing.probability, erasing.per_pixel, erasing.max_count) == (0.45, True, 1)
+    assert task.make_erasing(recipe) is None
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10-mstd2-inc1-n4", "rand-m10", "v0", "original"])
@@ -134,7 +194,7 @@ def test_policies_take_every_image(recipe, policy):
     image = Image.effect_noise((12, 12), 64).convert("RGB")
     random.seed(0)
     for _ in range(3000):
-        assert augment(image).isfinite().all()
+        assert augment(image).dtype == torch.uint8
 
 
 def test_posterizing_keeps_the_upper_bits():
