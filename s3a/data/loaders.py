@@ -7,10 +7,11 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
+from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -121,10 +122,13 @@ def kill_workers_at_exit(process: int) -> None:
     Finalize(None, kill_workers, exitpriority=100)  # not atexit, which multiprocessing's own processes do not run
 
 
-def raise_errors(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
+def raise_errors(loader: DataLoader[Batch | DataError]) -> Iterator[Batch]:
     """The batches; raises the DataError that stands in place of one."""
+    context = loader.multiprocessing_context or multiprocessing
+    if loader.num_workers > 0 and context.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # at its own start it would unblock the signals again
     with block_signals():
-        iterator = iter(batches)  # starts workers
+        iterator = iter(loader)  # starts workers
     for batch in iterator:
         if isinstance(batch, DataError):
             raise DataError(*batch.args)  # a new one: its frames must not hold it, or workers would outlive it
