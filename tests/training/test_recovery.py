@@ -118,7 +118,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "num_workers"), [(1, "3"), (2, "2")])
-def test_ten_random_kills_of_a_stream_change_no_byte(tmp_path, count, num_workers):
+def test_random_kills_of_a_stream_change_no_byte(tmp_path, count, num_workers):
     """Of all its processes at the same moment, in shards of unequal sizes that some readers go through twice.
 
     Of the validation images one process has none.
@@ -135,7 +135,7 @@ def test_ten_random_kills_of_a_stream_change_no_byte(tmp_path, count, num_worker
     mark = f"RUN_LOG={tmp_path}"
     environment = {**os.environ, "RUN_LOG": str(tmp_path), "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     draw, begun = random.Random(count), []
-    for _ in range(10):
+    for _ in range(5):
         process = subprocess.Popen([*command, *killed], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         begun.append(next(line for line in process.stderr if line.startswith(("beginning", "resuming"))))
         time.sleep(draw.uniform(0, 1.5))
