@@ -254,8 +254,25 @@ class StreamEvalBatches(IterableDataset[Batch | DataError]):
         try:
             while taken := list(islice(rows, self.batch_size)):
                 yield self.maker.make_batch(taken, self.batch_size)
-        except (DataError, OSError) as error:
-            yield DataError(str(error))
+        except (DataError, OSError, RuntimeError) as error:
+            yield convert_error(error)
+
+
+def convert_error(error: DataError | OSError | RuntimeError) -> DataError:
+    """A DataError in place of what ended the making of a batch; raises what is no fault of data or machine.
+
+    It has no cause, since others' errors cannot always be sent between processes.
+    """
+    if isinstance(error, DataError):
+        return DataError(str(error))
+    if isinstance(error, OSError):
+        return DataError(f"{error}: while a run reads its data, they must stay; put them back and go on")
+    if "shared memory" not in str(error):
+        raise error
+    return DataError(
+        f"/dev/shm has no room for a batch ({error}): enlarge it (--shm-size of a container), use fewer --num-workers "
+        "or a larger --accumulate"
+    )
 
 
 def stack_batch(images: list[Tensor], labels: list[int], indices: list[int], unreadable: dict[str, str]) -> Batch:

@@ -28,7 +28,7 @@ from s3a.data.columns import (
 )
 from s3a.data.images import ImageData, Images
 from s3a.data.local import hash_content
-from s3a.data.shards import SPLIT_NAMES, hide_bars_in_logs
+from s3a.data.shards import SPLIT_NAMES, hide_bars_in_logs, shorten_error
 
 FOLDER_BUILDER = "imagefolder"
 """What datasets calls its reader of repositories of single images; the paths in their rows are its own."""
@@ -200,11 +200,6 @@ def explain_hub_errors(dataset: str) -> Iterator[None]:
             f"--dataset {dataset} cannot be loaded ({shorten_error(error)}): "
             "it must be data without a script; a configuration is named with ORG/NAME:CONFIG"
         ) from error
-
-
-def shorten_error(error: BaseException) -> str:
-    """An error's cause or message, cut to a single line."""
-    return " ".join(str(error.__cause__ or error).split())[:200]
 
 
 def hash_repository(builder: DatasetBuilder, class_names: list[str]) -> str:

@@ -29,6 +29,7 @@ from s3a.data.batches import (
     StreamTrainBatches,
     TrainBatches,
     Transform,
+    convert_error,
 )
 from s3a.data.decode import choose_mode
 from s3a.data.images import DataError, Images, MapImages
@@ -67,17 +68,8 @@ class BatchesOrErrors(Dataset[Batch | DataError]):
     def __getitem__(self, key: BatchKey) -> Batch | DataError:
         try:
             return self.batches[key]
-        except DataError as error:
-            return DataError(str(error))  # with no cause, which could not always be sent between processes
-        except OSError as error:
-            return DataError(f"{error}: while a run reads its data, they must stay; put them back and go on")
-        except RuntimeError as error:
-            if "shared memory" not in str(error):
-                raise
-            return DataError(
-                f"/dev/shm has no room for a batch ({error}): enlarge it (--shm-size of a container), use fewer "
-                "--num-workers or a larger --accumulate"
-            )
+        except (DataError, OSError, RuntimeError) as error:
+            return convert_error(error)
 
 
 # What a terminal, a launcher or a scheduler sends to all processes of a run.

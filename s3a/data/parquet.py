@@ -12,7 +12,14 @@ from datasets.exceptions import DatasetsError
 
 from s3a.data.columns import check_labels, convert_labels, find_class_names, find_columns, make_images
 from s3a.data.images import ImageData, Images
-from s3a.data.shards import find_shards, hash_shards, hide_bars_in_logs, read_class_names, show_progress
+from s3a.data.shards import (
+    find_shards,
+    hash_shards,
+    hide_bars_in_logs,
+    read_class_names,
+    shorten_error,
+    show_progress,
+)
 from s3a.data.stream import READ_ROWS
 
 
@@ -100,5 +107,4 @@ def explain_damage(what: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, DatasetsError, KeyError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"{what} ({reason}): get it again") from error
+        raise ValueError(f"{what} ({shorten_error(error)}): get it again") from error

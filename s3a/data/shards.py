@@ -72,3 +72,8 @@ def hide_bars_in_logs() -> Iterator[None]:
 def show_progress(paths: list[Path], split: str) -> tqdm:
     """Iterates the shards, with a bar in the first process, on a terminal, where looking through them takes long."""
     return tqdm(paths, f"counting {split}", delay=2, leave=False, disable=None if read_rank() == 0 else True)
+
+
+def shorten_error(error: BaseException) -> str:
+    """An error's cause or message, cut to a single line."""
+    return " ".join(str(error.__cause__ or error).split())[:200]

@@ -109,15 +109,7 @@ def evaluate(
     check_count(loader, num_read, accelerator)
     *totals, counted = accelerator.reduce(sums, reduction="sum").tolist()
     scores = task.compute_scores(totals, int(counted))
-    if task.best not in scores:
-        raise ValueError(
-            f"{type(task).__name__}.best is {task.best!r}: it must be one of the scores, which are {', '.join(scores)}"
-        )
-    for name, score in scores.items():
-        if not math.isfinite(score):
-            raise NonFiniteLossError(
-                f"the validation {name} is {score}: the weights or the images hold non-finite numbers"
-            )
+    check_scores(task, scores)
     return Evaluation(
         scores=scores,
         images=int(counted),
@@ -142,6 +134,19 @@ def check_count(loader: EvalLoader, num_read: int, accelerator: Accelerator) -> 
             "scored; mend the card",
             stacklevel=2,
         )
+
+
+def check_scores(task: Task, scores: Mapping[str, float]) -> None:
+    """Raises ValueError without the score that ranks epochs, NonFiniteLossError where one is not finite."""
+    if task.best not in scores:
+        raise ValueError(
+            f"{type(task).__name__}.best is {task.best!r}: it must be one of the scores, which are {', '.join(scores)}"
+        )
+    for name, score in scores.items():
+        if not math.isfinite(score):
+            raise NonFiniteLossError(
+                f"the validation {name} is {score}: the weights or the images hold non-finite numbers"
+            )
 
 
 def follow_with_padding(loader: EvalLoader) -> Iterator[Batch]:

@@ -414,6 +414,23 @@ def test_a_worker_that_starts_keeps_a_signal_back_until_it_ignores_it():
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGUSR1}
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shared_memory_that_is_full_is_said_in_one_line(monkeypatch, num_workers):
+    """What torch raises then in a worker; other errors of torch stay what they are."""
+    raised = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(raised)
+
+    monkeypatch.setattr(s3a.data.batches, "stack_batch", fail)
+    loader = make_loader(make_images(NUM_TRAIN), num_workers=num_workers)
+    with pytest.raises(ValueError, match=r"^/dev/shm has no room for a batch \(unable .*\): enlarge it .*accumulate$"):
+        list(loader.epoch(0))
+    raised = "mat1 and mat2 shapes cannot be multiplied"
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
+        list(make_loader(make_images(NUM_TRAIN), num_workers=num_workers).epoch(0))
+
+
 class Hanging(torch.utils.data.Dataset):
     def __getitem__(self, key):
         time.sleep(600)
@@ -437,11 +454,27 @@ leave_a_worker_that_hangs()
 def test_a_worker_that_hangs_does_not_keep_its_process():
     """Workers ignore what asks a run to stop, also where multiprocessing asks them at the end of a process."""
     folder = Path(__file__).parents[2]
-    ended = subprocess.run([sys.executable, "-c", HANGING], cwd=folder, capture_output=True, timeout=60, check=True)
-    assert ended.stderr == b""
+    subprocess.run([sys.executable, "-c", HANGING], cwd=folder, timeout=60, check=True)
     child = multiprocessing.get_context("fork").Process(target=leave_a_worker_that_hangs)
     child.start()
     child.join(60)
     left = child.exitcode
     child.kill()
     assert left == 0
+
+
+LEFT = """
+import sys
+sys.path[:0] = ["tests"]
+from helpers.numbered_images import make_images, make_loader
+loader = make_loader(make_images(60), batch_size=4, num_workers=6)  # lives until Python has ended
+next(loader.epoch(0))
+"""
+
+
+def test_workers_that_are_left_at_the_end_of_a_process_end_silently():
+    """Where something holds the loader, as an exception that a library keeps."""
+    folder = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "ignore", "-c", LEFT]  # torch warns of more workers than cores
+    ended = subprocess.run(command, cwd=folder, capture_output=True, timeout=60, check=True)
+    assert ended.stderr == b""
