@@ -119,8 +119,13 @@ def raise_errors(loader: DataLoader[Batch | DataError]) -> Iterator[Batch]:
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers > 0 and context.get_start_method() != "fork":
         resource_tracker.ensure_running()  # at its own start it would unblock the signals again
+    others = multiprocessing.active_children()
     with block_signals():
         iterator = iter(loader)  # starts workers
+    for worker in {*multiprocessing.active_children()}.difference(others):
+        # torch ends so those that do not hear of the end of their loader: Python may close the way to them before,
+        # where it finds the loader among objects that only hold each other, such as an error and its frames
+        worker.terminate = worker.kill  # type: ignore[method-assign]  # they ignore SIGTERM
     for batch in iterator:
         if isinstance(batch, DataError):
             raise DataError(*batch.args)  # a new one: its frames must not hold it, or workers would outlive it

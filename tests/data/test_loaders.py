@@ -1,5 +1,6 @@
 """Loaders: each image where and how the seed, the epoch and the step say, on any number of processes and workers."""
 
+import gc
 import multiprocessing
 import os
 import random
@@ -412,6 +413,21 @@ def test_a_worker_that_starts_keeps_a_signal_back_until_it_ignores_it():
             os._exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGUSR1}
+
+
+def test_workers_end_with_a_loader_that_is_left_in_a_cycle(monkeypatch):
+    """As an error and its frames are one; Python then closes the way to the workers before torch says that it ends."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds that torch waits
+    loader = make_loader(make_images(NUM_TRAIN), num_workers=2)
+    batches = loader.epoch(0)
+    next(batches)
+    workers = loader._loader._iterator._workers
+    assert [worker.is_alive() for worker in workers] == [True, True]
+    cycle = [loader, batches]
+    cycle.append(cycle)
+    del loader, batches, cycle
+    gc.collect()
+    assert [worker.is_alive() for worker in workers] == [False, False]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,8 @@ class Hub:
     def stop(self) -> None:
         """Stops listening: connections are refused."""
         self.server.shutdown()
+        # workers forked by tests before have the socket too, and would listen on
+        self.server.socket.shutdown(socket.SHUT_RDWR)
         self.server.server_close()
 
     @contextmanager
