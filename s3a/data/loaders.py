@@ -5,11 +5,12 @@ Each is a torch DataLoader whose items are whole micro-batches, asked for by epo
 
 import math
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
@@ -114,6 +115,17 @@ def kill_workers_at_exit(process: int) -> None:
     Finalize(None, kill_workers, exitpriority=100)  # not atexit, which multiprocessing's own processes do not run
 
 
+def kill_in_place_of_terminate(worker: multiprocessing.process.BaseProcess) -> None:
+    """Has a worker ended by SIGKILL where torch would end it by SIGTERM, which it ignores.
+
+    torch does that to a worker that has not heard of the end of its loader: where Python finds the loader among objects
+    that only hold each other, such as an error and its frames, it closes the way to the worker first.
+    """
+    if hasattr(signal, "SIGKILL"):  # elsewhere nothing can be ignored
+        # not worker.kill: the worker would hold itself, and its file descriptors would stay open until Python finds it
+        worker.terminate = partial(os.kill, worker.pid, signal.SIGKILL)  # type: ignore[method-assign, arg-type]
+
+
 def raise_errors(loader: DataLoader[Batch | DataError]) -> Iterator[Batch]:
     """The batches; raises the DataError that stands in place of one."""
     context = loader.multiprocessing_context or multiprocessing
@@ -123,9 +135,7 @@ def raise_errors(loader: DataLoader[Batch | DataError]) -> Iterator[Batch]:
     with block_signals():
         iterator = iter(loader)  # starts workers
     for worker in {*multiprocessing.active_children()}.difference(others):
-        # torch ends so those that do not hear of the end of their loader: Python may close the way to them before,
-        # where it finds the loader among objects that only hold each other, such as an error and its frames
-        worker.terminate = worker.kill  # type: ignore[method-assign]  # they ignore SIGTERM
+        kill_in_place_of_terminate(worker)
     for batch in iterator:
         if isinstance(batch, DataError):
             raise DataError(*batch.args)  # a new one: its frames must not hold it, or workers would outlive it

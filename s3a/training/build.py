@@ -28,7 +28,6 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
@@ -152,8 +151,6 @@ def build_run(recipe: Recipe, task_type: type[Task] = Classification, requests: 
         create_repository(recipe.push_to_hub)  # now, so that a missing right does not show after the last epoch
     accelerator.init_trackers(recipe.run_name, config=recipe.to_tracker())
     model, optimizer = accelerator.prepare(model, optimizer)
-    if isinstance(model, DistributedDataParallel):
-        model.broadcast_buffers = False  # not in every forward: the trainer shares them before it evaluates
     return Run(
         recipe=recipe,
         task=task,
@@ -196,7 +193,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return Accelerator(
         mixed_precision=recipe.precision,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # not copied to be summed
+        # gradients are not copied to be summed; buffers not shared in every forward, but before the trainer evaluates
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
         log_with=recipe.track,
         project_config=ProjectConfiguration(project_dir=folder, logging_dir=f"{folder}/tracking"),
     )

@@ -427,7 +427,31 @@ def test_workers_end_with_a_loader_that_is_left_in_a_cycle(monkeypatch):
     cycle.append(cycle)
     del loader, batches, cycle
     gc.collect()
-    assert [worker.is_alive() for worker in workers] == [False, False]
+    for worker in workers:
+        worker.join(5)
+    left = [worker.is_alive() for worker in workers]
+    for worker in workers:
+        worker.kill()
+    assert left == [False, False]
+
+
+def count_files() -> int:
+    """How many file descriptors this process has open."""
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+def test_evaluations_leave_no_file_descriptors():
+    loader = EvalLoader(make_images(8), show_number, channels=3, batch_size=4, num_workers=2)
+    list(loader)  # what the first one opens for good
+    gc.collect()
+    gc.disable()  # nothing may wait to be collected
+    try:
+        before = count_files()
+        for _ in range(4):
+            list(loader)
+        assert count_files() <= before  # threads of other tests may close some meanwhile
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -7,8 +7,8 @@ test can reach the real one.
 import base64
 import hashlib
 import json
+import os
 import re
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +58,8 @@ class Hub:
         self.num_sent = 0
         self.port = 0
         self.start()
+        if hasattr(os, "register_at_fork"):  # what a test forks would listen on when this is to be down
+            os.register_at_fork(after_in_child=self.close_socket)
 
     @property
     def url(self) -> str:
@@ -70,11 +72,13 @@ class Hub:
         self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
+    def close_socket(self) -> None:
+        """Closes this process's copy of the socket; the server may have another one by then than at the start."""
+        self.server.socket.close()
+
     def stop(self) -> None:
         """Stops listening: connections are refused."""
         self.server.shutdown()
-        # workers forked by tests before have the socket too, and would listen on
-        self.server.socket.shutdown(socket.SHUT_RDWR)
         self.server.server_close()
 
     @contextmanager
