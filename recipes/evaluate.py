@@ -1,6 +1,7 @@
 """Evaluates a weights folder or Hub repository: `python recipes/evaluate.py --weights FOLDER_OR_REPO --data ...`.
 
-Prints one JSON object on stdout: top1 and top5 (fractions of 1), loss, images, images_per_second, and the names of
+Prints one JSON object on stdout: the scores of the weights' task (of a classifier top1 and top5, of segmentation miou,
+of detection box_ap and more, all fractions of 1), loss where there is one, images, images_per_second, and the names of
 images that could not be read, where that was allowed.
 """
 
@@ -14,9 +15,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
 
-from s3a.data import DataOptions, load_data
+from s3a.data import DataOptions
 from s3a.support.command_line import run_command
-from s3a.training.evaluation import evaluate_weights
+from s3a.training.evaluation import choose_task, evaluate_weights
 from s3a.training.recipe import Precision
 from s3a.weights.pretrained import load_pretrained
 
@@ -29,8 +30,8 @@ class Options(DataOptions):
     """A weights folder, or ORG/NAME on the Hub."""
     revision: str | None = None
     """Branch, tag or commit of the Hub repository."""
-    batch_size: int = 64
-    """Images at a time, over all processes."""
+    batch_size: int | None = None
+    """Images at a time, over all processes; None is 64 for classifiers, and 4 for segmentation and detection."""
     precision: Precision = "no"
     """Mixed precision: no, bf16 or fp16."""
     num_workers: int = 0
@@ -39,11 +40,17 @@ class Options(DataOptions):
     """Share of the images that may be unreadable; they are left out of the figures and named."""
     other_label_names: bool = False
     """Let the data call the classes otherwise than the weights do, in the same order."""
+    ignore_zero: bool = False
+    """For label maps of one's own: 0 is no class, and the number n is class n - 1."""
+    multi_scale: bool = False
+    """Of segmentation: average over the image at 0.5, 0.75, 1, 1.25, 1.5 and 1.75 times its size."""
+    flip: bool = False
+    """Of segmentation: average over the image and its mirror image."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_images <= 1:
             raise ValueError(f"--max-bad-images is {self.max_bad_images}: it must be between 0 and 1")
-        if self.batch_size < 1 or self.num_workers < 0:
+        if (self.batch_size is not None and self.batch_size < 1) or self.num_workers < 0:
             raise ValueError(
                 f"--batch-size is {self.batch_size} and --num-workers {self.num_workers}: "
                 "the one must be at least 1 and the other at least 0"
@@ -52,14 +59,16 @@ class Options(DataOptions):
 
 def main(options: Options) -> None:
     model = load_pretrained(options.weights, options.revision)
+    task = choose_task(model).load(options)
+    task.check_weights(model, other_label_names=options.other_label_names)
+    task.configure_evaluation(multi_scale=options.multi_scale, flip=options.flip)
     evaluation = evaluate_weights(
         model,
-        load_data(options.data, options.data_dir, dataset=options.dataset, streaming=options.streaming),
-        batch_size=options.batch_size,
+        task,
+        batch_size=options.batch_size or task.eval_batch_size,
         precision=options.precision,
         num_workers=options.num_workers,
         max_bad_images=options.max_bad_images,
-        other_label_names=options.other_label_names,
     )
     if int(os.environ.get("RANK", "0")) == 0:  # the others have the same
         print(json.dumps(evaluation.to_json()))

@@ -1,7 +1,7 @@
 """Quantizes weights: `python recipes/quantize.py --weights FOLDER_OR_REPO --scheme NAME --output FOLDER [--data ...]`.
 
-Prints the quantized layers, and a table that compares the float and the quantized model: top-1, size, memory, latency,
-and how often both predict the same class.
+Prints the quantized layers, and a table that compares the float and the quantized model: the score of its task (top-1,
+mIoU or box AP), size, memory, latency, and how often both predict the same class of an image or of a pixel.
 """
 
 import json
@@ -25,24 +25,27 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from s3a import compile_model
-from s3a.data import DataOptions, ImageData, Source, load_data
+from s3a.data import DataOptions, Source
+from s3a.models.detection import Detector
 from s3a.quantization.schemes import check_float, check_scheme, group_names
 from s3a.support.command_line import run_command
 from s3a.support.timing import describe_machine, take_turns, write_result
-from s3a.training.evaluation import evaluate_weights
+from s3a.training.evaluation import choose_task, evaluate_weights
+from s3a.training.tasks.dense_transforms import choose_bucket
+from s3a.training.tasks.task import ClassTask
 from s3a.weights.card import format_table
 from s3a.weights.folder import CONFIG_NAME, WEIGHTS_NAME, save_folder
 from s3a.weights.pretrained import load_pretrained, read_card
 from s3a.weights.quantized_card import Measurement, build_quantized_card, parse_card
 
-COLUMNS = {
-    "top1": "top-1",
+COLUMNS = {  # behind the score of the task
     "agreement": "agreement",
     "megabytes": "MB on disk",
     "memory_megabytes": "MB of memory",
     "compiled_ms": "ms compiled",
     "eager_ms": "ms eager",
 }
+PIXEL_STEP = 8  # of label maps, every eighth pixel of every eighth row is compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ class Options(DataOptions):
     """Where images come from to evaluate both models on; None evaluates neither."""
     revision: str | None = None
     """Branch, tag or commit of the Hub repository with the weights."""
+    ignore_zero: bool = False
+    """For label maps of one's own: 0 is no class, and the number n is class n - 1."""
     batch_size: int = 64
     """Images at a time in the evaluation."""
     num_workers: int = 0
@@ -96,9 +101,8 @@ def main(options: Options) -> None:
     check_float(model)
     original = parse_card(options.weights, read_card(options.weights, options.revision))
     layers, left = choose_layers(model, options.scheme, layers=options.layers, skip=options.skip)
-    data = None
-    if options.data:
-        data = load_data(options.data, options.data_dir, dataset=options.dataset, streaming=options.streaming)
+    kind = choose_task(model)
+    task = kind.load(options) if options.data else None
     make_folder(options.output)
     print(f"{options.scheme}: {len(layers)} linear layers: {group_names(layers)}")
     if left:
@@ -107,17 +111,19 @@ def main(options: Options) -> None:
     build = partial(build_quantized_card, quantized, original, place=options.output)
     save_folder(quantized, options.output, card=build())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = compare(options, {"float32": model.to(device), options.scheme: quantized.to(device)}, data)
-    text = format_results(rows)
-    save_folder(quantized, options.output, card=build(describe_measurement(options, rows, device)))
+    rows = compare(options, {"float32": model.to(device), options.scheme: quantized.to(device)}, kind, task)
+    text = format_results(rows, kind)
+    save_folder(quantized, options.output, card=build(describe_measurement(options, rows, kind, device)))
     print(f"\n{text}\n\nwrote {options.output}")
     if options.results:
         write_result(options.results, "quantize", device, asdict(options), rows)
 
 
-def describe_measurement(options: Options, rows: list[dict[str, Any]], device: torch.device) -> Measurement:
+def describe_measurement(
+    options: Options, rows: list[dict[str, Any]], kind: type[ClassTask], device: torch.device
+) -> Measurement:
     """What the card says of the figures, the last of which are those of the quantized model."""
-    top1 = rows[-1]["top1"]
+    score = rows[-1][kind.best]
     machine = describe_machine(device)
     note = (
         f"`float32` is the model before the quantization. {'Time and memory are' if options.turns else 'Memory is'} of "
@@ -125,9 +131,9 @@ def describe_measurement(options: Options, rows: list[dict[str, Any]], device: t
         f"{machine['threads']} threads."
     )
     return Measurement(
-        table=f"{format_results(rows)}\n\n{note}",
+        table=f"{format_results(rows, kind)}\n\n{note}",
         dataset=options.dataset or options.data,
-        scores={} if top1 is None else {f"top-1, {options.scheme}": top1},
+        scores={} if score is None else {f"{kind.title}, {options.scheme}": score},
     )
 
 
@@ -147,17 +153,19 @@ def make_folder(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------------
 
 
-def compare(options: Options, models: dict[str, nn.Module], data: ImageData | None) -> list[dict[str, Any]]:
+def compare(
+    options: Options, models: dict[str, nn.Module], kind: type[ClassTask], task: ClassTask | None
+) -> list[dict[str, Any]]:
     """A row of figures for each model; None for those that were not asked for."""
     places = [(options.weights, options.revision), (str(options.output), None)]
-    evaluated = [evaluate(model, data, options) for model in models.values()]
+    evaluated = [evaluate(model, task, options) for model in models.values()]
     latencies = measure_latency(models, options) if options.turns else {}
-    size = resolve_model_data_config(next(iter(models.values())))["input_size"]
+    size = find_input_size(next(iter(models.values())))
     rows = []
-    for name, (weights, revision), (top1, classes) in zip(models, places, evaluated, strict=True):
+    for name, (weights, revision), (score, classes) in zip(models, places, evaluated, strict=True):
         row = {
             "model": name,
-            "top1": top1,
+            kind.best: score,
             "agreement": None if classes is None else (classes == evaluated[0][1]).double().mean().item(),
             "megabytes": count_bytes(models[name], weights) / 1e6,
             "memory_megabytes": measure_peak_memory(weights, revision, (options.latency_batch, *size)),
@@ -166,21 +174,37 @@ def compare(options: Options, models: dict[str, nn.Module], data: ImageData | No
     return rows
 
 
-def evaluate(model: nn.Module, data: ImageData | None, options: Options) -> tuple[float | None, Tensor | None]:
-    """Top-1 on the validation images, and the predicted class of each; None without data."""
-    if data is None:
+def evaluate(model: nn.Module, task: ClassTask | None, options: Options) -> tuple[float | None, Tensor | None]:
+    """The score on the validation images, and the predicted class of each or of some pixels; None without data.
+
+    The classes are None of a detector too, whose objects need not be the same ones.
+    """
+    if task is None:
         return None, None
     predicted: list[Tensor] = []
-    hook = model.register_forward_hook(lambda module, images, logits: predicted.append(logits.argmax(1).cpu()))
-    found = evaluate_weights(model, data, batch_size=options.batch_size, num_workers=options.num_workers)
-    hook.remove()
-    return found.scores["top1"], torch.cat(predicted)
+
+    def note(module: nn.Module, images: Any, logits: Tensor) -> None:
+        predicted.append(logits[..., ::PIXEL_STEP, ::PIXEL_STEP] if logits.ndim == 4 else logits)
+        predicted[-1] = predicted[-1].argmax(1).flatten().cpu()
+
+    task.check_weights(model)
+    hooks = [] if isinstance(model, Detector) else [model.register_forward_hook(note)]
+    found = evaluate_weights(model, task, batch_size=options.batch_size, num_workers=options.num_workers)
+    for hook in hooks:
+        hook.remove()
+    return found.scores[task.best], torch.cat(predicted) if predicted else None
+
+
+def find_input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of an image of the size that the model is for, as its forward takes it."""
+    channels, height, width = resolve_model_data_config(model)["input_size"]
+    return (channels, *choose_bucket(height, width, [])) if isinstance(model, Detector) else (channels, height, width)
 
 
 def measure_latency(models: dict[str, nn.Module], options: Options) -> dict[tuple[str, str], float]:
     """Median milliseconds of a batch for each model, eager and compiled, timed in turns."""
     device = next(models[options.scheme].parameters()).device
-    size = resolve_model_data_config(models[options.scheme])["input_size"]
+    size = find_input_size(models[options.scheme])
     images = torch.randn(options.latency_batch, *size, device=device)
     calls = {}
     for name, model in models.items():
@@ -191,7 +215,7 @@ def measure_latency(models: dict[str, nn.Module], options: Options) -> dict[tupl
 
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits."""
+    """Logits, or what a detector finds."""
     return model(images)
 
 
@@ -232,17 +256,18 @@ def measure_peak_memory(weights: str, revision: str | None, shape: tuple[int, ..
     return int(run.stdout.splitlines()[-1]) / 1e6
 
 
-def format_results(rows: list[dict[str, Any]]) -> str:
+def format_results(rows: list[dict[str, Any]], kind: type[ClassTask]) -> str:
     """The rows as a table in Markdown."""
-    cells = [[row["model"], *(format_figure(key, row[key]) for key in COLUMNS)] for row in rows]
-    return format_table(["model", *COLUMNS.values()], cells)
+    columns = {kind.best: kind.title, **COLUMNS}
+    cells = [[row["model"], *(format_figure(key, row[key]) for key in columns)] for row in rows]
+    return format_table(["model", *columns.values()], cells)
 
 
 def format_figure(key: str, value: float | None) -> str:
     """A figure as text, "-" for one that was not measured."""
     if value is None:
         return "-"
-    return f"{100 * value:.2f} %" if key in ("top1", "agreement") else f"{value:,.2f}"
+    return f"{value:,.2f}" if key.endswith(("megabytes", "_ms")) else f"{100 * value:.2f} %"
 
 
 if __name__ == "__main__":

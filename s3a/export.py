@@ -1,6 +1,7 @@
 """Exports models to files that run without this library: torch.export programs, AOTInductor packages, ONNX.
 
 A file is for images of one size, because plans are; its batch size is fixed or open. Files are made on the CPU, for it.
+Models for classes and label maps are exported whole; what a detector finds has no fixed shape, so its backbone alone.
 """
 
 import logging
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from s3a.analysis.cost import count_channels, count_cost
+from s3a.models.detection import Detector
 from s3a.quantization.schemes import get_quantization
 from s3a.support.compiler import raise_compilation_errors
 from s3a.support.errors import make_unknown_error
@@ -22,11 +24,11 @@ from s3a.support.errors import make_unknown_error
 TOLERANCE = 1e-4  # of a logit, absolute and relative
 OPEN_BATCHES = (1, 7)  # the sizes at which a file with an open batch is verified
 
-Predictor = Callable[[Tensor], Tensor]  # from images to logits, on the CPU
+Predictor = Callable[[Tensor], Tensor | list[Tensor]]  # from images to logits, or a backbone's to maps, on the CPU
 
 
 class ExportError(ValueError):
-    """The logits of an exported model differ from those of the model."""
+    """The outputs of an exported model differ from those of the model."""
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -56,13 +58,13 @@ def load_aoti(path: Path) -> Predictor:
 
 
 def write_onnx(program: ExportedProgram, path: Path) -> None:
-    """Writes an ONNX graph from `images` to `logits`, with the weights inside."""
+    """Writes an ONNX graph from `images` to `logits`, or to `map_0`, `map_1`, ..., with the weights inside."""
+    num_outputs = len(program.graph_signature.user_outputs)
+    names = ["logits"] if num_outputs == 1 else [f"map_{index}" for index in range(num_outputs)]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # conversions of opsets that it does not need
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        graph = torch.onnx.export(
-            program, (), dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
-        )
+        graph = torch.onnx.export(program, (), dynamo=True, verbose=False, input_names=["images"], output_names=names)
     assert graph is not None
     graph.save(path, external_data=False)
 
@@ -74,7 +76,12 @@ def load_onnx(path: Path) -> Predictor:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    def run(images: Tensor) -> Tensor | list[Tensor]:
+        outputs = [torch.from_numpy(each) for each in session.run(None, {"images": images.numpy()})]
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    return run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +155,10 @@ def export(
     batch_size: int = 1,
     dynamic_batch: bool = False,
 ) -> float:
-    """Writes a model to a file, runs the file, and returns the largest difference of its logits from the model's.
+    """Writes a model to a file, runs the file, and returns the largest difference of its outputs from the model's.
 
     Args:
-        model: of float32; or quantized, for "pt2".
+        model: of float32; or quantized, for "pt2". Its output is a tensor, or a list of maps as that of a backbone.
         path: of the file; an older one is replaced once the new one is verified.
         format: a key of FORMATS.
         height, width: of the images, in pixels.
@@ -159,7 +166,7 @@ def export(
         dynamic_batch: whether the file takes any number of images at a time instead.
 
     Raises:
-        ValueError: for a format, size or model that cannot be exported; `ExportError` if the file's logits are wrong.
+        ValueError: for a format, size or model that cannot be exported; `ExportError` if the file's outputs are wrong.
         CompilationError: if "aoti" finds no working compiler.
     """
     target, quantization = check_format(format, path), get_quantization(model)
@@ -167,6 +174,11 @@ def export(
         raise ValueError(
             f"the weights are quantized, by {quantization.scheme!r}: {format!r} takes float32 weights, "
             "and 'pt2' both; export the weights that they were made from"
+        )
+    if isinstance(model, Detector):
+        raise ValueError(
+            f"a {type(model).__name__} finds another number of objects in each image, which no such file can hold: "
+            "export its backbone, model.backbone or tools/export.py --backbone"
         )
     count_cost(model, height, width)  # raises for a size that the model does not take
     sizes = OPEN_BATCHES if dynamic_batch else (batch_size,)
@@ -197,14 +209,21 @@ def export_program(model: nn.Module, images: Tensor, dynamic_batch: bool) -> Exp
 
 @torch.no_grad()
 def verify(model: nn.Module, exported: Predictor, images: Tensor) -> float:
-    """The largest difference of an exported model's logits on some images; ExportError if it is beyond TOLERANCE."""
-    right, found = model(images), exported(images)
-    if found.shape != right.shape:
-        raise ExportError(f"the exported model gives {tuple(found.shape)}: the model itself gives {tuple(right.shape)}")
-    difference = (found - right).abs().max().item()
-    if not torch.allclose(found, right, rtol=TOLERANCE, atol=TOLERANCE):
+    """The largest difference of an exported model's outputs on some images; ExportError if it is beyond TOLERANCE."""
+    all_right, all_found = list_outputs(model(images)), list_outputs(exported(images))
+    shapes, own = (", ".join(str(tuple(each.shape)) for each in outputs) for outputs in (all_found, all_right))
+    if shapes != own:
+        raise ExportError(f"the exported model gives {shapes}: the model itself gives {own}")
+    pairs = list(zip(all_found, all_right, strict=True))
+    difference = max((found - right).abs().max().item() for found, right in pairs)
+    if not all(torch.allclose(found, right, rtol=TOLERANCE, atol=TOLERANCE) for found, right in pairs):
         raise ExportError(
             f"the exported model is off by {difference:.1e} for {len(images)} images: it must be within {TOLERANCE}; "
             "report it, with the versions of PyTorch and of the format's packages"
         )
     return difference
+
+
+def list_outputs(outputs: Tensor | list[Tensor]) -> list[Tensor]:
+    """What a model gives, as a list: its logits alone, or its maps."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)

@@ -35,6 +35,7 @@ from s3a.support.command_line import parse_options
 from s3a.weights.card import Weights
 
 TRAIN = "recipes/train.py"
+TRAININGS = (TRAIN, "recipes/segment.py", "recipes/detect.py")
 COMMANDS = [command for guide in GUIDES for command in list_commands(read(guide), guide.name)]
 EXACT = {  # all else is parsed
     "python -m venv .venv",
@@ -67,6 +68,15 @@ def write_weights(folder: Path, label_names: Sequence[str]) -> None:
     model.save_pretrained(folder, data_config=data_config, config={"label_names": list(label_names)})
 
 
+def write_dense_run(folder: Path, name: str) -> None:
+    """The weights of a run of a dense task on scenes, of a network that has learnt nothing."""
+    names = [*"0123456789", *(["background"] if name == "semantic_fpn" else [])]
+    model = timm.create_model(name, backbone="ssvit_nano", num_classes=len(names), pyramid_dim=16)
+    data_config = {"input_size": (3, 64, 64), "crop_pct": 1.0}
+    for kind in ("model", "best"):
+        model.save_pretrained(folder / kind, data_config=data_config, config={"label_names": names})
+
+
 def write_run(folder: Path, label_names: Sequence[str]) -> None:
     """What the documents use of a run: its weights and its curves."""
     for kind in ("model", "best"):
@@ -93,11 +103,14 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for run, label_names in {"digits": "0123456789", "vvt": "0123456789", "photos": CLASSES}.items():
         write_run(folder / "runs" / run, label_names)
     shutil.copytree(folder / "runs" / "photos", folder / "runs" / "photos_finetune")
+    for name in ("semantic_fpn", "mask_rcnn"):
+        write_dense_run(folder / "runs" / f"{name}_scenes", name)
     write_weights(folder / "weights" / "ssvit_tiny", CLASSES)
     write_photographs(folder / "photographs", count=5)
     write_photographs(folder / "pictures" / "train", count=32)
     write_photographs(folder / "pictures" / "val", count=2)
-    Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(folder / "two.png")
+    for name in ("two.png", "scene.png"):
+        Image.fromarray(np.eye(8, dtype=np.uint8) * 255).resize((64, 64)).save(folder / name)
     shutil.copytree(ROOT / "docs" / "benchmarks", folder / "docs" / "benchmarks")
     return folder
 
@@ -153,7 +166,8 @@ def parse_script(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPa
     options: list[object] = []
     with monkeypatch.context() as patch:
         patch.setattr("s3a.support.command_line.run_command", lambda kind, _: options.append(parse_options(kind)))
-        patch.setattr("s3a.training.trainer.train", lambda recipe, **_: options.append(recipe))
+        patch.setattr("s3a.training.trainer.train", lambda recipe, *_, **__: options.append(recipe))
+        patch.syspath_prepend(ROOT / "recipes")  # as where Python runs the file
         patch.setattr(sys, "argv", [script, *arguments])
         if script == "tests/mutations.py":
             options.append(mutations.parse_options())
@@ -162,7 +176,7 @@ def parse_script(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPa
         else:
             runpy.run_path(str(ROOT / script), run_name="__main__")
     parsed = {name: value for each in reversed(options) for name, value in vars(each).items()}
-    is_training = script == TRAIN and options
+    is_training = script in TRAININGS and options
     return SimpleNamespace(**parsed, **({"folder": options[0].folder} if is_training else {}))
 
 
@@ -217,7 +231,8 @@ def test_the_command_is_known(command: Command, clone: Path, monkeypatch: pytest
 # What a command reads, another one writes
 # --------------------------------------------------------------------------------------------------------
 
-USERS = {"pictures", "photographs", "/data/imagenet", "ssvit_t.pth"}  # what users bring
+USERS = {"pictures", "photographs", "scenery", "objects", "ssvit_t.pth"}  # what users bring
+USERS |= {f"/data/{name}" for name in ("imagenet", "ade20k", "coco")}
 WRITTEN_BY_PYTHON = re.compile(r"""(?:save(?:_pretrained)?|push_to_hub)\(["']([^"']+)""")
 READ_BY_PYTHON = re.compile(r"""(?:from_pretrained\(|local-dir:|open\()["']?([^"')]+)""")
 
@@ -281,9 +296,8 @@ SHORT = re.compile(
     r"python (-c '?from|recipes/evaluate|tools/(explain|visualise|predict|plot_runs|benchmark.py (compare|plot)))\b"
     r"|--print-recipe|--help"
 )
-SHORT_COMMANDS = {
-    str(each): each for each in COMMANDS if SHORT.search(str(each)) and "/data/imagenet" not in each.words
-}
+LONG = {"/data/imagenet", "scenes"}  # data with too many images for a test
+SHORT_COMMANDS = {str(each): each for each in COMMANDS if SHORT.search(str(each)) and not LONG & {*each.words}}
 
 
 @pytest.mark.parametrize("command", SHORT_COMMANDS.values(), ids=SHORT_COMMANDS)
@@ -293,6 +307,7 @@ def test_short_commands_run(command: Command, clone: Path, monkeypatch: pytest.M
         return
     script, arguments = find_script(command)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(ROOT / "recipes")  # as where Python runs the file
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as stop:
@@ -331,6 +346,9 @@ NOT_RUN = {  # all other commands are
     r"hf auth login": "asks for a token",
     r"tests/mutations\.py": "tests the tests for a quarter of an hour",
     r"_imagenet(?!.*--print-recipe)|_384|/data/imagenet": "needs ImageNet",
+    r"_ade20k|_coco(?!.*--print-recipe)": "needs ADE20K, COCO or one's own label maps",
+    r"recipes/(segment|detect)\.py *(#|&&|$)": "trains for minutes, tests/training/test_dense_runs.py for seconds",
+    r"runs/(semantic_fpn|mask_rcnn)_scenes": "the weights of these; the tests of each command have smaller ones",
     r"--num_processes|--use_fsdp": "needs several GPUs",
     r"sbatch|squeue|scancel|scontrol|slurm-": "needs Slurm, on which tests/recipes/test_slurm.py runs the job file",
     r"--nnodes": "waits for a second launcher; tests/recipes/test_train.py starts both",

@@ -6,15 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
-from helpers.exported import TINY, make_confident
+from helpers.exported import TINY, TINY_BACKBONE, make_confident, make_dense
 from torch import nn
 
 from s3a import export as exports
 from s3a.export import FORMATS, ExportError, check_format, export, verify
 from s3a.quantization.convert import quantize
 from s3a.quantization.schemes import Quantization, mark_quantized
+
+SMALL = {"pyramid_dim": 16, "backbone_args": TINY_BACKBONE}
 
 BLOCK_IMPORTS = """
 import sys
@@ -70,6 +73,39 @@ def test_one_batch(tmp_path: Path, name: str, format: str):
     check_alone(model, path, format, (3,), (64, 64))
     with pytest.raises(Exception, match=r"Got: 2 Expected: 3|size\(\)\[0\] == 3"):
         FORMATS[format].load(path)(torch.randn(2, 3, 64, 64))
+
+
+def test_label_maps(tmp_path: Path):
+    """A whole model, with a resizing to the image's size."""
+    model, path = make_dense(**SMALL), tmp_path / "model.onnx"
+    assert export(model, path, "onnx", height=64, width=96) < 1e-4
+    check_alone(model, path, "onnx", (1,), (64, 96))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["pt2", "aoti", "onnx"])
+@pytest.mark.parametrize("name", ["semantic_fpn", "upernet"])
+def test_every_label_map_in_every_format(tmp_path: Path, name: str, format: str):
+    options = SMALL if name == "semantic_fpn" else {"head_dim": 16, "auxiliary_dim": 8}
+    model, path = make_dense(name, **options), tmp_path / f"model{FORMATS[format].suffix}"
+    export(model, path, format, height=64, width=96, dynamic_batch=True)
+    check_alone(model, path, format, (1, 7), (64, 96))
+
+
+def test_backbones_of_detectors(tmp_path: Path):
+    """The maps of strides 4, 8 and 16; what the whole detector finds has no shape."""
+    model, path = make_dense("retinanet", **SMALL), tmp_path / "model.onnx"
+    with pytest.raises(ValueError, match=r"a RetinaNet finds another number of objects.*model\.backbone"):
+        export(model, path, "onnx", height=64, width=96)
+    assert export(model.backbone, path, "onnx", height=64, width=96, dynamic_batch=True) < 1e-4
+    images = torch.randn(3, 3, 64, 96)
+    session = onnxruntime.InferenceSession(path)
+    assert [each.name for each in session.get_outputs()] == ["map_0", "map_1", "map_2"]
+    maps = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        for found, right, stride in zip(maps, model.backbone(images), (4, 8, 16), strict=True):
+            assert found.shape[2:] == (64 // stride, 96 // stride) or found.shape[1:3] == (64 // stride, 96 // stride)
+            np.testing.assert_allclose(found, right.numpy(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ from s3a.support.command_line import one_line_errors, parse_options, read_rank
 from s3a.support.errors import Interrupted
 from s3a.training.named_recipes import FINE_TUNING, parse_recipe
 from s3a.training.processes import StopRequests, count_own_cores
-from s3a.training.recipe import Recipe, spell_option
+from s3a.training.recipe import ClassificationRecipe, spell_option
 from s3a.training.run_folder import INCIDENTAL, write_whole
 
 
@@ -95,7 +95,7 @@ class Comparison:
 DECIDED = ("name", "model", "seed", "weights", "push_to_hub")
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[Comparison, Recipe]:
+def parse_arguments(arguments: Sequence[str]) -> tuple[Comparison, ClassificationRecipe]:
     """The comparison's own options, and the recipe with the others."""
     ours = {spell_option(field.name) for field in fields(Comparison)} | {"--help", "-h"}
     own: list[str] = []
@@ -158,7 +158,7 @@ def describe_timing(options: Comparison, contenders: list[Contender], data: Imag
     }
 
 
-def describe_settings(options: Comparison, recipe: Recipe, data: ImageData) -> dict[str, object]:
+def describe_settings(options: Comparison, recipe: ClassificationRecipe, data: ImageData) -> dict[str, object]:
     """The options of the comparison, for whoever reads the result."""
     own = {key: getattr(options, key) for key in ("models", "scan", "size", "seeds", "equal", "reference")}
     shared = {key: value for key, value in vars(recipe).items() if key not in (*INCIDENTAL, *DECIDED, "scan", "size")}

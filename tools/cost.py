@@ -18,6 +18,7 @@ from s3a.published import PUBLISHED
 from s3a.support.command_line import run_command
 from s3a.support.errors import make_unknown_error
 
+DENSE_MODULES = ("segmentation", "detection", "rcnn")
 LEGEND = """\
 layers: GMACs of convolutions and pointwise layers alone, in units of 2^30: the "FLOPs" of the SSViT paper
 whole:  GMACs with the products of attention, in units of 10^9: those of the SViT and VVT papers
@@ -30,6 +31,8 @@ class Options:
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[MODEL ...]")] = ()
     """Names in timm's registry; none for all models of this library."""
+    backbone: str | None = None
+    """Of models for segmentation and detection; None for ssvit_tiny."""
     height: int = 224
     """Of the image, in pixels."""
     width: int = 224
@@ -41,7 +44,7 @@ class Options:
 def main(options: Options) -> None:
     """Prints the costs of the models."""
     names = options.models or list_own_models()
-    costs = {name: count_cost(build_on_meta(name), options.height, options.width) for name in names}
+    costs = {name: count_cost(build_on_meta(name, options.backbone), options.height, options.width) for name in names}
     if options.json:
         size = {"height": options.height, "width": options.width}
         print(json.dumps([{"model": name, **size, **asdict(cost)} for name, cost in costs.items()], indent=2))
@@ -56,12 +59,19 @@ def list_own_models() -> list[str]:
     return sorted(own, key=lambda name: (own[name].co_filename, own[name].co_firstlineno))
 
 
-def build_on_meta(name: str) -> torch.nn.Module:
-    """The model without memory for its weights; ValueError for an unknown name."""
+def build_on_meta(name: str, backbone: str | None) -> torch.nn.Module:
+    """The model without memory for its weights; ValueError for an unknown name, or a backbone that it does not have.
+
+    Args:
+        backbone: of a dense model; None for its own.
+    """
     if not timm.is_model(name):
         raise make_unknown_error("model", name, {*list_own_models(), *get_close_matches(name, timm.list_models(), n=1)})
+    dense = [each for module in DENSE_MODULES for each in timm.list_models(module=module)]
+    if backbone is not None and name not in dense:
+        raise ValueError(f"--backbone is {backbone}, and {name} has none: it is for {', '.join(dense)}")
     with torch.device("meta"):
-        return timm.create_model(name)
+        return timm.create_model(name, **({} if backbone is None else {"backbone": backbone}))
 
 
 def format_table(costs: dict[str, Cost], height: int, width: int) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from s3a import CompilationError, compile_model
 from s3a.export import FORMATS, Predictor, check_format, export
+from s3a.models.dense import DenseModel
 from s3a.support.command_line import run_command
 from s3a.support.timing import take_turns
 from s3a.weights.card import format_table
@@ -39,6 +40,8 @@ class Options:
     """pt2 for a torch.export program, aoti for an AOTInductor package, or onnx."""
     output: Path
     """The file to write: .pt2 for the first two, .onnx for the last."""
+    backbone: bool = False
+    """Of weights for segmentation or detection, export the backbone alone: its maps, the largest one first."""
     dynamic_batch: bool = False
     """Make a file that takes any number of images at a time."""
     batch_size: int = 4
@@ -64,12 +67,16 @@ def main(options: Options) -> None:
     model = load_pretrained(options.weights, options.revision)
     channels, height, width = resolve_model_data_config(model)["input_size"]
     height, width = options.height or height, options.width or width
+    if options.backbone:
+        if not isinstance(model, DenseModel):
+            raise ValueError(f"--backbone is for dense models, and {options.weights} is a classifier: leave it out")
+        model = model.backbone
     batch = {"batch_size": options.batch_size, "dynamic_batch": options.dynamic_batch}
     difference = export(model, options.output, options.format, height=height, width=width, **batch)
     count = "any number of" if options.dynamic_batch else options.batch_size
     print(
         f"wrote {options.output}: {options.output.stat().st_size / 1e6:.1f} MB, for {count} images of "
-        f"{height} x {width} pixels; logits within {difference:.1e} of the model's"
+        f"{height} x {width} pixels; {'maps' if options.backbone else 'logits'} within {difference:.1e} of the model's"
     )
     usage = FORMATS[options.format].usage.format(capability=torch.backends.cpu.get_cpu_capability())
     print(f"runs by {usage}")
@@ -108,8 +115,8 @@ def compile_copy(model: nn.Module, images: Tensor) -> nn.Module | None:
     return model
 
 
-def predict(model: Predictor, images: Tensor) -> Tensor:
-    """Logits, without gradients; AOTInductor's code does not run in inference mode."""
+def predict(model: Predictor, images: Tensor) -> Tensor | list[Tensor]:
+    """Logits or maps, without gradients; AOTInductor's code does not run in inference mode."""
     with torch.no_grad():
         return model(images)
 

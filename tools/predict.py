@@ -1,9 +1,14 @@
-"""Predicts the classes of images: python tools/predict.py --weights FOLDER_OR_REPO IMAGE... [--overlay DIR]."""
+"""Says what is in images: python tools/predict.py --weights FOLDER_OR_REPO IMAGE... [--overlay DIR].
+
+Weights of a classifier give the most probable classes of each image, those of segmentation the classes of its pixels,
+and those of detection the objects on it.
+"""
 
 import json
 import os
 import signal
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +21,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import torch
 import tyro
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
@@ -24,13 +31,22 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from s3a.analysis.attribution import attribute, check_explicable
 from s3a.analysis.overlay import draw_overlay, prepare_image
 from s3a.data.decode import choose_mode, read_image
+from s3a.models.detection import Detector
+from s3a.models.segmentation import SegmentationModel
 from s3a.support.command_line import print_error, run_command
+from s3a.support.drawing import paint_label_map, paint_objects, pick_colors
+from s3a.training.average_precision import encode_masks
+from s3a.training.tasks.detection import SHOWN_SCORE, DetectionPredictor
+from s3a.training.tasks.segmentation import OPACITY, SegmentationPredictor
 from s3a.weights.pretrained import load_pretrained
+
+MOST_CLASSES = 5  # of a classifier that are printed, unless told otherwise
+LEGEND_ROWS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Prints the most probable classes of image files, and draws where the model looked."""
+    """Prints what is in image files, and draws it or where a classifier looked."""
 
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE [IMAGE ...]")]
     """Image files, and folders of them; a folder means the images that lie in it, but not those in its subfolders."""
@@ -38,18 +54,23 @@ class Options:
     """A weights folder, or ORG/NAME on the Hub."""
     revision: str | None = None
     """Branch, tag or commit of the Hub repository."""
-    top: int = 5
-    """How many classes to print."""
+    top: int | None = None
+    """How many classes or objects to print; None takes 5 of a classifier, and of other models all that there are."""
+    min_score: float = SHOWN_SCORE
+    """Of detection: the score that an object has at least."""
     overlay: Path | None = None
-    """A folder for a picture per image: the anchors and reference windows that contributed most to its class."""
+    """A folder for a picture per image: of a classifier the anchors and reference windows that contributed most to its
+    class, of segmentation the label map, of detection the boxes and masks."""
     json: bool = False
     """Print JSON instead of text."""
 
     def __post_init__(self) -> None:
         if not self.images:
             raise ValueError("no IMAGE is given: name one image file, or a folder of them")
-        if self.top < 1:
+        if self.top is not None and self.top < 1:
             raise ValueError(f"--top is {self.top}: it must be at least 1")
+        if not 0 <= self.min_score <= 1:
+            raise ValueError(f"--min-score is {self.min_score}: it must be between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -60,43 +81,82 @@ class Prediction:
     index: int
     probability: float
 
+    def __str__(self) -> str:
+        return f"{100 * self.probability:7.2f} %  {self.label}"
+
+
+@dataclass(frozen=True)
+class ClassShare:
+    """A class and its share of the pixels of an image."""
+
+    label: str
+    index: int
+    share: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:7.2f} %  {self.label}"
+
+
+@dataclass(frozen=True)
+class FoundObject:
+    """An object on an image: its box in pixels, and its mask in COCO's run lengths where the detector has masks."""
+
+    label: str
+    index: int
+    score: float
+    left: float
+    top: float
+    right: float
+    bottom: float
+    segmentation: dict[str, Any] | None = None
+
+    def __str__(self) -> str:
+        place = f"left {self.left:.1f}, top {self.top:.1f}, right {self.right:.1f}, bottom {self.bottom:.1f}"
+        return f"{100 * self.score:7.2f} %  {self.label}  ({place})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The most probable classes of an image file, the first one first, and the picture drawn of it, if any."""
+    """What was predicted of an image file, the most of it first, and the picture drawn of it, if any."""
 
     image: Path
-    predictions: list[Prediction]
+    predictions: Sequence[Prediction | ClassShare | FoundObject]
     overlay: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; those that it has not are left out."""
+        rows = [{key: value for key, value in asdict(each).items() if value is not None} for each in self.predictions]
+        overlay = {"overlay": str(self.overlay)} if self.overlay else {}
+        return {"image": str(self.image), "predictions": rows, **overlay}
+
+    def __str__(self) -> str:
+        lines = [str(each) for each in self.predictions] or ["   nothing found"]
+        return "\n".join([str(self.image), *lines, *([f"   drawn in {self.overlay}"] if self.overlay else [])])
 
 
 def main(options: Options) -> None:
     """Predicts image by image. One that cannot be read is an error of its own, and the others are predicted."""
     images = list_images(options.images)
     model = load_pretrained(options.weights, options.revision)
-    names = find_label_names(model)
-    config = resolve_model_data_config(model)
-    mode, steps = choose_mode(config["input_size"][0]), create_transform(**config, is_training=False).transforms
+    predictor = choose_predictor(model)(model, options)
     pictures = name_pictures(images, options.overlay) if options.overlay else [None] * len(images)
     if options.overlay:
-        check_explicable(model)
+        predictor.check_drawable()
         make_folder(options.overlay)
 
     results, has_unreadable = [], False
     for path, picture in zip(images, pictures, strict=True):
         try:
-            image = read_image(path, mode)
+            image = read_image(path, predictor.mode)
         except (ValueError, OSError) as error:
             print_error(error)
             has_unreadable = True
             continue
-        logits = predict_logits(model, image, steps, names, path.name, picture)
-        results.append(Result(image=path, predictions=rank_classes(logits, names, options.top), overlay=picture))
+        results.append(Result(image=path, predictions=predictor.predict(image, path.name, picture), overlay=picture))
         if not options.json:
-            print(format_result(results[-1]))
+            print(results[-1])
     if options.json:
-        rows = [{key: value for key, value in asdict(each).items() if value is not None} for each in results]
-        print(json.dumps(rows, indent=2, default=str))
+        print(json.dumps([each.to_json() for each in results], indent=2))
     if has_unreadable:
         sys.exit(2)
 
@@ -136,7 +196,7 @@ def find_label_names(model: nn.Module) -> list[str]:
         ValueError: for a model without classes, or where there are fewer or more names.
     """
     if model.num_classes < 1:
-        raise ValueError("the weights have no classes (num_classes is 0): use those of a classifier")
+        raise ValueError("the weights have no classes (num_classes is 0): use those of a model with a head")
     names = model.pretrained_cfg.get("label_names") or [f"class {index}" for index in range(model.num_classes)]
     if isinstance(names, dict):  # timm also has index -> name
         names = [names.get(str(index), f"class {index}") for index in range(model.num_classes)]
@@ -162,24 +222,99 @@ def name_pictures(images: Sequence[Path], folder: Path) -> list[Path]:
     return paths
 
 
-def predict_logits(
-    model: nn.Module,
-    image: Image.Image,
-    steps: Sequence[Callable[[Any], Any]],
-    names: list[str],
-    name: str,
-    picture: Path | None,
-) -> Tensor:
-    """The logits of an image, [classes]; draws into the file `picture`, if one is given, where the model looked."""
-    prepared, view = prepare_image(image, steps)
-    if picture is None:
+# --------------------------------------------------------------------------------------------------------
+# What models of each task predict
+# --------------------------------------------------------------------------------------------------------
+
+
+class Predictor(ABC):
+    """A model with loaded weights, and what it says of an image."""
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.model, self.options = model, options
+        self.names = find_label_names(model)
+        self.data_config: dict[str, Any] = resolve_model_data_config(model)
+        self.mode = choose_mode(self.data_config["input_size"][0])
+
+    def check_drawable(self) -> None:  # noqa: B027  most models can
+        """Raises ValueError for a model of which no picture can be drawn."""
+
+    @abstractmethod
+    def predict(
+        self, image: Image.Image, name: str, picture: Path | None
+    ) -> Sequence[Prediction | ClassShare | FoundObject]:
+        """What is in the image, of so many as the options ask for; draws it into the file `picture`, if one is given.
+
+        Args:
+            name: of the image, for the picture.
+        """
+
+
+class ClassPredictor(Predictor):
+    """The most probable classes of an image, and where the model looked."""
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__(model, options)
+        self.steps: Sequence[Callable[[Any], Any]] = create_transform(**self.data_config, is_training=False).transforms
+
+    def check_drawable(self) -> None:
+        check_explicable(self.model)
+
+    def predict(self, image: Image.Image, name: str, picture: Path | None) -> list[Prediction]:
+        prepared, view = prepare_image(image, self.steps)
+        top = self.options.top or MOST_CLASSES
+        if picture is None:
+            with torch.inference_mode():
+                return rank_classes(self.model(prepared[None])[0], self.names, top)
+        attribution = attribute(self.model, prepared[None])
+        found = rank_classes(attribution.logits, self.names, top)
+        title = f"Prediction: {found[0].label} ({100 * found[0].probability:.1f} %)"
+        draw_overlay(image, view, attribution, title, name).savefig(picture)
+        return found
+
+
+class LabelMapPredictor(Predictor):
+    """The classes of an image's pixels, that of the largest part first, and its label map."""
+
+    def predict(self, image: Image.Image, name: str, picture: Path | None) -> list[ClassShare]:
         with torch.inference_mode():
-            return model(prepared[None])[0]
-    attribution = attribute(model, prepared[None])
-    (best,) = rank_classes(attribution.logits, names, 1)
-    title = f"Prediction: {best.label} ({100 * best.probability:.1f} %)"
-    draw_overlay(image, view, attribution, title, name).savefig(picture)
-    return attribution.logits
+            probabilities = SegmentationPredictor().predict_image(self.model, image, self.data_config)
+        label_map = probabilities.argmax(0)  # [height, width]
+        counts = label_map.flatten().bincount(minlength=len(self.names))
+        found = [
+            ClassShare(self.names[index], index, counts[index].item() / label_map.numel())
+            for index in counts.argsort(descending=True, stable=True).tolist()
+            if counts[index]
+        ]
+        if picture is not None:
+            draw_label_map(image, label_map, found, len(self.names)).savefig(picture)
+        return found[: self.options.top]
+
+
+class ObjectPredictor(Predictor):
+    """The objects on an image, that of the best score first, with their boxes and masks."""
+
+    def predict(self, image: Image.Image, name: str, picture: Path | None) -> list[FoundObject]:
+        assert isinstance(self.model, Detector)
+        with torch.inference_mode():
+            found = DetectionPredictor().predict_image(self.model, image, self.data_config)
+        kept = (found["scores"] >= self.options.min_score).nonzero()[: self.options.top, 0]
+        found = {kind: each[kept] for kind, each in found.items()}
+        if picture is not None:
+            draw_objects(image, found, self.names).save(picture)
+        masks: Sequence[Any] = encode_masks(found["masks"]) if "masks" in found else [None] * len(kept)
+        columns = (found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), masks)
+        return [
+            FoundObject(self.names[label], label, score, *box, segmentation=mask)
+            for label, score, box, mask in zip(*columns, strict=True)
+        ]
+
+
+def choose_predictor(model: nn.Module) -> type[Predictor]:
+    """What a model with loaded weights says of images."""
+    if isinstance(model, Detector):
+        return ObjectPredictor
+    return LabelMapPredictor if isinstance(model, SegmentationModel) else ClassPredictor
 
 
 def rank_classes(logits: Tensor, names: list[str], most: int) -> list[Prediction]:
@@ -189,11 +324,35 @@ def rank_classes(logits: Tensor, names: list[str], most: int) -> list[Prediction
     return [Prediction(names[index], index, value) for index, value in zip(indices, probabilities, strict=True)]
 
 
-def format_result(result: Result) -> str:
-    """A result as lines of text."""
-    lines = [f"{100 * each.probability:7.2f} %  {each.label}" for each in result.predictions]
-    where = [f"   drawn in {result.overlay}"] if result.overlay else []
-    return "\n".join([str(result.image), *lines, *where])
+# --------------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------------
+
+
+def draw_label_map(image: Image.Image, label_map: Tensor, found: Sequence[ClassShare], num_classes: int) -> Figure:
+    """The image beside the same under the colours of a label map, with a legend of its classes."""
+    colors = pick_colors(num_classes)
+    painted = paint_label_map(image, label_map.cpu().numpy(), colors, OPACITY)
+    columns = -(-len(found) // LEGEND_ROWS)
+    height = 5.0
+    width = min(max(height * image.width / image.height, 2.0), 12.0)
+    figure = Figure(figsize=(2 * width + 2.2 * columns, height), layout="constrained", dpi=110)
+    for axes, shown in zip(figure.subplots(1, 2), (image.convert("RGB"), painted), strict=True):
+        axes.imshow(shown)
+        axes.set_axis_off()
+    patches = [
+        Patch(color=[value / 255 for value in colors[each.index]], label=f"{each.label}  {100 * each.share:.1f} %")
+        for each in found
+    ]
+    figure.legend(handles=patches, loc="outside right upper", ncols=columns, frameon=False)
+    return figure
+
+
+def draw_objects(image: Image.Image, found: dict[str, Tensor], names: Sequence[str]) -> Image.Image:
+    """The image with boxes, captions and masks of objects."""
+    colors, labels = pick_colors(len(names)), found["labels"].tolist()
+    captions = [f"{names[label]} {score:.2f}" for label, score in zip(labels, found["scores"].tolist(), strict=True)]
+    return paint_objects(image, found["boxes"], captions, [colors[label] for label in labels], found.get("masks"))
 
 
 if __name__ == "__main__":

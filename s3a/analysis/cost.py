@@ -49,7 +49,7 @@ def count_cost(model: nn.Module, height: int, width: int) -> Cost:
     images = torch.empty(1, count_channels(model), height, width, device="meta")
     try:
         with torch.no_grad(), counter:
-            model(images)
+            getattr(model, "count_forward", model)(images)  # detectors ask what they found how to go on
     except (AssertionError, RuntimeError) as error:  # how timm's models refuse a size
         name, reason = type(model).__name__, str(error).partition("\n")[0]
         raise ValueError(f"{name} does not take images of {height} x {width} pixels: {reason}") from error

@@ -13,8 +13,8 @@ from s3a.analysis.cost import Cost
 from s3a.geometry import find_scan_pattern
 from s3a.nn.s3a import S3A
 from s3a.support.errors import make_unknown_error
-from s3a.training.build import build_model, count_image_cost
-from s3a.training.recipe import Recipe
+from s3a.training.model import build_model, count_image_cost
+from s3a.training.recipe import ClassificationRecipe
 
 Equal = Literal["epochs", "compute"]
 PUBLISHED_SCAN = "alternate"
@@ -58,7 +58,7 @@ class Contender:
 
     candidate: Candidate
     folder: str
-    recipe: Recipe
+    recipe: ClassificationRecipe
     cost: Cost
 
     @property
@@ -66,7 +66,7 @@ class Contender:
         """Its name in tables."""
         return self.candidate.label
 
-    def make_recipe(self, runs: Path, seed: int) -> Recipe:
+    def make_recipe(self, runs: Path, seed: int) -> ClassificationRecipe:
         """The recipe of the run with this seed, whose folder lies under `runs`."""
         return replace(self.recipe, seed=seed, output_dir=runs / self.folder / f"seed-{seed}")
 
@@ -99,7 +99,7 @@ def list_candidates(models: Iterable[str], scans: Iterable[str], sizes: Iterable
 
 def make_contenders(
     candidates: list[Candidate],
-    recipe: Recipe,
+    recipe: ClassificationRecipe,
     label_names: list[str],
     *,
     equal: Equal = "epochs",
@@ -122,7 +122,7 @@ def make_contenders(
     costs = []
     for candidate in candidates:
         own = replace(recipe, model=candidate.model, scan=candidate.scan, size=candidate.size)
-        costs.append(count_image_cost(build_model(own, len(label_names)), recipe.image_size))
+        costs.append(count_image_cost(build_model(own, len(label_names)), recipe.image_size, recipe.image_size))
     reference_gmacs = costs[labels.index(reference or labels[0])].gmacs
     contenders = []
     for candidate, cost in zip(candidates, costs, strict=True):
@@ -134,7 +134,7 @@ def make_contenders(
     return contenders
 
 
-def scale_epochs(recipe: Recipe, factor: float) -> Recipe:
+def scale_epochs(recipe: ClassificationRecipe, factor: float) -> ClassificationRecipe:
     """A training `factor` times as long, to the nearest whole epoch and at least one; its phases keep their shares.
 
     Half of 20 epochs with 4 of warm-up, and 4 more of cooldown: 10 with 2, and 2 more.

@@ -10,7 +10,7 @@ from typing import Any
 from s3a.comparison.candidates import Contender
 from s3a.comparison.results import Difference, Score, Spread
 from s3a.data import ImageData
-from s3a.training.recipe import Recipe
+from s3a.training.recipe import ClassificationRecipe
 from s3a.training.run_folder import METRICS_NAME, check_folder
 from s3a.training.trainer import train
 from s3a.weights.folder import CONFIG_NAME
@@ -30,7 +30,7 @@ def subtract_seeds(figures: Spread, reference: Spread) -> Difference:
     return {**difference, "error": error}
 
 
-def train_run(recipe: Recipe, data: ImageData) -> list[dict[str, Any]]:
+def train_run(recipe: ClassificationRecipe, data: ImageData) -> list[dict[str, Any]]:
     """Trains a run to its end, or goes on with it, unless it is finished; returns its metrics, epoch by epoch.
 
     Raises:
@@ -42,7 +42,7 @@ def train_run(recipe: Recipe, data: ImageData) -> list[dict[str, Any]]:
     return read_metrics(recipe.folder)
 
 
-def is_finished(recipe: Recipe, data: ImageData) -> bool:
+def is_finished(recipe: ClassificationRecipe, data: ImageData) -> bool:
     """Whether the recipe's folder holds its whole run, on this data."""
     config = recipe.folder / "model" / CONFIG_NAME
     if not config.is_file() or len(read_metrics(recipe.folder)) != recipe.total_epochs:

@@ -18,8 +18,8 @@ from s3a.analysis.cost import count_channels
 from s3a.comparison.candidates import Contender
 from s3a.comparison.results import Growth
 from s3a.support.timing import Sample, take_turns
-from s3a.training.build import build_model, count_image_cost
-from s3a.training.recipe import Recipe
+from s3a.training.model import build_model, count_image_cost
+from s3a.training.recipe import ClassificationRecipe
 
 Call = Callable[[], object]
 Held = tuple[nn.Module | torch.optim.Optimizer | Tensor, ...]
@@ -112,7 +112,7 @@ def find_free_memory(device: torch.device) -> float:
 
 
 def prepare_inference(
-    recipe: Recipe, label_names: list[str], batch_size: int, side: int, device: torch.device
+    recipe: ClassificationRecipe, label_names: list[str], batch_size: int, side: int, device: torch.device
 ) -> tuple[Call, Held]:
     """A call of one forward, and what there is in memory before it."""
     model, images, _ = make_model_and_batch(recipe, label_names, batch_size, side, device)
@@ -126,7 +126,7 @@ def prepare_inference(
 
 
 def prepare_training(
-    recipe: Recipe, label_names: list[str], batch_size: int, side: int, device: torch.device
+    recipe: ClassificationRecipe, label_names: list[str], batch_size: int, side: int, device: torch.device
 ) -> tuple[Call, Held]:
     """A call of one forward, backward and AdamW step, and what there is in memory before it."""
     model, images, labels = make_model_and_batch(recipe, label_names, batch_size, side, device)
@@ -145,16 +145,16 @@ def prepare_training(
 
 
 def make_model_and_batch(
-    recipe: Recipe, label_names: list[str], batch_size: int, side: int, device: torch.device
+    recipe: ClassificationRecipe, label_names: list[str], batch_size: int, side: int, device: torch.device
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """The model on the device, with noise for images, and labels; ValueError where it takes no images of that side."""
     model = build_model(replace(recipe, image_size=side), len(label_names)).to(device)
-    count_image_cost(model, side)
+    count_image_cost(model, side, side)
     images = torch.randn(batch_size, count_channels(model), side, side, device=device)
     return model, images, torch.arange(batch_size, device=device) % len(label_names)
 
 
-def make_autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
+def make_autocast(recipe: ClassificationRecipe, device: torch.device) -> AbstractContextManager[object]:
     """A context of the recipe's mixed precision."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return nullcontext() if recipe.precision == "no" else torch.autocast(device.type, dtypes[recipe.precision])

@@ -9,7 +9,7 @@ processes and workers there are.
 from s3a.data.batches import Batch
 from s3a.data.images import DatasetImages, ImageData, Images
 from s3a.data.loaders import EvalLoader, TrainLoader
-from s3a.data.sources import DataOptions, Source, load_data
+from s3a.data.sources import DataOptions, Kind, Source, load_data
 
 __all__ = [
     "Batch",
@@ -18,6 +18,7 @@ __all__ = [
     "EvalLoader",
     "ImageData",
     "Images",
+    "Kind",
     "Source",
     "TrainLoader",
     "load_data",

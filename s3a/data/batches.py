@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple, cast
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from s3a.data.decode import UnreadableImageError, decode_image, silence_pillow
@@ -19,10 +21,13 @@ from s3a.data.erasing import Erasure, Rectangle, draw_erased, join_erased
 from s3a.data.images import DataError, Images, MapImages, Row
 from s3a.data.slices import EvalSlices, Slices
 from s3a.data.stream import Draw, Place, Share, StreamImages
+from s3a.data.targets import DecodedTarget, JoinedTargets, Target, join_targets
 
 Transform = Callable[[Image.Image], Tensor]
 """PIL image to [channels, height, width]: uint8 are pixels, which the device normalises (`s3a.data.pixels`); floating
 point is taken as it is."""
+JointTransform = Callable[[Image.Image, DecodedTarget], tuple[Tensor, DecodedTarget]]
+"""The same for an image and its target. Images may be of different sizes then."""
 BatchKey = tuple[int, int, Place | None]
 """Which micro-batch of a process: the epoch, its number in it, and for a stream where its reader begins; None is where
 the reader is, and for images that can be read in any order."""
@@ -34,9 +39,10 @@ class Batch(NamedTuple):
     """The images and labels of one forward of a process."""
 
     images: Tensor
-    """[n, channels, height, width] as the transform gave them: floating point, or uint8, which lie channels last"""
+    """[n, channels, height, width] as the transform gave them: floating point, or uint8, which lie channels last.
+    Smaller images are padded with 0 to the largest height and width, on the right and below"""
     labels: Tensor
-    """[n] int64; in evaluation -1 where there is no image: padding, or unreadable"""
+    """[n] int64, 0 where a source has other targets; in evaluation -1 where there is no image: padding or unreadable"""
     indices: Tensor
     """[n] int64, the row in the split of what was read, for `name_of`; -1 for padding"""
     unreadable: dict[str, str]
@@ -45,6 +51,31 @@ class Batch(NamedTuple):
     """what is still to be erased; None where nothing is"""
     place: Place | None = None
     """behind this batch, of the reader that made it; None where images can be read in any order"""
+    targets: JoinedTargets | None = None
+    """what a joint transform made of each image's target, see `split_targets`; None where targets are labels"""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image and its target, which is None where it is the row's label."""
+
+    image: Image.Image
+    target: DecodedTarget | None
+
+    def transform(self, transform: Transform | JointTransform) -> "Sample":
+        """What the transform of such images makes of it."""
+        if self.target is None:
+            return cast(Transform, transform)(self.image), None
+        return cast(JointTransform, transform)(self.image, self.target)
+
+
+Sample = tuple[Tensor, DecodedTarget | None]
+
+
+def decode_row(row: Row, mode: str) -> Decoded:
+    """The image of a row in `mode`, and its target; UnreadableImageError where one of them cannot be read."""
+    image = decode_image(row.encoded, mode)
+    return Decoded(image, None if row.target is None else row.target.decode(image.height, image.width))
 
 
 class TrainBatches(Dataset[Batch]):
@@ -53,7 +84,7 @@ class TrainBatches(Dataset[Batch]):
     def __init__(
         self,
         images: Images,
-        transform: Transform,
+        transform: Transform | JointTransform,
         erasing: RandomErasing | None,
         mode: str,
         slices: Slices,
@@ -66,8 +97,8 @@ class TrainBatches(Dataset[Batch]):
     def close(self) -> None:
         """Closes files, at the end of an epoch in this process."""
 
-    def decode(self, row: Row, tried: list[str], unreadable: dict[str, str]) -> Image.Image | None:
-        """The image of a row; None where it cannot be read.
+    def decode(self, row: Row, tried: list[str], unreadable: dict[str, str]) -> "Decoded | None":
+        """The image of a row and its target; None where one of them cannot be read.
 
         Args:
             tried: what is said of such images one behind the other, to be added to.
@@ -77,7 +108,7 @@ class TrainBatches(Dataset[Batch]):
             DataError: where too many of them are neighbours.
         """
         try:
-            return decode_image(row.encoded, self.mode)
+            return decode_row(row, self.mode)
         except UnreadableImageError as error:
             name = self.images.name_of(row.index)
             unreadable[name] = error.reason
@@ -88,22 +119,22 @@ class TrainBatches(Dataset[Batch]):
                 ) from error
             return None
 
-    def augment(self, drawn: Iterable[tuple[Image.Image, Row, int]], unreadable: dict[str, str]) -> Batch:
+    def augment(self, drawn: Iterable[tuple["Decoded", Row, int]], unreadable: dict[str, str]) -> Batch:
         """A batch of decoded images with their rows, each augmented from its seed.
 
         Args:
             unreadable: added to while `drawn` is iterated.
         """
-        images, rows = [], []
+        samples, rows = [], []
         erased: list[tuple[Rectangle, Tensor]] = []
         with keep_generators(), silence_pillow():
-            for image, row, seed in drawn:
+            for decoded, row, seed in drawn:
                 seed_generators(seed)
-                images.append(self.transform(image))
+                samples.append(decoded.transform(self.transform))
                 rows.append(row)
                 if self.erasing is not None:
-                    erased += draw_erased(self.erasing, len(images) - 1, images[-1].shape)
-        batch = stack_batch(images, [row.label for row in rows], [row.index for row in rows], unreadable)
+                    erased += draw_erased(self.erasing, len(samples) - 1, samples[-1][0].shape)
+        batch = stack_batch(samples, [row.label for row in rows], [row.index for row in rows], unreadable)
         return batch._replace(erasure=join_erased(erased))
 
 
@@ -128,11 +159,11 @@ class MapTrainBatches(TrainBatches):
         drawn = ((*self._decode_first_readable(rows, unreadable), seed) for rows, seed in candidates)
         return self.augment(drawn, unreadable)
 
-    def _decode_first_readable(self, candidates: Iterator[Row], unreadable: dict[str, str]) -> tuple[Image.Image, Row]:
+    def _decode_first_readable(self, candidates: Iterator[Row], unreadable: dict[str, str]) -> tuple["Decoded", Row]:
         """The first of the rows that can be decoded; the names of those before it are added to `unreadable`."""
         tried: list[str] = []
         decoded = ((self.decode(row, tried, unreadable), row) for row in candidates)
-        return next((image, row) for image, row in decoded if image is not None)
+        return next((each, row) for each, row in decoded if each is not None)
 
 
 @lru_cache(maxsize=2)
@@ -182,15 +213,15 @@ class StreamTrainBatches(TrainBatches):
 
     def _decode_readable(
         self, draws: Iterator[Draw], unreadable: dict[str, str], places: list[Place]
-    ) -> Iterator[tuple[Image.Image, Row, int]]:
+    ) -> Iterator[tuple["Decoded", Row, int]]:
         """Those of the draws that can be decoded; the names of the others are added to `unreadable`."""
         tried: list[str] = []
         for draw in draws:
             places.append(draw.place)
-            image = self.decode(draw.row, tried, unreadable)
-            if image is not None:
+            decoded = self.decode(draw.row, tried, unreadable)
+            if decoded is not None:
                 tried.clear()
-                yield image, draw.row, mix_seeds(*draw.seeds)
+                yield decoded, draw.row, mix_seeds(*draw.seeds)
 
 
 class EvalMaker:
@@ -198,28 +229,31 @@ class EvalMaker:
 
     Args:
         name_of: what messages call a row.
+        blank: the target of a black image; see `Images`.
     """
 
-    def __init__(self, transform: Transform, mode: str, name_of: Callable[[int], str]) -> None:
-        self.transform, self.mode, self.name_of = transform, mode, name_of
+    def __init__(
+        self, transform: Transform | JointTransform, mode: str, name_of: Callable[[int], str], blank: Target | None
+    ) -> None:
+        self.transform, self.mode, self.name_of, self.blank = transform, mode, name_of, blank
 
     def make_batch(self, rows: Iterable[Row], size: int) -> Batch:
         """The rows, and padding up to `size`."""
-        black = Image.new(self.mode, (32, 32))  # stands where there is no image
-        images, labels, indices, unreadable = [], [], [], dict[str, str]()
+        black = decode_row(Row(-1, Image.new(self.mode, (32, 32)), target=self.blank), self.mode)  # where there is none
+        samples, labels, indices, unreadable = [], [], [], dict[str, str]()
         with silence_pillow():
             for row in rows:
                 try:
-                    image, label = decode_image(row.encoded, self.mode), row.label
+                    decoded, label = decode_row(row, self.mode), row.label
                 except UnreadableImageError as error:
                     unreadable[self.name_of(row.index)] = error.reason
-                    image, label = black, -1
-                images.append(self.transform(image))
+                    decoded, label = black, -1
+                samples.append(decoded.transform(self.transform))
                 labels.append(label)
                 indices.append(row.index)
-        padding = size - len(images)
-        images += [self.transform(black)] * padding
-        return stack_batch(images, labels + [-1] * padding, indices + [-1] * padding, unreadable)
+        padding = size - len(samples)
+        samples += [black.transform(self.transform)] * padding
+        return stack_batch(samples, labels + [-1] * padding, indices + [-1] * padding, unreadable)
 
 
 class MapEvalBatches(Dataset[Batch]):
@@ -275,13 +309,23 @@ def convert_error(error: DataError | OSError | RuntimeError) -> DataError:
     )
 
 
-def stack_batch(images: list[Tensor], labels: list[int], indices: list[int], unreadable: dict[str, str]) -> Batch:
+def stack_batch(samples: list[Sample], labels: list[int], indices: list[int], unreadable: dict[str, str]) -> Batch:
     """Makes a Batch of lists of equal length."""
-    return Batch(stack_images(images), torch.tensor(labels), torch.tensor(indices), unreadable)
+    images = stack_images(pad_to_largest([image for image, _ in samples]))
+    targets = join_targets([target for _, target in samples if target is not None])
+    return Batch(images, torch.tensor(labels), torch.tensor(indices), unreadable, targets=targets)
+
+
+def pad_to_largest(images: list[Tensor]) -> list[Tensor]:
+    """The images of the largest height and width among them, with 0 on the right and below."""
+    if len({image.shape for image in images}) == 1:
+        return images
+    height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
+    return [pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
 
 
 def stack_images(images: list[Tensor]) -> Tensor:
-    """[n, channels, height, width], in shared memory where this is a worker.
+    """[n, channels, height, width] of images of one size, in shared memory where this is a worker.
 
     Pixels stay as pictures have them in memory, channels last: to lay them out otherwise takes ten times as long as to
     copy them, and the device does that as it normalises them.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, TypedDict, cast
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # What Pillow raises at files that are broken, or are no images.
 UNREADABLE = (
@@ -66,35 +66,47 @@ def choose_mode(channels: int) -> str:
     return "L" if channels == 1 else "RGB"
 
 
-def decode_image(encoded: EncodedImage | Path | None, mode: str) -> Image.Image:
+def decode_image(encoded: EncodedImage | Path | Image.Image | None, mode: str) -> Image.Image:
     """The image of a dataset's row in `mode`, "RGB" or "L"; see `read_image`.
 
     Inside of `silence_pillow` Pillow's warnings are not printed.
 
     Args:
-        encoded: what the row holds; or a file that the source itself found. A path in a row is never opened, since
-            whoever wrote the row could have named any file of this machine.
+        encoded: what the row holds; or a file that the source itself found, or an image that it made. A path in a row
+            is never opened, since whoever wrote the row could have named any file of this machine.
 
     Raises:
         UnreadableImageError: where it cannot be read.
     """
-    if encoded is None:
-        raise UnreadableImageError("it is empty")
+    if isinstance(encoded, Image.Image):
+        return encoded if encoded.mode == mode else encoded.convert(mode)
+    with open_encoded(encoded) as file:
+        return decode(file, mode)
+
+
+@contextmanager
+def open_encoded(encoded: EncodedImage | Path | None) -> Iterator[BinaryIO]:
+    """Opens what a row holds, or a file that the source itself found, to be decoded; see `decode_image`.
+
+    Raises:
+        UnreadableImageError: where there is nothing to open.
+    """
     if isinstance(encoded, Path):
         try:
-            return decode_file(encoded, mode)
+            with open_file(encoded) as file:
+                yield file
         except FileNotFoundError as error:
             raise UnreadableImageError("it does not exist") from error
-    content, path = encoded["bytes"], encoded["path"]
-    if content is not None:
-        check_size(len(content))
-        return decode(io.BytesIO(content), mode)
-    if path is None:
+        return
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
         raise UnreadableImageError("it is empty")
-    raise UnreadableImageError(
-        f"its row holds no bytes, only the path {path!r}, and paths are for image folders",
-        "store the bytes of the images, or use --data imagefolder",
-    )
+    if encoded["bytes"] is None:
+        raise UnreadableImageError(
+            f"its row holds no bytes, only the path {encoded['path']!r}, and paths are for image folders",
+            "store the bytes of the images, or use --data imagefolder",
+        )
+    check_size(len(encoded["bytes"]))
+    yield io.BytesIO(encoded["bytes"])
 
 
 def read_image(file: str | Path | BinaryIO, mode: str = "RGB", name: str | None = None) -> Image.Image:
@@ -115,15 +127,19 @@ def read_image(file: str | Path | BinaryIO, mode: str = "RGB", name: str | None 
     name = name or str(file)
     try:
         with silence_pillow():
-            return decode_file(Path(file), mode) if isinstance(file, str | Path) else decode(file, mode)
+            if not isinstance(file, str | Path):
+                return decode(file, mode)
+            with open_file(Path(file)) as opened:
+                return decode(opened, mode)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"image {name} does not exist: check the path") from error
     except UnreadableImageError as error:
         raise ValueError(f"image {name} cannot be read ({error.reason}): {error.remedy}") from error
 
 
-def decode_file(path: Path, mode: str) -> Image.Image:
-    """Decodes a regular file; others are not even opened, since a FIFO would wait for a writer for ever.
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a regular file to be decoded; others are not even opened, since a FIFO would wait for a writer for ever.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -136,7 +152,7 @@ def decode_file(path: Path, mode: str) -> Image.Image:
             raise UnreadableImageError(f"it is {kind}, and must be a regular file")
         check_size(status.st_size)
         with path.open("rb") as file:
-            return decode(file, mode)
+            yield file
     except FileNotFoundError as error:
         if not path.is_symlink():
             raise
@@ -159,12 +175,19 @@ def check_size(num_bytes: int) -> None:
 
 def decode(file: BinaryIO, mode: str) -> Image.Image:
     """Decodes an open file; UnreadableImageError where that cannot be done."""
+    with open_image(file) as image:
+        upright = reduce_to_eight_bits(image)
+        ImageOps.exif_transpose(upright, in_place=True)
+        return upright if upright.mode == mode else upright.convert(mode)  # a copy
+
+
+@contextmanager
+def open_image(file: BinaryIO) -> Iterator[ImageFile.ImageFile]:
+    """Reads the header of an image; turns what Pillow raises there, and while it decodes, into UnreadableImageError."""
     try:
         with Image.open(file) as image:
             check_pixels(image.width * image.height)
-            upright = reduce_to_eight_bits(image)
-            ImageOps.exif_transpose(upright, in_place=True)
-            return upright if upright.mode == mode else upright.convert(mode)  # a copy
+            yield image
     except Image.DecompressionBombError as error:
         most = cast(int, Image.MAX_IMAGE_PIXELS)
         reason = f"it has more than {2 * most:,} pixels, and at most {most:,} are decoded"

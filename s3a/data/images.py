@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from s3a.data.decode import EncodedImage
+from s3a.data.targets import Target
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,20 +25,28 @@ class Row:
 
     Attributes:
         index: its row in the split.
-        encoded: what the row holds, or the path of a file that the source itself found on this machine.
-        label: its class.
+        encoded: what the row holds, or the path of a file that the source itself found on this machine; or an image
+            that the source made.
+        label: its class; 0 where a source has other targets.
+        target: what a dense task predicts of it; None where that is the label.
     """
 
     index: int
-    encoded: EncodedImage | Path | None
-    label: int
+    encoded: EncodedImage | Path | Image.Image | None
+    label: int = 0
+    target: Target | None = None
 
 
 class Images(ABC):
-    """One split of a source. `num_images` is known before anything is read."""
+    """One split of a source. `num_images` is known before anything is read.
+
+    Attributes:
+        blank: the target of a black image without a content, which stands for padding; None where targets are labels.
+    """
 
     split: str
     num_images: int
+    blank: Target | None = None
 
     @abstractmethod
     def name_of(self, index: int) -> str:

@@ -24,6 +24,7 @@ from s3a.data.batches import (
     Batch,
     BatchKey,
     EvalMaker,
+    JointTransform,
     MapEvalBatches,
     MapTrainBatches,
     StreamEvalBatches,
@@ -200,6 +201,7 @@ class TrainLoader:
     Args:
         images: the training split.
         transform: PIL image to [channels, height, width], uint8 or floating point; may draw from any global generator.
+            Where rows have targets, image and decoded target to such a pair.
         erasing: what is erased of each image after the transform, drawn by timm on the CPU; None erases nothing.
         normalizer: what the device makes of a batch, kept for whoever iterates; None is for transforms that give
             floating point.
@@ -228,7 +230,7 @@ class TrainLoader:
     def __init__(
         self,
         images: Images,
-        transform: Transform,
+        transform: Transform | JointTransform,
         *,
         erasing: RandomErasing | None = None,
         normalizer: PixelNormalizer | None = None,
@@ -326,7 +328,8 @@ class EvalLoader:
 
     Args:
         images: the split.
-        transform: PIL image to [channels, height, width], uint8 or floating point, without randomness.
+        transform: PIL image to [channels, height, width], uint8 or floating point, without randomness; with targets as
+            in training.
         normalizer: what the device makes of a batch, kept for whoever iterates; None is for transforms that give
             floating point.
         channels: of the network's input, 1 or 3.
@@ -344,7 +347,7 @@ class EvalLoader:
     def __init__(
         self,
         images: Images,
-        transform: Transform,
+        transform: Transform | JointTransform,
         *,
         normalizer: PixelNormalizer | None = None,
         channels: int,
@@ -361,7 +364,7 @@ class EvalLoader:
         self.is_counted = not isinstance(images, StreamImages) or images.sizes is not None
         self._batch_size = -(-batch_size // num_processes)
         self.normalizer = normalizer or PixelNormalizer()
-        self._maker = EvalMaker(transform, choose_mode(channels), images.name_of)
+        self._maker = EvalMaker(transform, choose_mode(channels), images.name_of, images.blank)
         batches: Dataset[Batch | DataError]
         schedule = None
         if isinstance(images, StreamImages):

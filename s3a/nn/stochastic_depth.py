@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from s3a.support.caches import cache_results
 from s3a.support.compiler import make_plain_tensors, to_device
@@ -81,3 +81,57 @@ def build_kept_shares(rates: tuple[float, ...], device: torch.device) -> Tensor:
 def find_kept_shares(rates: tuple[float, ...], device: torch.device) -> Tensor:
     """`build_kept_shares`, whose result a tracer takes as a constant: it is copied to the device once."""
     return build_kept_shares(rates, device)
+
+
+class PlacedDropout2d(nn.Module):
+    """Drops channels of images in training, as `nn.Dropout2d`, by their images' places in a larger batch.
+
+    Args:
+        rate: how often a channel of an image is dropped; the others grow by 1 / (1 - rate).
+
+    Shape:
+        [batch, channels, height, width] to the same.
+
+    Raises:
+        ValueError: for a rate that is not from 0 up to, but below, 1.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"the dropout rate is {rate}: it must be at least 0 and less than 1")
+        self.rate = rate
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        place = PLACE.get()
+        if place is None:
+            drawn = torch.rand(*x.shape[:2], 1, 1, device=x.device)
+        else:
+            drawn = torch.rand(place.total, x.shape[1], 1, 1, generator=place.generator, device=x.device)
+            drawn = drawn[place.first : place.first + x.shape[0]]
+        return x * ((drawn >= self.rate) / (1 - self.rate)).to(x.dtype)
+
+
+def make_image_generators(num_images: int, device: torch.device) -> list[torch.Generator]:
+    """A generator for each image of a forward, for draws whose number differs from image to image.
+
+    Inside of `place_in_batch` an image's generator follows from the seed and from its place in the larger batch, and
+    elsewhere from torch's global generator. A second call in the same place returns generators that start alike, so
+    a forward makes them once.
+
+    Args:
+        device: of what they draw.
+    """
+    place = PLACE.get()
+    seed = int(torch.randint(2**63 - 1, ())) if place is None else place.generator.initial_seed()
+    first = 0 if place is None else place.first
+    generators = []
+    for index in range(first, first + num_images):
+        low, high = np.random.SeedSequence([seed, index]).generate_state(2, np.uint32).tolist()
+        generators.append(torch.Generator(device).manual_seed(low + (high << 32)))
+    return generators

@@ -1,7 +1,8 @@
 """Quantizes the linear layers of a model by torchao; `schemes` has the table of schemes.
 
 Everything else in a quantized model computes in bfloat16, but for the classifier: it takes and gives float32, so that
-logits that are close together stay distinct.
+logits that are close together stay distinct. Of a dense model the backbone alone is quantized and computes in bfloat16;
+boxes and label maps need more digits.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -82,7 +83,7 @@ def choose_layers(
     Raises:
         ValueError: where a pattern matches no linear layer, or none is left.
     """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = list_linear_layers(model)
     for pattern in (*layers, *skip):
         if not any(fnmatchcase(name, pattern) for name in linear):
             raise make_unknown_error("layer pattern", pattern, linear)
@@ -93,6 +94,18 @@ def choose_layers(
         reason = f"none of them has inputs in groups of {group}" if wanted else "the patterns leave none"
         raise ValueError(f"no linear layer to quantize by {scheme!r}: {reason}; choose other layers")
     return fitting, [name for name in wanted if name not in fitting]
+
+
+def list_linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of the part of a model that can be quantized, by name."""
+    part = get_quantized_part(model)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name: module for name, module in linear.items() if not part or name.startswith(f"{part}.")}
+
+
+def get_quantized_part(model: nn.Module) -> str:
+    """The name of the module that quantization converts: a dense model's backbone, or "" for all of the model."""
+    return str(getattr(model, "quantized_part", ""))
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -150,7 +163,15 @@ def check_layers(model: nn.Module, scheme: str, layers: Iterable[str], where: st
 
 
 def cast_model(model: nn.Module) -> None:
-    """Makes a model compute in bfloat16 from its first convolution on, and in float32 in its classifier."""
+    """Makes a model compute in bfloat16 from its first convolution on, and in float32 in its classifier.
+
+    Of a dense model it is the backbone that computes in bfloat16, and everything behind it in float32.
+    """
+    if part := get_quantized_part(model):
+        backbone = model.get_submodule(part).to(DTYPE)
+        backbone.register_forward_pre_hook(cast_to_body)
+        backbone.register_forward_hook(cast_maps)
+        return
     names: dict[str, str] = getattr(model, "pretrained_cfg", {})
     model.to(DTYPE)
     model.get_submodule(names["classifier"]).to(HEAD_DTYPE).register_forward_pre_hook(cast_to_head)
@@ -158,8 +179,13 @@ def cast_model(model: nn.Module) -> None:
 
 
 def cast_to_body(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A hook of the first convolution, which gets images in float32."""
+    """A hook of the first convolution or of a backbone, which gets images in float32."""
     return tuple(x.to(DTYPE) for x in inputs)
+
+
+def cast_maps(module: nn.Module, inputs: tuple[Tensor, ...], maps: list[Tensor]) -> list[Tensor]:
+    """A hook of a backbone, whose maps a dense head reads in float32."""
+    return [x.to(HEAD_DTYPE) for x in maps]
 
 
 def cast_to_head(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

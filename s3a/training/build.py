@@ -2,12 +2,11 @@
 
 import socket
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -21,35 +20,34 @@ from accelerate.utils import (
     is_tensorboard_available,
     is_wandb_available,
 )
-from timm.data import resolve_model_data_config
-from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from s3a.analysis.cost import Cost, copy_to_meta, count_cost
+from s3a.analysis.cost import Cost, copy_to_meta
 from s3a.attention.backends import BACKENDS, Operands
-from s3a.data import EvalLoader, ImageData, TrainLoader, load_data
+from s3a.data import EvalLoader, ImageData, TrainLoader
 from s3a.data.pixels import PixelNormalizer
-from s3a.models.backbone import Backbone
+from s3a.models.dense import DenseModel
 from s3a.nn.batch_norm import synchronise_batch_norm
 from s3a.nn.compilation import compile_model
+from s3a.nn.layers import Region
 from s3a.nn.s3a import S3A
-from s3a.quantization.schemes import check_float, check_trainable
+from s3a.quantization.schemes import check_trainable
 from s3a.support.errors import make_unknown_error
 from s3a.training.checkpoints import CheckpointClock, list_checkpoints
+from s3a.training.dense_recipe import DenseRecipe
 from s3a.training.evaluation import make_eval_loader
+from s3a.training.model import NOT_TAKEN, count_image_cost
 from s3a.training.processes import StopRequests, raise_on_main, seed_step, set_cpu_threads
 from s3a.training.recipe import Recipe
 from s3a.training.run_folder import CHECKPOINT_FOLDER, check_folder, claim_folder
 from s3a.training.tasks.classification import Classification
-from s3a.training.tasks.task import Loss, Task, TimmModel
+from s3a.training.tasks.task import Loss, Task
 from s3a.weights.hub import create_repository
-from s3a.weights.pretrained import PretrainedMixin, load_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +99,22 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Optimizer steps of an epoch that goes through all training images."""
         return self.train_loader.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.recipe.count_steps(self.steps_per_epoch)
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the run, of which the last may be a part of one."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    def count_steps_of(self, epoch: int) -> int:
+        """Optimizer steps of an epoch, counted from 0."""
+        return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
 
     def say(self, message: str) -> None:
         """Prints a message on stderr, once for all processes, above the progress bar."""
@@ -125,15 +137,15 @@ def build_run(recipe: Recipe, task_type: type[Task] = Classification, requests: 
     # Checks: of the recipe alone, with its data, with the processes, and with its model, which has no memory yet.
     check_names(recipe)
     check_folder(recipe)
-    task = task_type(load_data(recipe.data, recipe.data_dir, dataset=recipe.dataset, streaming=recipe.streaming))
+    task = task_type.load(recipe)
     accelerator = build_accelerator(recipe)
     check_processes(recipe, accelerator)
     check_same_data(task, accelerator)
     task.check_recipe(recipe, recipe.batch_size // (accelerator.num_processes * recipe.accumulate))
     shell = build_shell(recipe, task)
     check_backend(recipe, shell, accelerator)
-    cost = count_image_cost(shell, recipe.image_size)
-    data_config = configure_data(recipe, shell)
+    data_config = task.configure_data(recipe, shell)
+    cost = count_image_cost(shell, *data_config["input_size"][1:])
     # The loaders refuse a batch that cannot be cut, and the task an augmentation; they read nothing before an epoch.
     train_loader = build_train_loader(recipe, task, data_config, accelerator)
     val_loader = build_val_loader(recipe, task, data_config, accelerator)
@@ -143,7 +155,7 @@ def build_run(recipe: Recipe, task_type: type[Task] = Classification, requests: 
     model = build_first_model(recipe, task, accelerator)
     ema = build_ema(recipe, model, accelerator)
     optimizer = build_optimizer(recipe, model)
-    scheduler = build_scheduler(recipe, optimizer, train_loader.steps_per_epoch)
+    scheduler = recipe.make_scheduler(optimizer, train_loader.steps_per_epoch)
     model = convert_model(recipe, model, accelerator)
     with accelerator.main_process_first():
         lock: AbstractContextManager[object] = claim_folder(recipe) if accelerator.is_main_process else nullcontext()
@@ -211,6 +223,8 @@ def check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
             raise ValueError("FSDP needs CUDA: on this machine leave it out of the accelerate configuration, for DDP")
         if recipe.ema_decay is not None:
             raise ValueError(f"--ema-decay is {recipe.ema_decay}: no average is kept of sharded weights; use None")
+        if isinstance(recipe, DenseRecipe):
+            raise ValueError("FSDP is for classification, whose blocks it shards: train dense tasks without it, by DDP")
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--precision is fp16, which needs a GPU: use bf16 or no")
 
@@ -245,36 +259,21 @@ def check_backend(recipe: Recipe, shell: nn.Module, accelerator: Accelerator) ->
             raise ValueError(f"--backend is {recipe.backend}: {reason}; use tiled, or leave --backend out")
 
 
-def count_image_cost(model: nn.Module, side: int) -> Cost:
-    """The cost of a square image; ValueError where the model does not take so many pixels."""
-    try:
-        return count_cost(model, side, side)
-    except ValueError as error:
-        raise ValueError(f"--image-size is {side}: {error}") from error
-
-
 # --------------------------------------------------------------------------------------------------------
 # The model
 # --------------------------------------------------------------------------------------------------------
 
-NOT_TAKEN = {
-    "drop_path_rate": "--model {model} has no drop path: use --drop-path None",
-    "scan": "--model {model} has no sparse scans: leave --scan out, or use an SSViT",
-    "size": "--model {model} has no sparse scans to give a size: leave --size out, or use an SSViT",
-    "backend": "--model {model} has no sparse scans to run by a backend: leave --backend out, or use an SSViT",
-}
-
 
 def build_shell(recipe: Recipe, task: Task) -> nn.Module:
-    """The model of `build_task_model` without memory, in evaluation mode; drawing nothing at random.
+    """The model of `Task.build_model` without memory, in evaluation mode; drawing nothing at random.
 
     It has no backend of its own: weights are saved in a copy of it, to be used on any machine.
     """
     recipe = replace(recipe, backend=None)
     if recipe.weights is not None:
-        return copy_to_meta(build_task_model(recipe, task))
+        return copy_to_meta(task.build_model(recipe))
     with torch.device("meta"):
-        return build_task_model(recipe, task).eval()
+        return task.build_model(recipe).eval()
 
 
 def build_first_model(recipe: Recipe, task: Task, accelerator: Accelerator) -> nn.Module:
@@ -284,7 +283,7 @@ def build_first_model(recipe: Recipe, task: Task, accelerator: Accelerator) -> n
     """
     seed_step(recipe.seed, step=0, process=-1)
     starts = not list_checkpoints(recipe.folder / CHECKPOINT_FOLDER)
-    model = build_task_model(recipe, task, partial(accelerator.print, file=sys.stderr) if starts else None)
+    model = task.build_model(recipe, partial(accelerator.print, file=sys.stderr) if starts else lambda line: None)
     if recipe.quantize is not None:
         from s3a.quantization.convert import fake_quantize  # noqa: PLC0415  torchao is slow to import
 
@@ -292,92 +291,21 @@ def build_first_model(recipe: Recipe, task: Task, accelerator: Accelerator) -> n
     return model.to(accelerator.device)
 
 
-def build_task_model(recipe: Recipe, task: Task, say: Callable[[str], object] | None = None) -> nn.Module:
-    """The recipe's model with the head that the task needs.
-
-    Args:
-        say: is given a line about a new head of loaded weights, if there is one.
-    """
-    model = build_model(recipe, task.num_outputs)
-    if recipe.weights is not None:
-        known = model.num_classes
-        if task.fit_head(model) and say is not None:
-            outputs = task.purpose.outputs
-            say(f"a new head of {task.num_outputs} {outputs}: {recipe.weights} knows {known}; all else is kept")
-    return model
-
-
-def build_model(recipe: Recipe, num_outputs: int) -> nn.Module:
-    """The recipe's model with fresh weights and so many outputs; or with those to fine-tune, which have their own head.
-
-    Raises:
-        ValueError, FileNotFoundError: for weights that cannot be loaded or are another model's, and for arguments that
-            the model does not take.
-    """
-    model_args = {"drop_path_rate": recipe.drop_path}
-    model_args |= {field: getattr(recipe, field) for field in ("scan", "size", "backend")}
-    given: dict[str, Any] = {name: value for name, value in model_args.items() if value is not None}
-    try:
-        if recipe.weights is not None:
-            model = load_pretrained(recipe.weights, **given)
-        else:
-            config = get_pretrained_cfg(recipe.model)
-            if config is not None and config.fixed_input_size:
-                given["img_size"] = recipe.image_size
-            model = timm.create_model(recipe.model, num_classes=num_outputs, **given)
-    except TypeError as error:
-        refused = next((name for name in NOT_TAKEN if name in given and f"'{name}'" in str(error)), None)
-        if refused is None:
-            raise
-        raise ValueError(NOT_TAKEN[refused].format(model=recipe.model)) from error
-    if recipe.weights is not None:
-        check_weights(recipe, model)
-    check_arguments(recipe, model)
-    if recipe.grad_checkpointing:
-        cast(TimmModel, model).set_grad_checkpointing()
-    return model
-
-
-def check_weights(recipe: Recipe, model: nn.Module) -> None:
-    """Raises ValueError for weights that are quantized, or another model's."""
-    check_float(model)
-    name = cast(TimmModel, model).pretrained_cfg["architecture"]
-    if name != recipe.model:
-        raise ValueError(f"--weights {recipe.weights} holds a {name}: use --model {name}, or other weights")
-
-
-def check_arguments(recipe: Recipe, model: nn.Module) -> None:
-    """Raises ValueError for fields that this model leaves unheeded, as some of timm's do with arguments."""
-    for field in ("scan", "size"):
-        if getattr(recipe, field) is not None and not any(isinstance(module, S3A) for module in model.modules()):
-            raise ValueError(NOT_TAKEN[field].format(model=recipe.model))
-    if recipe.late_drop_path is not None and not isinstance(model, Backbone):
-        raise ValueError(f"--model {recipe.model} cannot change its drop path: use --late-drop-path None")
-
-
 def convert_model(recipe: Recipe, model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """The model with synchronised BatchNorm, and compiled, where the recipe and the processes ask for it."""
     if recipe.sync_batch_norm and accelerator.num_processes > 1:
         synchronise_batch_norm(model)
     if recipe.compile:
-        if isinstance(model, PretrainedMixin):
-            compile_model(model)
+        if any(isinstance(module, Region) for module in model.modules()):
+            compile_model(model)  # of a dense model the backbone alone: what its head does follows from the objects
         else:
-            model.compile()
+            (model.backbone if isinstance(model, DenseModel) else model).compile()
     return model
 
 
 # --------------------------------------------------------------------------------------------------------
 # Around the model
 # --------------------------------------------------------------------------------------------------------
-
-
-def configure_data(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
-    """timm's preprocessing keys: the model's own, at the recipe's image size and crop."""
-    data_config: dict[str, Any] = resolve_model_data_config(model)
-    channels = data_config["input_size"][0]
-    sides = (recipe.image_size, recipe.image_size)
-    return {**data_config, "input_size": (channels, *sides), "crop_pct": recipe.crop_pct}
 
 
 def build_train_loader(
@@ -434,19 +362,3 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     return create_optimizer_v2(
         model, "adamw", lr=recipe.peak_learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
-
-
-def build_scheduler(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
-    """timm's cosine with warm-up and cooldown; a function of the epoch or step alone."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=recipe.epochs,
-        cooldown_epochs=recipe.cooldown_epochs,
-        warmup_epochs=recipe.warmup_epochs,  # type: ignore[arg-type]  # timm takes fractions of epochs too
-        warmup_lr=1e-6,
-        min_lr=recipe.min_learning_rate,
-        step_on_epochs=recipe.schedule == "epoch",
-        updates_per_epoch=steps_per_epoch,
-    )
-    return scheduler

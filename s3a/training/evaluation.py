@@ -3,28 +3,32 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from s3a.data import Batch, EvalLoader, ImageData
-from s3a.data.batches import Transform
+from s3a.data.batches import JointTransform, Transform
 from s3a.data.images import DataError
 from s3a.data.loaders import describe_idle_workers
 from s3a.data.pixels import PixelNormalizer
-from s3a.training.processes import raise_on_main, set_cpu_threads, sum_over_hosts
+from s3a.models.detection import Detector
+from s3a.models.segmentation import SegmentationModel
+from s3a.training.processes import gather_on_main, raise_on_main, set_cpu_threads, sum_over_hosts
 from s3a.training.progress import ProgressDisplay
 from s3a.training.recipe import Precision
 from s3a.training.tasks.classification import Classification
-from s3a.training.tasks.task import Task
-from s3a.training.transfers import Readback, send_batches
+from s3a.training.tasks.detection import Detection
+from s3a.training.tasks.segmentation import Segmentation
+from s3a.training.tasks.task import ClassTask, Task
+from s3a.training.transfers import Readback, find_exact_dtype, send_batches
 
 
 class NonFiniteLossError(ValueError):
@@ -43,12 +47,14 @@ class Evaluation:
         scores: of the task, by name.
         images: how many were read.
         unreadable: the names of the others, sorted, and why they could not be read.
+        records: of the task, from all processes; on the main one alone, the others have none.
     """
 
     scores: dict[str, float]
     images: int
     images_per_second: float
     unreadable: dict[str, str] = field(default_factory=dict)
+    records: Sequence[Any] = ()
 
     def to_json(self) -> dict[str, Any]:
         """One flat object, with the loss behind the other scores, and the names of unreadable images if there are."""
@@ -82,8 +88,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     started = time.perf_counter()
-    exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    exact = find_exact_dtype(accelerator.device)
     sums = torch.zeros(1, dtype=exact, device=accelerator.device)  # as long as the task's from the first batch on
+    records: list[Any] = []
     unreadable: dict[str, str] = {}
     num_read = 0
     behind: Readback | None = None
@@ -99,7 +106,8 @@ def evaluate(
             with accelerator.autocast():
                 measured = task.measure(model, batch)
             num_scored = (batch.labels >= 0).sum()  # the others are padding, or could not be read
-            sums = sums + torch.cat([measured, num_scored.to(measured.dtype).reshape(1)])
+            sums = sums + torch.cat([measured.sums, num_scored.to(measured.sums.dtype).reshape(1)])
+            records += measured.records
             if behind is not None:
                 behind.read()  # the device is a batch behind at most, and what is shown has been computed
             behind = Readback(sums)
@@ -108,14 +116,32 @@ def evaluate(
     model.train(was_training)
     check_count(loader, num_read, accelerator)
     *totals, counted = accelerator.reduce(sums, reduction="sum").tolist()
-    scores = task.compute_scores(totals, int(counted))
-    check_scores(task, scores)
+    records = gather_on_main(accelerator, records)
     return Evaluation(
-        scores=scores,
+        scores=score_on_main(accelerator, task, totals, int(counted), records),
         images=int(counted),
         images_per_second=round(counted / (time.perf_counter() - started), 1),
         unreadable=dict(sorted(gather_object([*unreadable.items()]))),
+        records=records,
     )
+
+
+def score_on_main(
+    accelerator: Accelerator, task: Task, totals: Sequence[float], num_images: int, records: Sequence[Any]
+) -> dict[str, float]:
+    """The scores of the task, which the main process computes and all get; so do its errors."""
+    outcome: list[dict[str, float] | Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            scores = task.compute_scores(totals, num_images, records)
+            check_scores(task, scores)
+            outcome = [scores]
+        except Exception as error:  # whatever it is, the others wait for it
+            outcome = [error]
+    (outcome_of_main,) = broadcast_object_list(outcome)
+    if isinstance(outcome_of_main, Exception):
+        raise_on_main(accelerator, outcome_of_main)
+    return cast(dict[str, float], outcome_of_main)
 
 
 def check_count(loader: EvalLoader, num_read: int, accelerator: Accelerator) -> None:
@@ -157,7 +183,7 @@ def follow_with_padding(loader: EvalLoader) -> Iterator[Batch]:
 
 def make_eval_loader(
     data: ImageData,
-    transform: Transform,
+    transform: Transform | JointTransform,
     accelerator: Accelerator,
     *,
     data_config: Mapping[str, Any],
@@ -184,39 +210,43 @@ def make_eval_loader(
 
 def evaluate_weights(
     model: nn.Module,
-    data: ImageData,
+    task: Task,
     *,
     batch_size: int,
     precision: Precision = "no",
     num_workers: int = 0,
     max_bad_images: float = 0.0,
-    other_label_names: bool = False,
 ) -> Evaluation:
-    """Evaluates a classifier with loaded weights on the validation images, with its own preprocessing.
+    """Evaluates a model with loaded weights on the validation images of a task, with its own preprocessing.
 
     Args:
+        task: whose `check_weights` takes the model.
         max_bad_images: share of the images that may be unreadable; the scores leave them out.
-        other_label_names: let the data call the classes otherwise than the weights do, in the same order.
 
     Raises:
-        ValueError: where the data has other classes than the model, or too many images cannot be read.
+        ValueError: where too many images cannot be read, or a score is not finite.
     """
-    task = Classification(data)
-    task.check_weights(model, other_label_names=other_label_names)
     accelerator = Accelerator(mixed_precision=precision)
     set_cpu_threads(accelerator, threads=None)
     config = resolve_model_data_config(model)
     transform = task.make_eval_transform(config)
     loader = make_eval_loader(
-        data, transform, accelerator, data_config=config, batch_size=batch_size, num_workers=num_workers
+        task.data, transform, accelerator, data_config=config, batch_size=batch_size, num_workers=num_workers
     )
-    idle = describe_idle_workers(data.val, accelerator.num_processes, num_workers)
+    idle = describe_idle_workers(task.data.val, accelerator.num_processes, num_workers)
     if idle and accelerator.is_main_process:
         warnings.warn(idle, stacklevel=2)
     evaluation = evaluate(model.to(accelerator.device), task, loader, accelerator, progress=accelerator.is_main_process)
     assert evaluation is not None  # nobody asks to stop
-    check_unreadable(evaluation.unreadable, int(max_bad_images * data.val.num_images))
+    check_unreadable(evaluation.unreadable, int(max_bad_images * task.data.val.num_images))
     return evaluation
+
+
+def choose_task(model: nn.Module) -> type[ClassTask]:
+    """What a model with loaded weights was trained to do."""
+    if isinstance(model, Detector):
+        return Detection
+    return Segmentation if isinstance(model, SegmentationModel) else Classification
 
 
 def check_unreadable(unreadable: Mapping[str, str], most: int) -> None:

@@ -1,25 +1,30 @@
-"""The recipes that have a name: the digits, one's own photographs, and the papers' trainings on ImageNet."""
+"""The recipes that have a name: the digits, one's own photographs, and the papers' trainings on ImageNet.
+
+Those of the dense tasks are in `dense_recipes`; every table of names is here.
+"""
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
+from typing import Generic
 
 from s3a.models import ssvit, svit, vvt
 from s3a.support.command_line import parse_known_options, parse_options
 from s3a.support.errors import make_unknown_error
+from s3a.training.dense_recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES
 from s3a.training.processes import count_own_cores
-from s3a.training.recipe import Recipe, Schedule
+from s3a.training.recipe import ClassificationRecipe, Given, Recipe, RecipeT
 from s3a.weights.pretrained import read_model_name
 
 SIZES = {**ssvit.SIZES, **svit.SIZES, **vvt.SIZES}
 
 
-def digits() -> Recipe:
+def digits() -> ClassificationRecipe:
     """scikit-learn's 1,797 handwritten digits, of 8 x 8 pixels, at 48 px: at least 99 % top-1 in 18 epochs."""
-    return Recipe(
+    return ClassificationRecipe(
         model="ssvit_nano",
         data="digits",
         image_size=48,
@@ -36,7 +41,7 @@ def digits() -> Recipe:
     )
 
 
-def photos() -> Recipe:
+def photos() -> ClassificationRecipe:
     """One's own photographs, some thousand in a few classes, from scratch: `ssvit_tiny` at 224 px.
 
     Crops, mirroring, RandAugment, random erasing and label smoothing are DeiT's (arXiv 2012.12877). The rest is fitted
@@ -50,7 +55,7 @@ def photos() -> Recipe:
       of its batch, more than there are.
     - A step is cut into forwards of 16 images, 2.6 GB of activations in float32.
     """
-    return Recipe(
+    return ClassificationRecipe(
         name="photos",
         model="ssvit_tiny",
         data="imagefolder",
@@ -68,7 +73,7 @@ def photos() -> Recipe:
     )
 
 
-def photos_finetune() -> Recipe:
+def photos_finetune() -> ClassificationRecipe:
     """`photos` from weights that have seen more images, with a new head: 20 epochs at a fifth of the learning rate.
 
     That is timm's practice for AdamW on small sets: 1e-4 for 32 images, little enough to keep what the weights know
@@ -88,12 +93,12 @@ def photos_finetune() -> Recipe:
     )
 
 
-def imagenet(model: str) -> Recipe:
+def imagenet(model: str) -> ClassificationRecipe:
     """SSViT's training on ImageNet-1k at 224 px: DeiT's recipe (arXiv 2012.12877), 300 epochs and 10 of cooldown.
 
     The stochastic depth is what the model's paper trains its size with.
     """
-    return Recipe(
+    return ClassificationRecipe(
         name=f"{model}_imagenet",
         model=model,
         data="hub",
@@ -119,7 +124,7 @@ def imagenet(model: str) -> Recipe:
     )
 
 
-def imagenet_384(model: str) -> Recipe:
+def imagenet_384(model: str) -> ClassificationRecipe:
     """Fine-tuning at 384 px, 30 epochs, from the weights of the 224 px run; no published recipe exists.
 
     Settings are DeiT's and Swin's for a higher resolution: a small learning rate, little weight decay, no
@@ -142,13 +147,13 @@ def imagenet_384(model: str) -> Recipe:
     )
 
 
-def svit_imagenet(model: str) -> Recipe:
+def svit_imagenet(model: str) -> ClassificationRecipe:
     """`imagenet` as the authors of SViT ran it: DeiT's batch, no cooldown, and for the large size a late drop path."""
     late = (0.6, 40) if model == "svit_large" else None
     return replace(imagenet(model), batch_size=1024, cooldown_epochs=0, late_drop_path=late)
 
 
-def vvt_imagenet(model: str) -> Recipe:
+def vvt_imagenet(model: str) -> ClassificationRecipe:
     """`imagenet` as the authors of VVT ran it: DeiT's batch, no cooldown, no average; the tiny size does not clip."""
     clip = None if model == "vvt_tiny" else 1.0
     return replace(imagenet(model), batch_size=1024, cooldown_epochs=0, ema_decay=None, clip_grad=clip)
@@ -158,7 +163,7 @@ SSVIT = ("ssvit_tiny", "ssvit_small", "ssvit_base", "ssvit_large")
 SVIT = ("svit_small", "svit_base", "svit_large")
 VVT = ("vvt_tiny", "vvt_small", "vvt_medium", "vvt_large")
 
-RECIPES: dict[str, Callable[[], Recipe]] = {
+RECIPES: dict[str, Callable[[], ClassificationRecipe]] = {
     "digits": digits,
     "photos": photos,
     "photos_finetune": photos_finetune,
@@ -169,11 +174,22 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
-def get_recipe(name: str) -> Recipe:
-    """The recipe of that name; ValueError with the nearest one if there is none."""
-    if name not in RECIPES:
-        raise make_unknown_error("recipe", name, RECIPES)
-    return RECIPES[name]()
+TABLES: dict[str, Mapping[str, Callable[[], Recipe]]] = {
+    "train": RECIPES,
+    "segment": SEGMENTATION_RECIPES,
+    "detect": DETECTION_RECIPES,
+}
+"""The recipes of each command."""
+
+
+def get_recipe(name: str, recipes: Mapping[str, Callable[[], RecipeT]] = RECIPES) -> RecipeT:  # type: ignore[assignment]
+    """The recipe of that name; ValueError with the nearest one, or with its command, if the table has none."""
+    if name in recipes:
+        return recipes[name]()
+    for command, table in TABLES.items():
+        if name in table:
+            raise ValueError(f"{name} is a recipe of another command: use recipes/{command}.py {name}")
+    raise make_unknown_error("recipe", name, recipes)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -187,43 +203,32 @@ HINTS = {
 }
 
 
-def parse_recipe(name: str, arguments: Sequence[str], description: str | None = None) -> Recipe:
+def parse_recipe(
+    name: str,
+    arguments: Sequence[str],
+    description: str | None = None,
+    recipes: Mapping[str, Callable[[], RecipeT]] = RECIPES,  # type: ignore[assignment]
+) -> RecipeT:
     """The named recipe with the options of a command line. A recipe for fine-tuning takes the model of its weights.
 
     Args:
         description: what --help says first.
+        recipes: the table that has it.
 
     Raises:
         ValueError, FileNotFoundError: for an unknown recipe, wrong options, and weights that are missing.
     """
-    named = get_recipe(name)
+    named = get_recipe(name, recipes)
     recipe = apply_options(named, arguments, description)
     if name in FINE_TUNING:
         recipe = take_model_of_weights(recipe, arguments)
     return forget_other_source(recipe, named)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Given:
-    """Options that decide what a named recipe has for others."""
-
-    epochs: int
-    schedule: Schedule | None = None
-    model: str | None = None
-
-
-def apply_options(named: Recipe, arguments: Sequence[str], description: str | None = None) -> Recipe:
-    """The recipe with these options. In fewer epochs than its own, its phases keep their shares, unless given too.
-
-    A warm-up of less than an epoch needs a learning rate that moves with every step.
-    """
-    given = find_given(named, arguments)
-    default = replace(named, schedule=given.schedule or named.schedule)
-    if given.epochs < named.epochs:
-        default = default.change_epochs(given.epochs)
-        if named.warmup_epochs and not default.warmup_epochs and given.schedule is None:
-            default = replace(named, schedule="step").change_epochs(given.epochs)
-    return parse_options(Recipe, arguments, default=default, description=description, hints=HINTS)
+def apply_options(named: RecipeT, arguments: Sequence[str], description: str | None = None) -> RecipeT:
+    """The recipe with these options, adapted to those that decide others."""
+    default = named.adapt(find_given(named, arguments))
+    return parse_options(type(named), arguments, default=default, description=description, hints=HINTS)
 
 
 def find_given(named: Recipe, arguments: Sequence[str]) -> Given:
@@ -231,23 +236,26 @@ def find_given(named: Recipe, arguments: Sequence[str]) -> Given:
     return parse_known_options(Given, arguments, default=Given(epochs=named.epochs))
 
 
-def find_late_name(arguments: Sequence[str], message: str) -> str | None:
+def find_late_name(
+    arguments: Sequence[str], message: str, recipes: Mapping[str, Callable[[], Recipe]] = RECIPES
+) -> str | None:
     """The arguments with the recipe first whose name stands behind options, as in `--epochs 3 photos`; None if none is.
 
     Args:
         message: why the arguments are refused.
+        recipes: the table with the names.
     """
     for index, word in enumerate(arguments):
-        near = get_close_matches(word, RECIPES, n=1, cutoff=0.8)
+        near = get_close_matches(word, recipes, n=1, cutoff=0.8)
         others = [*arguments[:index], *arguments[index + 1 :]]
         if near and word in message:
             with suppress(ValueError):  # then there is more that is wrong, and another message
-                apply_options(get_recipe(near[0]), others)
+                apply_options(get_recipe(near[0], recipes), others)
                 return shlex.join([near[0], *others])
     return None
 
 
-def take_model_of_weights(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
+def take_model_of_weights(recipe: RecipeT, arguments: Sequence[str]) -> RecipeT:
     """The recipe for fine-tuning with the model of its weights, if none is given; ValueError without weights."""
     if recipe.weights is None:
         raise ValueError(
@@ -260,7 +268,7 @@ def take_model_of_weights(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
     return replace(recipe, model=read_model_name(recipe.weights))
 
 
-def forget_other_source(recipe: Recipe, named: Recipe) -> Recipe:
+def forget_other_source(recipe: RecipeT, named: Recipe) -> RecipeT:
     """The recipe, without the named recipe's data options where a user has changed its source of images.
 
     `ssvit_tiny_imagenet --data imagefolder --data-dir DIR` has no dataset of the Hub any more, although its named
@@ -274,3 +282,42 @@ def forget_other_source(recipe: Recipe, named: Recipe) -> Recipe:
         dataset=None if recipe.dataset == named.dataset else recipe.dataset,
         streaming=False if recipe.streaming == named.streaming else recipe.streaming,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Generic[RecipeT]):
+    """A command that trains recipes: recipes/NAME.py.
+
+    Attributes:
+        name: of its file.
+        purpose: what it does, in the words of its help.
+        recipes: those that it trains, by name.
+        default: the one that it trains without arguments.
+    """
+
+    name: str
+    purpose: str
+    recipes: Mapping[str, Callable[[], RecipeT]]
+    default: str
+
+    def parse(self, arguments: Sequence[str]) -> tuple[RecipeT, bool]:
+        """The recipe of a command line, and whether the line names one.
+
+        Raises:
+            ValueError: for wrong options, and for a name that stands behind options; see `parse_recipe`.
+        """
+        named = bool(arguments) and not arguments[0].startswith("-")
+        name, options = (arguments[0], arguments[1:]) if named else (self.default, arguments)
+        script = f"recipes/{self.name}.py"
+        help_text = (
+            f"{self.purpose}: {script} [RECIPE] [--print-recipe] [--option value ...]. The recipe comes first, and is "
+            f"one of {', '.join(self.recipes)}; without one it is {self.default}. --print-recipe shows what would run, "
+            "and trains nothing."
+        )
+        try:
+            return parse_recipe(name, options, help_text, self.recipes), named
+        except ValueError as error:
+            in_order = find_late_name(options, str(error), self.recipes)
+            if in_order is None:
+                raise
+            raise ValueError(f"the name of a recipe comes before its options: {script} {in_order}") from None

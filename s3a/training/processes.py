@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from types import FrameType, TracebackType
-from typing import NoReturn, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 import numpy as np
 import torch
@@ -98,6 +98,16 @@ def get_host_group(world: torch.distributed.ProcessGroup) -> torch.distributed.P
 def reduce_any(accelerator: Accelerator, value: bool) -> bool:
     """Whether the value is true on any process; all processes call this together."""
     return sum_over_hosts(accelerator, value) != [0]
+
+
+def gather_on_main(accelerator: Accelerator, records: list[Any]) -> list[Any]:
+    """What all processes have, in their order, on the main one; the others get nothing, and need no memory for it."""
+    if accelerator.num_processes == 1:
+        return records
+    parts: list[Any] | None = [None] * accelerator.num_processes if accelerator.is_main_process else None
+    group = get_host_group(torch.distributed.group.WORLD)  # records are the hosts', and have no place on a device
+    torch.distributed.gather_object(records, parts, dst=0, group=group)
+    return [record for part in parts or () for record in part]
 
 
 def raise_on_main(accelerator: Accelerator, error: Exception) -> NoReturn:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RECIPE_NAME, METRICS_NAME, CURVES_NAME = "recipe.json", "metrics.jsonl", "curves.png"
+EXAMPLES_NAME = "examples.png"
 CHECKPOINT_FOLDER = "checkpoints"
 
 # May differ between the parts of one run: places, and what does not change its weights by more than rounding.

@@ -58,6 +58,7 @@ from s3a.training.recipe import Recipe, spell_option
 from s3a.training.run_folder import (
     CHECKPOINT_FOLDER,
     CURVES_NAME,
+    EXAMPLES_NAME,
     INCIDENTAL,
     WEIGHTS,
     EpochMetrics,
@@ -102,12 +103,12 @@ def train(recipe: Recipe, task: type[Task] = Classification, *, note: str | None
             if idle := describe_idle_workers(run.data.train, processes, workers):
                 run.say(idle)
             display = ProgressDisplay(
-                recipe.total_epochs * run.steps_per_epoch,
+                run.total_steps,
                 done=count_steps(run, progress),
-                show=progress.epoch < recipe.total_epochs and run.accelerator.is_main_process,
+                show=progress.epoch < run.total_epochs and run.accelerator.is_main_process,
             )
             with display:
-                while progress.epoch < recipe.total_epochs:
+                while progress.epoch < run.total_epochs:
                     run_epoch(run, progress, display)
             finish(run, progress)
             run.accelerator.end_training()
@@ -168,7 +169,7 @@ class PendingStep:
 
 def count_steps(run: Run, progress: Progress) -> int:
     """Optimizer steps that are done since the beginning of the run."""
-    return progress.epoch * run.steps_per_epoch + progress.step
+    return min(progress.epoch * run.steps_per_epoch, run.total_steps) + progress.step
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -181,6 +182,8 @@ def run_epoch(run: Run, progress: Progress, display: ProgressDisplay) -> None:
     speed = train_epoch(run, progress, display)
     share_buffers(run)
     evaluation = validate(run, progress, run.bare_model)
+    if run.accelerator.is_main_process:
+        run.task.write_records(run.folder, evaluation.records)
     scores = {f"val_{name}": score for name, score in evaluation.scores.items()}
     if run.ema is not None:
         best = run.task.best
@@ -217,12 +220,12 @@ def train_epoch(run: Run, progress: Progress, display: ProgressDisplay) -> Speed
     prepare_epoch(run, progress)
     first, started, waited = progress.step, time.perf_counter(), 0.0
     batches = run.train_loader.epoch(progress.epoch, first_step=progress.step)
-    for _ in range(progress.step, run.steps_per_epoch):
+    for _ in range(progress.step, run.count_steps_of(progress.epoch)):
         asked = time.perf_counter()
         micro_batches = next(batches)
         if progress.pending is None or progress.pending.outcome.is_there():  # else the device still had work to do
             waited += time.perf_counter() - asked
-        if run.recipe.schedule == "step":
+        if run.recipe.moves_each_step:
             run.scheduler.step_update(count_steps(run, progress) + 1)
         train_step(run, progress, micro_batches)
         speed = (progress.step - first) * run.recipe.batch_size / (time.perf_counter() - started)
@@ -244,10 +247,10 @@ def prepare_epoch(run: Run, progress: Progress) -> None:
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
                 module.eval()
     rate = recipe.drop_path_at(progress.epoch)
-    if recipe.late_drop_path is not None and rate is not None:
+    if rate is not None and rate != recipe.drop_path:
         assert isinstance(model, Backbone)
         model.set_drop_path(rate)
-    if recipe.schedule == "epoch":
+    if not recipe.moves_each_step:
         run.scheduler.step(progress.epoch)
 
 
@@ -258,7 +261,7 @@ def show_step(run: Run, progress: Progress, display: ProgressDisplay, speed: flo
         score = run.task.format_score(progress.history[-1].scores[f"val_{run.task.best}"])
         words.append(f"last {run.task.title} {score}")
     words.append(f"{speed:.0f} images/s")
-    display.advance(f"epoch {progress.epoch + 1}/{run.recipe.total_epochs}", ", ".join(words))
+    display.advance(f"epoch {progress.epoch + 1}/{run.total_epochs}", ", ".join(words))
 
 
 def report_epoch(run: Run, metrics: EpochMetrics) -> None:
@@ -546,7 +549,8 @@ def stop(run: Run, progress: Progress) -> NoReturn:
     save(run, progress)
     reason = run.requests.reason or "another process"
     raise Interrupted(
-        f"stopped by {reason} at epoch {progress.epoch + 1}, step {progress.step} of {run.steps_per_epoch}: "
+        f"stopped by {reason} at epoch {progress.epoch + 1}, step {progress.step} of "
+        f"{run.count_steps_of(progress.epoch)}: "
         "the checkpoint is written, the same command goes on from it"
     )
 
@@ -558,7 +562,7 @@ def resume(run: Run) -> Progress:
     """
     checkpoint = choose_checkpoint(run)
     if checkpoint is None:
-        epochs = "1 epoch" if run.recipe.total_epochs == 1 else f"{run.recipe.total_epochs} epochs"
+        epochs = "1 epoch" if run.total_epochs == 1 else f"{run.total_epochs} epochs"
         run.say(f"beginning {run.folder}: {epochs} of {run.steps_per_epoch} steps")
         return Progress()
     check_readable(run, checkpoint)
@@ -583,11 +587,11 @@ def resume(run: Run) -> Progress:
     progress = Progress(**{**state["progress"], "history": history})
     if run.accelerator.is_main_process:
         write_history(run, progress)
-    if progress.epoch == run.recipe.total_epochs:
+    if progress.epoch == run.total_epochs:
         run.say(f"{run.folder} is finished: {progress.epoch} epochs, nothing left to train")
     else:
-        where = f", at step {progress.step} of {run.steps_per_epoch}" if progress.step else ""
-        run.say(f"resuming {run.folder} after epoch {progress.epoch} of {run.recipe.total_epochs}{where}")
+        where = f", at step {progress.step} of {run.count_steps_of(progress.epoch)}" if progress.step else ""
+        run.say(f"resuming {run.folder} after epoch {progress.epoch} of {run.total_epochs}{where}")
         resume_stream(run, progress, state.get("loaders", []))
     return progress
 
@@ -661,7 +665,7 @@ def write_history(run: Run, progress: Progress) -> None:
     write_metrics(run.folder, history)
     curves = run.folder / CURVES_NAME
     is_recent = curves.exists() and time.time() - curves.stat().st_mtime < 30
-    if history and not (is_recent and progress.epoch < run.recipe.total_epochs):
+    if history and not (is_recent and progress.epoch < run.total_epochs):
         rates = {"learning rate": [metrics.learning_rate for metrics in history]}
         panels = [*run.task.list_panels(run.recipe, history), Panel(title="learning rate", curves=rates, color=PEER)]
         draw_curves(run.folder, [metrics.epoch for metrics in history], panels)
@@ -685,6 +689,10 @@ def finish(run: Run, progress: Progress) -> None:
     write_weights(run, progress, "model")
     if run.ema is not None:
         write_weights(run, progress, "ema")
+    examples = run.folder / EXAMPLES_NAME
+    if run.accelerator.is_main_process and not examples.exists():
+        with torch.no_grad(), run.accelerator.autocast():  # as in the evaluation, for which it is compiled
+            run.task.draw_examples(run.bare_model.eval(), run.data_config, examples)
     run.accelerator.wait_for_everyone()
     origins = list_origins(progress.history, run.task.best)
     # papers print the higher score of the plain weights and their average
@@ -696,6 +704,7 @@ def finish(run: Run, progress: Progress) -> None:
         f"{run.task.format_score(best.score)}{' (EMA)' if best.prefix == 'ema' else ''}",
         f"weights:   {run.folder / 'model'} (last), {run.folder / name} (best)",
         f"curves:    {run.folder / CURVES_NAME}",
+        *([f"examples:  {examples}"] if examples.exists() else []),
         *([f"evaluate:  {command}"] if command else []),
     ]
     run.say("\n".join(lines))

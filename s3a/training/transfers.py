@@ -14,6 +14,11 @@ from torch import Tensor
 from s3a.data import Batch
 
 
+def find_exact_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which counts and losses are summed on a device: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def send_batches(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """The batches on the device; their indices stay with the host.
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from huggingface_hub import EvalResult, ModelCardData
 from timm.data import resolve_model_data_config
@@ -56,6 +56,20 @@ CLASSIFIER = Purpose(
     outputs="classes",
     pipeline_tag="image-classification",
     metric="accuracy",
+    is_percentage=True,
+)
+SEGMENTER = Purpose(
+    description="A model for semantic segmentation",
+    outputs="classes",
+    pipeline_tag="image-segmentation",
+    metric="mean_iou",
+    is_percentage=True,
+)
+DETECTOR = Purpose(
+    description="An object detector",
+    outputs="classes",
+    pipeline_tag="object-detection",
+    metric="mAP",
     is_percentage=True,
 )
 
@@ -127,16 +141,15 @@ def build_card(
         place: the folder that the card is for, as its code shows it.
     """
     data_config = {**resolve_model_data_config(model), **(data_config or {})}
-    pretrained_cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
-    title = pretrained_cfg["architecture"] + (f" trained on {facts.name}" if facts else "")
+    title = name_model(model) + (f" trained on {facts.name}" if facts else "")
     licence = find_licence(model)
-    purpose = facts.purpose if facts else CLASSIFIER
+    purpose = facts.purpose if facts else find_purpose(model)
     intro = f"{purpose.description} of timm's registry, trained or saved by s3a (Sparse Scan Self-Attention)."
     parts = [f"---\n{format_metadata(model, purpose, facts, title, licence)}\n---", f"# {title}", intro]
     parts += describe_model(model, purpose, data_config, licence, cost)
     quantization = get_quantization(model)
     if quantization:
-        parts += ["## Quantization", describe_quantization(quantization)]
+        parts += ["## Quantization", describe_quantization(model, quantization)]
     if facts:
         simulated = ["Measured in training, which simulates the rounding in float32."] if quantization else []
         parts += ["## Results", *simulated, format_scores(facts), "## Data", format_data(facts)]
@@ -164,6 +177,23 @@ def insert_repository(card: Path, repo: str) -> None:
 # --------------------------------------------------------------------------------------------------------
 
 
+def find_purpose(model: nn.Module) -> Purpose:
+    """What a model is for: a dense one says it itself, the others of timm's registry are classifiers."""
+    return cast(Purpose, getattr(model, "purpose", CLASSIFIER))
+
+
+def name_model(model: nn.Module) -> str:
+    """What a title calls a model: its name in timm's registry, and its backbone's."""
+    pretrained_cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    backbone = find_backbone(model)
+    return str(pretrained_cfg["architecture"]) + (f" over {backbone}" if backbone else "")
+
+
+def find_backbone(model: nn.Module) -> str | None:
+    """The name of a dense model's backbone; None for other models."""
+    return getattr(model, "backbone_name", None)
+
+
 def find_licence(model: nn.Module) -> str:
     """The licence of a model as timm knows it, or else this library's own."""
     pretrained_cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
@@ -176,14 +206,16 @@ def cite(model: nn.Module) -> list[str]:
     return ["## Citation", f"```bibtex\n{citation}\n```"] if citation else []
 
 
-def describe_quantization(quantization: Quantization) -> str:
+def describe_quantization(model: nn.Module, quantization: Quantization) -> str:
     """What is quantized, and how."""
     scheme = SCHEMES[quantization.scheme]
+    rest = "Everything else computes in bfloat16."
+    if find_backbone(model):
+        rest = "The rest of the backbone computes in bfloat16, and the head in float32."
     scales = f"a scale for each {scheme.group_size} inputs" if scheme.group_size else "a scale for each output"
     return (
         f"torchao's scheme `{quantization.scheme}`, weights in {scheme.weights} with {scales}, in "
-        f"{len(quantization.layers)} linear layers: `{group_names(quantization.layers)}`. Everything else computes in "
-        "bfloat16."
+        f"{len(quantization.layers)} linear layers: `{group_names(quantization.layers)}`. {rest}"
     )
 
 
@@ -236,7 +268,9 @@ def describe_model(
     """A table of what the model is and costs, and a note on both costs."""
     channels, height, width = data_config["input_size"]
     cost = cost or count_cost(model, height, width)
+    backbone = find_backbone(model)
     rows = {
+        **({"backbone": backbone} if backbone else {}),
         purpose.outputs: f"{model.num_classes:,}",
         "image": f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}",
         "parameters": f"{cost.parameters:,}",
@@ -245,7 +279,8 @@ def describe_model(
         "licence": licence,
     }
     if quantization := get_quantization(model):
-        rows["quantization"] = f"{quantization.scheme}, {len(quantization.layers)} linear layers; the rest bfloat16"
+        rest = "the rest of the backbone bfloat16, the head float32" if backbone else "the rest bfloat16"
+        rows["quantization"] = f"{quantization.scheme}, {len(quantization.layers)} linear layers; {rest}"
     units = (
         "Both costs are of one image. The first, which SSViT's paper publishes, leaves the attention products out and "
         "counts in units of 2^30; the other counts them, in units of 10^9."

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from huggingface_hub import ModelCard, ModelCardData
 from timm.data import resolve_model_data_config
@@ -12,14 +12,15 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from s3a.quantization.schemes import get_quantization
 from s3a.weights.card import (
-    CLASSIFIER,
     THESE_WEIGHTS,
     Purpose,
     cite,
     describe_model,
     describe_quantization,
     find_licence,
+    find_purpose,
     list_results,
+    name_model,
     show_use,
 )
 
@@ -70,12 +71,11 @@ def build_quantized_card(
     quantization = get_quantization(model)
     assert quantization is not None
     data, dataset = original.metadata, measurement.dataset if measurement else None
-    # a hand-written card may not say what the model is for; what was scored is a classifier
-    is_classifier = dataset is not None or data.pipeline_tag in (None, CLASSIFIER.pipeline_tag)
-    purpose = CLASSIFIER if is_classifier else OTHER
+    own = find_purpose(model)
+    # a hand-written card may not say what the model is for; what was scored is what models of its kind are for
+    purpose = own if dataset is not None or data.pipeline_tag in (None, own.pipeline_tag) else OTHER
     licence = str(data.license or find_licence(model))
-    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
-    title = f"{data.model_name or cfg['architecture']}, quantized by {quantization.scheme}"
+    title = f"{data.model_name or name_model(model)}, quantized by {quantization.scheme}"
     metadata = ModelCardData(
         license=licence,
         license_name=data.license_name,
@@ -93,7 +93,11 @@ def build_quantized_card(
     parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}"]
     parts += [f"Made from `{original.name}` by s3a (Sparse Scan Self-Attention) with torchao."]
     parts += describe_model(model, purpose, resolve_model_data_config(model), licence)
-    parts += ["## Quantization", describe_quantization(quantization), *([measurement.table] if measurement else [])]
+    parts += [
+        "## Quantization",
+        describe_quantization(model, quantization),
+        *([measurement.table] if measurement else []),
+    ]
     parts += carry_over(original)
     parts += ["## Use", show_use(model, purpose, str(place))]
     parts += ["## Citation", original.sections["Citation"]] if "Citation" in original.sections else cite(model)

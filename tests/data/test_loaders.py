@@ -27,10 +27,12 @@ from PIL import Image
 from timm.data import create_transform
 
 import s3a.data.batches
-from s3a.data import DatasetImages, EvalLoader, load_data, loaders
+from s3a.data import DatasetImages, EvalLoader, TrainLoader, load_data, loaders
 from s3a.data.batches import shuffle_rows
 from s3a.data.decode import decode_image
+from s3a.data.images import MapImages, Row
 from s3a.data.loaders import block_signals, ignore_signals
+from s3a.data.targets import Objects, join_targets, split_targets
 
 NUM_TRAIN, NUM_VAL = 61, 23
 BROKEN = (3, 17, 18, NUM_TRAIN + 5)
@@ -449,6 +451,9 @@ def test_evaluations_leave_no_file_descriptors():
         before = count_files()
         for _ in range(4):
             list(loader)
+        deadline = time.monotonic() + 20
+        while count_files() > before and time.monotonic() < deadline:  # threads of queues close theirs when they can
+            time.sleep(0.05)
         assert count_files() <= before  # threads of other tests may close some meanwhile
     finally:
         gc.enable()
@@ -518,3 +523,107 @@ def test_workers_that_are_left_at_the_end_of_a_process_end_silently():
     command = [sys.executable, "-W", "ignore", "-c", LEFT]  # torch warns of more workers than cores
     ended = subprocess.run(command, cwd=folder, capture_output=True, timeout=60, check=True)
     assert ended.stderr == b""
+
+
+# --------------------------------------------------------------------------------------------------------
+# Targets
+# --------------------------------------------------------------------------------------------------------
+
+
+class Towers(MapImages):
+    """Image i is full of i, of 4 + i rows, and has i % 3 objects: the object k is column k, of class 10i + k."""
+
+    split, num_images, blank = "train", 12, Objects()
+
+    def name_of(self, index):
+        return f"tower {index}"
+
+    def read_rows(self, indices):
+        rows = []
+        for index in indices:
+            masks = [np.arange(6)[None].repeat(4 + index, axis=0) == column for column in range(index % 3)]
+            target = Objects([10 * index + column for column in range(index % 3)], masks)
+            rows.append(Row(index, Image.fromarray(np.full((4 + index, 6), index, np.uint8)), target=target))
+        return rows
+
+
+def brighten(image, target):
+    """A joint transform: a hundred is added to the pixels, and a thousand to the classes."""
+    pixels = torch.from_numpy(np.array(image))[None] + 100
+    return pixels, {**target, "labels": target["labels"] + 1000, "size": torch.tensor(image.size[::-1])}
+
+
+def assert_towers(batch):
+    """The images and targets of a batch, by the rows that they name; a row of -1 is black and has no object."""
+    largest = max(32 if index < 0 else 4 + index for index in batch.indices.tolist())
+    widest = 32 if -1 in batch.indices.tolist() else 6
+    assert batch.images.shape[1:] == (1, largest, widest)
+    targets = split_targets(batch.targets)
+    for image, target, index in zip(batch.images, targets, batch.indices.tolist(), strict=True):
+        height, width, count = (32, 32, 0) if index < 0 else (4 + index, 6, index % 3)
+        assert target["size"].tolist() == [height, width]
+        assert (image[0, :height, :width] == 100 + max(index, 0)).all()
+        assert (image[0, height:] == 0).all()
+        assert (image[0, :, width:] == 0).all()
+        assert target["labels"].tolist() == [1000 + 10 * index + column for column in range(count)]
+        assert target["boxes"].tolist() == [[column, 0, column + 1, height] for column in range(count)]
+        assert target["masks"].shape == (count, height, width)
+        assert all(mask.sum() == mask[:, column].sum() == height for column, mask in enumerate(target["masks"]))
+        assert target["is_crowd"].tolist() == [False] * count
+        assert {type(each) for each in target.values()} == {torch.Tensor}
+
+
+@pytest.mark.parametrize(("num_processes", "accumulate", "num_workers"), [(1, 1, 0), (2, 1, 0), (1, 2, 2)])
+def test_targets_go_through_the_transform_with_their_images(num_processes, accumulate, num_workers):
+    seen = []
+    for process in range(num_processes):
+        loader = TrainLoader(
+            Towers(),
+            brighten,
+            channels=1,
+            batch_size=4,
+            accumulate=accumulate,
+            seed=0,
+            process_index=process,
+            num_processes=num_processes,
+            num_workers=num_workers,
+        )
+        for batch in (batch for step in loader.epoch(0) for batch in step):
+            assert_towers(batch)
+            seen += batch.indices.tolist()
+    assert sorted(seen) == [*range(12)]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_evaluation_pads_with_images_without_objects(num_processes):
+    seen = []
+    for process in range(num_processes):
+        loader = EvalLoader(
+            Towers(), brighten, channels=1, batch_size=8, process_index=process, num_processes=num_processes
+        )
+        for batch in [*loader, loader.make_padding()]:
+            assert_towers(batch)
+            assert batch.labels.tolist() == [0 if index >= 0 else -1 for index in batch.indices.tolist()]
+            seen += [index for index in batch.indices.tolist() if index >= 0]
+    assert sorted(seen) == [*range(12)]
+
+
+def test_joined_targets_are_few_tensors_and_come_apart_again():
+    """One for each name, since each takes a file descriptor on its way from a worker."""
+    targets = [row.target.decode(row.encoded.height, 6) for row in Towers().read_rows([2, 3, 4])]
+    targets[1]["empty"] = targets[2]["empty"] = torch.zeros(0, 7)
+    targets[0]["empty"] = torch.arange(14.0).view(2, 7)
+    joined = join_targets(targets)
+    assert set(joined["flat"]) == {"boxes", "labels", "masks", "is_crowd", "empty"}
+    assert all(each.ndim == 1 and type(each) is torch.Tensor for each in joined["flat"].values())
+    assert len(joined["flat"]["masks"]) == 2 * 6 * 6 + 0 + 1 * 8 * 6
+    for one, other in zip(split_targets(joined), targets, strict=True):
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert tensor.dtype == other[name].dtype
+            assert torch.equal(tensor, other[name].as_subclass(torch.Tensor))
+
+
+def test_labels_alone_are_no_targets(images):
+    assert join_targets([]) is None
+    assert {batch.targets for step in make_loader(images).epoch(0) for batch in step} == {None}

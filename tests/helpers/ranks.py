@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from helpers.fork_server import CONTEXT
 from s3a.support.errors import Interrupted
 from s3a.training import build, trainer
-from s3a.training.recipe import Recipe
+from s3a.training.recipe import ClassificationRecipe
 
 STOP_AFTER = 3  # optimizer steps, which are an epoch
 
 
-def take_part(rank: int, port: int, recipe: Recipe) -> None:
+def take_part(rank: int, port: int, recipe: ClassificationRecipe) -> None:
     """Trains as the process of that rank, and writes what it saw."""
     take_place(rank, port)
     folder, seen = recipe.output_dir.parent, watch(rank, recipe.output_dir.parent)
@@ -48,7 +48,9 @@ def write_nothing(*arguments: object, **options: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def resume_apart(rank: int, port: int, recipes: list[Recipe], report: Path, fails_to_write: bool = False) -> None:
+def resume_apart(
+    rank: int, port: int, recipes: list[ClassificationRecipe], report: Path, fails_to_write: bool = False
+) -> None:
     """Begins or resumes the run of a recipe for each process, and writes where it stands, or why it ended.
 
     Args:

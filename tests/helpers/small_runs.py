@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from s3a.training.recipe import Recipe
+from s3a.training.recipe import ClassificationRecipe
 from s3a.training.tasks.classification import Classification
 from s3a.training.tasks.task import Task
 from s3a.training.trainer import train
@@ -20,7 +20,7 @@ RECIPES_FOLDER = Path(__file__).parents[2] / "recipes"
 
 
 def train_changed(
-    recipe: Recipe, name: str | None = None, task: type[Task] = Classification, **changes: object
+    recipe: ClassificationRecipe, name: str | None = None, task: type[Task] = Classification, **changes: object
 ) -> Path:
     """Trains a changed recipe, into a folder of that name beside the recipe's."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -30,12 +30,13 @@ def train_changed(
 
 def call_command(name: str, *arguments: object) -> None:
     """Runs a command of recipes/ in this process."""
-    before = sys.argv
+    before, path = sys.argv, list(sys.path)
     sys.argv = [str(RECIPES_FOLDER / name), *map(str, arguments)]
+    sys.path.insert(0, str(RECIPES_FOLDER))  # as where Python runs the file
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
-        sys.argv = before
+        sys.argv, sys.path[:] = before, path
 
 
 def fail_command(capsys: pytest.CaptureFixture[str], name: str, *arguments: object) -> str:

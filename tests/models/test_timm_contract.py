@@ -6,6 +6,7 @@ import sys
 import pytest
 import timm
 import torch
+from helpers.own_models import list_classifiers
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import group_parameters, model_parameters
 from timm.models._features_fx import create_feature_extractor
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import s3a
 
-NAMES = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("s3a.")]
+NAMES = list_classifiers()
 NANOS = [name for name in NAMES if name.endswith("_nano")]
 RUN = [*NANOS, "ssvit_tiny"]  # those that the tests compute with
 SIZES = {name: sys.modules[timm.model_entrypoint(name).__module__].SIZES[name] for name in NAMES}

@@ -13,6 +13,7 @@ import warnings
 import pytest
 import timm
 import torch
+from helpers.own_models import list_classifiers
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torch._inductor.exc import CppCompileError
@@ -26,7 +27,7 @@ from s3a.nn.layers import Downsample, Region
 from s3a.support import compiler
 from s3a.support.compiler import raise_compilation_errors
 
-OWN = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("s3a.")]
+OWN = list_classifiers()
 SMALL = {
     "ssvit_nano": {"mlp_ratios": (2, 2), "layer_scale": (None, None)},
     "svit_nano": {"mlp_ratio": 2, "layer_scale": (None, None), "super_token_sizes": (4, 1)},

@@ -8,12 +8,13 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from helpers.exported import make_dense
 from helpers.image_folder import make_image_folder
 from helpers.quantized import ON_CPUS, SHAPE, compute_logits, make_trained
 from huggingface_hub import ModelCard
 from torch import nn
 
-from s3a import SSViT
+from s3a import SemanticFPN, SSViT
 from s3a.analysis.cost import count_cost
 from s3a.data import load_data
 from s3a.quantization import convert
@@ -22,7 +23,8 @@ from s3a.quantization.schemes import SCHEMES
 from s3a.training.checkpoints import list_checkpoints, read_state
 from s3a.training.evaluation import evaluate_weights
 from s3a.training.named_recipes import get_recipe
-from s3a.training.recipe import Recipe
+from s3a.training.recipe import ClassificationRecipe
+from s3a.training.tasks.classification import Classification
 from s3a.training.trainer import train
 from s3a.weights.card import build_card
 
@@ -44,6 +46,41 @@ def test_quantized_models_do_nearly_the_same(scheme: str, most: float):
     kinds = {type(module.weight).__name__ for module in found.modules() if isinstance(module, nn.Linear)}
     assert kinds <= {"Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor"}
     assert type(model.head.weight) is nn.Parameter  # the model itself stays
+
+
+@pytest.mark.parametrize(("scheme", "most"), [*zip(ON_CPUS, (0.03, 0.04, 0.3, 0.1), strict=True)])
+def test_the_backbone_of_a_dense_model_is_quantized(scheme: str, most: float, tmp_path: Path):
+    """Its linear layers and nothing else; the head computes in float32."""
+    model, images = make_dense(pyramid_dim=16), torch.randn(2, 3, 64, 96)
+    model.take_weights(make_trained())
+    found = quantize(model, scheme)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(found.quantization.layers) == linear  # Semantic FPN's head is of convolutions
+    right, got = compute_logits(model, images), compute_logits(found, images)
+    assert got.dtype == torch.float32
+    assert 0 < (got - right).norm() / right.norm() < most
+    assert {tensor.dtype for tensor in (*found.head.parameters(), *found.norms.parameters())} == {torch.float32}
+    found.save_pretrained(tmp_path)
+    assert torch.equal(compute_logits(SemanticFPN.from_pretrained(tmp_path), images), got)
+    assert count_cost(SemanticFPN.from_pretrained(tmp_path), 64, 96) == count_cost(model, 64, 96)
+
+
+def test_the_boxes_of_a_detector_stay_in_float32():
+    """Its box heads have linear layers too, which are left."""
+    model = make_dense("mask_rcnn", pyramid_dim=16)
+    chosen, _ = choose_layers(model, "int8-dynamic")
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {name for name in linear if name.startswith("backbone.")} == set(chosen) != linear
+    with pytest.raises(ValueError, match=r"layer pattern 'stages.0.classifier' is unknown"):
+        choose_layers(model, "int8-dynamic", layers=("stages.0.classifier",))
+    images = torch.randn(1, 3, 64, 96)
+    found = quantize(model, "int8-weight-only")
+    right, got = (each.extract_maps(images) for each in (model, found))
+    assert all((a - b).norm() / b.norm() < 0.05 for a, b in zip(got, right, strict=True))
+    (objects,) = compute_logits(found, images)
+    assert {name: each.dtype for name, each in objects.items() if name != "labels"} == dict.fromkeys(
+        ("boxes", "scores", "masks"), torch.float32
+    )
 
 
 def test_costs_and_card_are_of_the_model(folder: Path):
@@ -128,7 +165,7 @@ def test_fake_quantization_rounds_and_passes_gradients():
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
+def recipe(tmp_path: Path) -> ClassificationRecipe:
     AcceleratorState._reset_state(reset_partial_state=True)
     return dataclasses.replace(
         get_recipe("digits"),
@@ -145,7 +182,7 @@ def recipe(tmp_path: Path) -> Recipe:
     )
 
 
-def test_a_run_leaves_quantized_weights(recipe: Recipe):
+def test_a_run_leaves_quantized_weights(recipe: ClassificationRecipe):
     """All of its folders are quantized, its checkpoints float. Resumed an epoch earlier, it writes the same bytes."""
     run = train(recipe)
     for name in ("model", "best", "ema", "ema-best"):
@@ -165,7 +202,7 @@ def test_a_run_leaves_quantized_weights(recipe: Recipe):
     assert (run / "model" / "model.safetensors").read_bytes() == written
 
 
-def test_runs_that_cannot_be_trained_for_a_scheme(recipe: Recipe, folder: Path):
+def test_runs_that_cannot_be_trained_for_a_scheme(recipe: ClassificationRecipe, folder: Path):
     with pytest.raises(ValueError, match="'float8-weight-only' cannot be trained for"):
         train(dataclasses.replace(recipe, quantize="float8-weight-only"))
     with pytest.raises(ValueError, match="quantized already, by 'int8-dynamic'"):
@@ -177,7 +214,7 @@ def test_runs_that_cannot_be_trained_for_a_scheme(recipe: Recipe, folder: Path):
 def test_digits_lose_next_to_nothing(trained_digits: Path):
     """At most one image of 360 in int8, and four in int4."""
     model, data = SSViT.from_pretrained(trained_digits / "model"), load_data("digits", None)
-    right = round(360 * evaluate_weights(model, data, batch_size=64).scores["top1"])
+    right = round(360 * evaluate_weights(model, Classification(data), batch_size=64).scores["top1"])
     for scheme, most in (("int8-weight-only", 1), ("int8-dynamic", 1), ("int8-activations-int4-weights", 4)):
-        found = evaluate_weights(quantize(model, scheme), data, batch_size=64).scores["top1"]
+        found = evaluate_weights(quantize(model, scheme), Classification(data), batch_size=64).scores["top1"]
         assert right - round(360 * found) <= most, scheme

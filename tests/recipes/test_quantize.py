@@ -4,12 +4,15 @@ import json
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
+from helpers.exported import make_dense
 from helpers.image_folder import make_image_folder
 from helpers.quantized import compute_logits, make_trained
 from huggingface_hub import ModelCard
@@ -17,8 +20,11 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from s3a import SSViT
+from s3a import SemanticFPN, SSViT
+from s3a.data import load_data
 from s3a.quantization.convert import quantize
+from s3a.training.evaluation import evaluate_weights
+from s3a.training.tasks.segmentation import Segmentation
 
 
 @pytest.fixture
@@ -89,6 +95,37 @@ def test_the_command(monkeypatch, capsys, graphs, weights: Path, tmp_path: Path)
     (result,) = card.data.eval_results  # its own score, of the images that it was measured on
     assert (result.metric_value, result.dataset_type) == (written[1]["top1"], "imagefolder")
     assert f"Made from `{weights}`" in card.text
+
+
+def test_a_dense_model(monkeypatch, capsys, tmp_path: Path):
+    """It is scored by its own task, and evaluates to the same afterwards; of its classes some pixels are compared."""
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: SimpleNamespace(stdout="1000000\n"))  # the memory
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind, shape in (("images", (48, 56, 3)), ("label-maps", (48, 56))):
+            (tmp_path / "data" / kind / split).mkdir(parents=True)
+            for index in range(2):
+                pixels = generator.integers(0, 256 if kind == "images" else 5, size=shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / kind / split / f"{index}.png")
+    (tmp_path / "data" / "classes.txt").write_text("\n".join("abcde"))
+    make_dense(pyramid_dim=16).save_pretrained(tmp_path / "float", data_config={"input_size": (3, 48, 48)})
+    data = ("--data", "label-maps", "--data-dir", tmp_path / "data")
+    given = ("--weights", tmp_path / "float", "--scheme", "int8-weight-only", "--output", tmp_path / "out")
+    status, out, err = command(monkeypatch, capsys, *given, *data, "--turns", 0)
+    assert status == 0, err
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"\|.*", out)]
+    assert header[:3] == ["model", "mIoU", "agreement"]
+    assert rows[0][2] == "100.00 %"
+    assert float(rows[1][2].rstrip(" %")) > 90
+    quantized = SemanticFPN.from_pretrained(tmp_path / "out")
+    for model, row in ((SemanticFPN.from_pretrained(tmp_path / "float"), rows[0]), (quantized, rows[1])):
+        task = Segmentation(load_data("label-maps", tmp_path / "data", kind="label-maps"))
+        assert row[1] == f"{100 * evaluate_weights(model, task, batch_size=2).scores['miou']:.2f} %"
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.pipeline_tag == "image-segmentation"
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_name) == ("mean_iou", "mIoU, int8-weight-only")
+    assert "SemanticFPN.from_pretrained" in card.text
 
 
 def test_what_the_command_refuses(monkeypatch, capsys, weights: Path, folder: Path, tmp_path: Path):

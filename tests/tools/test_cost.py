@@ -60,6 +60,22 @@ def cost_lines(command: Command, side: int) -> list[str]:
     return [line for line in out.splitlines() if line.startswith(("svit_small", "resnet18"))]
 
 
+def test_dense_models_over_a_backbone(command: Command) -> None:
+    """A head costs the same on top of another backbone of the same widths; detectors count what every image takes."""
+    given = ("semantic_fpn", "mask_rcnn", "--height", 64, "--width", 96, "--json")
+    status, out, _ = command("cost", *given, "--backbone", "ssvit_nano")
+    segmenter, detector = json.loads(out)
+    assert status == 0
+    with torch.device("meta"):
+        for row in (segmenter, detector):
+            model = timm.create_model(row["model"], backbone="ssvit_nano")
+            assert row["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+            features = count_cost(model.backbone, 64, 96)
+            assert row["published_gmacs"] > features.published_gmacs > 0
+    check_refused(command("cost", "ssvit_tiny", "--backbone", "ssvit_nano"), "ssvit_tiny has none", "semantic_fpn")
+    check_refused(command("cost", "upernet", "--backbone", "ssvit_nanno"), "did you mean 'ssvit_nano'?")
+
+
 def test_cost_command_refuses(command: Command) -> None:
     check_refused(command("cost", "ssvit_tini"), "'ssvit_tini'", "did you mean 'ssvit_tiny'?")
     check_refused(command("cost", "resnet5"), "did you mean 'resnet50'?")

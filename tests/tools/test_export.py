@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.command_line import TOOLS, Command, check_refused
-from helpers.exported import TINY, make_confident
+from helpers.exported import TINY, TINY_BACKBONE, make_confident, make_dense
 
 
 @pytest.fixture
@@ -28,6 +28,18 @@ def test_the_tool(command: Command, graphs, weights: Path, tmp_path: Path):
     assert [row[0] for row in rows[2:]] == ["pt2", "compiled", "eager"]
     for _, milliseconds, speed, _ in rows[2:]:
         assert float(speed) == pytest.approx(2e3 / float(milliseconds), rel=0.2)
+
+
+def test_backbones(command: Command, weights: Path, tmp_path: Path):
+    """A detector is refused with the remedy, which then works; a classifier has none."""
+    detector = make_dense("retinanet", pyramid_dim=16, backbone_args=TINY_BACKBONE)
+    detector.save_pretrained(tmp_path / "det", data_config={"input_size": (3, 64, 64)})
+    given = ("--format", "pt2", "--output", tmp_path / "model.pt2", "--turns", 0, "--batch-size", 1)
+    check_refused(command("export", "--weights", tmp_path / "det", *given), "a RetinaNet finds", "--backbone")
+    status, out, _ = command("export", "--weights", tmp_path / "det", *given, "--backbone")
+    assert status == 0
+    assert "for 1 images of 64 x 64 pixels; maps within" in out
+    check_refused(command("export", "--weights", weights, *given, "--backbone"), "--backbone is for dense models")
 
 
 def test_what_the_tool_refuses(command: Command, weights: Path, tmp_path: Path):

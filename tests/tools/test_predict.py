@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from faster_coco_eval.core import mask as mask_api
 from helpers.alarm import stop_after
 from helpers.command_line import Command, check_refused
 from helpers.hub_server import Hub
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from s3a import SSViT
 
@@ -142,6 +144,95 @@ def test_a_folder_means_its_images(command: Command, weights: Path, tmp_path: Pa
     (tmp_path / "empty" / "inner").mkdir()
     refused = command("predict", "--weights", weights, tmp_path / "empty")
     check_refused(refused, "its 1 subfolders are not searched")
+
+
+# --------------------------------------------------------------------------------------------------------
+# Label maps and objects
+# --------------------------------------------------------------------------------------------------------
+
+
+def save_dense(folder: Path, name: str, side: tuple[int, int], **options: object) -> Path:
+    """Dense weights whose outputs differ from place to place."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, backbone="ssvit_nano", num_classes=6, pyramid_dim=16, **options)
+    torch.nn.init.normal_(model.get_classifier().weight, std=1)
+    model.save_pretrained(folder, data_config={"input_size": (3, *side)}, config={"label_names": NAMES})
+    return folder
+
+
+def prepare(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    """[1, 3, height, width], by Pillow and plain arithmetic."""
+    pixels = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BICUBIC))).double() / 255
+    mean, std = (torch.tensor(values).double() for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return ((pixels - mean) / std).permute(2, 0, 1)[None].float()
+
+
+def test_shares_of_the_pixels(command: Command, tmp_path: Path, photo: Path):
+    """The image of 60 x 90 is seen at 64 x 96, and its classes are those of its own pixels."""
+    folder = save_dense(tmp_path / "fpn", "semantic_fpn", (64, 64))
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        logits = model(prepare(Image.open(photo), 64, 96))
+    label_map = torch.nn.functional.interpolate(logits, (60, 90), mode="bilinear").argmax(1)
+    right = {name: (label_map == index).double().mean().item() for index, name in enumerate(NAMES)}
+    right = {name: share for name, share in right.items() if share}
+    assert len(right) > 1
+    picture = tmp_path / "drawn" / "photo.png"
+    status, out, err = command("predict", "--weights", folder, photo, "--json", "--overlay", picture.parent)
+    assert (status, err) == (0, "")
+    (result,) = json.loads(out)
+    found = {each["label"]: each["share"] for each in result["predictions"]}
+    assert found == pytest.approx(right, abs=2e-3)  # a pixel or ten between two classes
+    assert list(found) == sorted(right, key=right.get, reverse=True)
+    assert Image.open(result["overlay"]).width > 500
+    status, out, _ = command("predict", "--weights", folder, photo, "--top", 1)
+    best = next(iter(found))
+    assert out.splitlines() == [str(photo), f"{100 * found[best]:7.2f} %  {best}"]
+
+
+def test_objects(command: Command, tmp_path: Path, photo: Path):
+    """Boxes and masks are in pixels of the image, which is seen at 85 x 128 and padded to 96 x 128."""
+    folder = save_dense(tmp_path / "rcnn", "mask_rcnn", (96, 128), box_dim=16, num_proposals=20)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    torch.nn.init.zeros_(model.mask_heads[0].classifier.weight)
+    torch.nn.init.ones_(model.mask_heads[0].classifier.bias)  # masks fill their boxes
+    model.save_pretrained(folder, data_config={"input_size": (3, 96, 128)}, config={"label_names": NAMES})
+    padded = torch.nn.functional.pad(prepare(Image.open(photo), 85, 128), (0, 0, 0, 11))
+    with torch.no_grad():
+        (right,) = model(padded, [(85, 128)])
+    boxes = right["boxes"] * torch.tensor([90 / 128, 60 / 85] * 2)
+    assert len(boxes) > 2
+    picture = tmp_path / "drawn" / "photo.png"
+    least = right["scores"][2].item() - 1e-4
+    given = ("predict", "--weights", folder, photo, "--min-score", least)
+    status, out, err = command(*given, "--json", "--overlay", picture.parent)
+    assert (status, err) == (0, "")
+    (result,) = json.loads(out)
+    found = result["predictions"]
+    assert len(found) == (right["scores"] >= least).sum()
+    assert [each["label"] for each in found] == [NAMES[label] for label in right["labels"][: len(found)]]
+    assert [each["score"] for each in found] == pytest.approx(right["scores"][: len(found)].tolist(), abs=1e-4)
+    corners = torch.tensor([[each[side] for side in ("left", "top", "right", "bottom")] for each in found])
+    torch.testing.assert_close(corners, boxes[: len(found)], atol=0.05, rtol=0)
+    pasted = paste_masks_in_image(right["masks"][:, None], boxes, (60, 90))[: len(found), 0] >= 0.5
+    for each, mask in zip(found, pasted, strict=True):
+        decoded = torch.from_numpy(mask_api.decode(each["segmentation"])).bool()
+        assert decoded.shape == (60, 90)
+        assert (decoded & mask).sum() >= 0.8 * (decoded | mask).sum()  # torchvision rounds boxes to pixels
+    assert Image.open(result["overlay"]).size == (90 * 8, 60 * 8)
+    status, out, _ = command(*given, "--top", 1)
+    assert (status, len(out.splitlines())) == (0, 2)
+    assert f"%  {found[0]['label']}  (left {found[0]['left']:.1f}, top {found[0]['top']:.1f}, right" in out
+
+
+def test_an_image_without_objects(command: Command, tmp_path: Path, photo: Path):
+    folder = save_dense(tmp_path / "rcnn", "mask_rcnn", (64, 64), box_dim=16, num_proposals=5)
+    status, out, err = command("predict", "--weights", folder, photo, "--min-score", 1, "--overlay", tmp_path / "drawn")
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [str(photo), "   nothing found", f"   drawn in {tmp_path / 'drawn' / 'photo.png'}"]
+    status, out, _ = command("predict", "--weights", folder, photo, "--min-score", 1, "--json")
+    assert json.loads(out) == [{"image": str(photo), "predictions": []}]
+    check_refused(command("predict", "--weights", folder, photo, "--min-score", 2), "--min-score is 2.0", "0 and 1")
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from helpers.image_folder import make_image_folder
 
 from s3a.training.named_recipes import get_recipe
-from s3a.training.recipe import Recipe
+from s3a.training.recipe import ClassificationRecipe
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +25,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def recipe(images: Path, tmp_path: Path) -> Recipe:
+def recipe(images: Path, tmp_path: Path) -> ClassificationRecipe:
     """A run of two epochs without any randomness but the order of the images and the crops."""
-    return Recipe(
+    return ClassificationRecipe(
         model="ssvit_nano",
         data="imagefolder",
         data_dir=images,
@@ -42,7 +42,7 @@ def recipe(images: Path, tmp_path: Path) -> Recipe:
 
 
 @pytest.fixture
-def digits_recipe(images: Path, tmp_path: Path) -> Recipe:
+def digits_recipe(images: Path, tmp_path: Path) -> ClassificationRecipe:
     """The recipe of the digits, made short, on the image folder."""
     return dataclasses.replace(
         get_recipe("digits"),

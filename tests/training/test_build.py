@@ -19,6 +19,8 @@ import s3a
 from s3a.training import build, trainer
 from s3a.training.build import build_run
 from s3a.training.evaluation import evaluate
+from s3a.training.named_recipes import SEGMENTATION_RECIPES, get_recipe
+from s3a.training.tasks import task
 
 # --------------------------------------------------------------------------------------------------------
 # Refusals
@@ -79,7 +81,7 @@ def test_all_checks_come_before_all_construction(recipe, monkeypatch, changes, m
 
 def test_a_folder_of_another_run_is_refused_before_anything_is_built(recipe, monkeypatch):
     train_changed(recipe, epochs=1)
-    monkeypatch.setattr(build, "load_data", None)
+    monkeypatch.setattr(task, "load_data", None)
     with pytest.raises(ValueError, match=r"--epochs 1 \(now 2\)"):
         build_run(recipe)
 
@@ -299,3 +301,9 @@ def test_what_fsdp_cannot_do_is_refused(recipe, is_second: bool, device: str, ch
     )
     with pytest.raises(ValueError, match=words):
         build.check_processes(dataclasses.replace(recipe, **changes), accelerator)
+
+
+def test_fsdp_trains_no_dense_task():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, device=torch.device("cuda"))
+    with pytest.raises(ValueError, match="FSDP is for classification"):
+        build.check_processes(get_recipe("semantic_fpn_scenes", SEGMENTATION_RECIPES), accelerator)

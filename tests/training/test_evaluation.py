@@ -17,6 +17,7 @@ from s3a.data import load_data
 from s3a.training import evaluation, progress, trainer
 from s3a.training.build import build_run
 from s3a.training.evaluation import evaluate
+from s3a.training.tasks.classification import Classification
 
 
 def test_the_weights_evaluate_to_what_training_said(digits_recipe, capsys, images, monkeypatch):
@@ -57,9 +58,10 @@ def test_an_evaluation_alone_has_all_the_workers_that_it_is_given(images, monkey
     monkeypatch.setattr(evaluation, "EvalLoader", note)
     model = timm.create_model("ssvit_nano", num_classes=2)
     data = load_data("imagefolder", images)
-    found = evaluation.evaluate_weights(model, data, batch_size=8, num_workers=1)
+    found = evaluation.evaluate_weights(model, Classification(data), batch_size=8, num_workers=1)
     assert found == dataclasses.replace(
-        evaluation.evaluate_weights(model, data, batch_size=8), images_per_second=found.images_per_second
+        evaluation.evaluate_weights(model, Classification(data), batch_size=8),
+        images_per_second=found.images_per_second,
     )
     assert given == [1, 0]
 

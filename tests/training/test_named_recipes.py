@@ -2,17 +2,16 @@
 
 import dataclasses
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 from helpers.hub_server import Hub
+from helpers.small_runs import call_command
 
 from s3a.training import named_recipes
 from s3a.training.named_recipes import RECIPES, find_late_name, get_recipe, parse_recipe
-from s3a.training.recipe import Recipe
+from s3a.training.recipe import ClassificationRecipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -101,10 +100,10 @@ TRAININGS = {
 def test_every_field_of_a_named_recipe_is_as_written_or_the_default(model):
     """A drop path is that of the model's own table of sizes; the figures stand here once more, from the papers."""
     fields = {**IMAGENET, **TRAININGS[model]}
-    assert get_recipe(f"{model}_imagenet") == Recipe(name=f"{model}_imagenet", model=model, **fields)
+    assert get_recipe(f"{model}_imagenet") == ClassificationRecipe(name=f"{model}_imagenet", model=model, **fields)
     if model.startswith("ssvit"):
         fields |= {**AT_384, "weights": f"runs/{model}_imagenet/model"}
-        assert get_recipe(f"{model}_384") == Recipe(name=f"{model}_384", model=model, **fields)
+        assert get_recipe(f"{model}_384") == ClassificationRecipe(name=f"{model}_384", model=model, **fields)
 
 
 def test_these_are_all_named_recipes():
@@ -142,9 +141,11 @@ def test_photographs_have_recipes_of_their_own(monkeypatch):
     """The defaults that are not named here mirror images and cut them as DeiT does; workers follow the machine."""
     for cores, workers in ((2, 2), (64, 8)):
         monkeypatch.setattr(named_recipes, "count_own_cores", lambda cores=cores: cores)
-        assert get_recipe("photos") == Recipe(name="photos", num_workers=workers, **PHOTOS)
+        assert get_recipe("photos") == ClassificationRecipe(name="photos", num_workers=workers, **PHOTOS)
         fields = {**PHOTOS, **FINE_TUNING}
-        assert get_recipe("photos_finetune") == Recipe(name="photos_finetune", num_workers=workers, **fields)
+        assert get_recipe("photos_finetune") == ClassificationRecipe(
+            name="photos_finetune", num_workers=workers, **fields
+        )
     assert (get_recipe("photos").horizontal_flip, get_recipe("photos").crop_scale) == (0.5, (0.08, 1.0))
 
 
@@ -278,10 +279,9 @@ def test_recipes_of_the_neighbors_are_deits_with_their_own_drop_path_and_clippin
     ]
 
 
-def test_another_source_takes_the_place_of_the_recipes(tmp_path, monkeypatch, capsys):
+def test_another_source_takes_the_place_of_the_recipes(tmp_path, capsys):
     def printed(*options: str) -> dict:
-        monkeypatch.setattr(sys, "argv", ["train.py", *options, "--print-recipe"])
-        runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "train.py"), run_name="__main__")
+        call_command("train.py", *options, "--print-recipe")
         return json.loads(capsys.readouterr().out)
 
     hub = printed("ssvit_tiny_imagenet")

@@ -12,14 +12,14 @@ from accelerate.state import AcceleratorState
 from helpers.ranks import STOP_AFTER, resume_apart, start_pair, take_part
 
 from s3a.training import trainer
-from s3a.training.recipe import Recipe
+from s3a.training.recipe import ClassificationRecipe
 
 
 @pytest.fixture(scope="module")
 def facts(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
     """What two processes saw in a run of accumulated steps, which a signal to the second of them ends."""
     folder = tmp_path_factory.mktemp("ranks")
-    recipe = Recipe(
+    recipe = ClassificationRecipe(
         model="ssvit_nano",
         data="imagefolder",
         data_dir=images,
@@ -93,9 +93,9 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(facts):
 
 
 @pytest.fixture(scope="module")
-def shared(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+def shared(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ClassificationRecipe, Path]:
     """A recipe, and its folder with checkpoints after the first and the second step."""
-    recipe = Recipe(
+    recipe = ClassificationRecipe(
         model="ssvit_nano",
         data="imagefolder",
         data_dir=images,
@@ -114,7 +114,9 @@ def shared(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reci
     return recipe, recipe.output_dir
 
 
-def begin_apart(shared: tuple[Recipe, Path], tmp_path: Path, change_other) -> tuple[list[dict], list[Path]]:
+def begin_apart(
+    shared: tuple[ClassificationRecipe, Path], tmp_path: Path, change_other
+) -> tuple[list[dict], list[Path]]:
     """What two processes do that have a copy of the folder each, of which the second one's is changed."""
     recipe, folder = shared
     folders = [shutil.copytree(folder, tmp_path / f"machine-{rank}" / "run") for rank in range(2)]

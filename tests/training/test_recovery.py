@@ -112,6 +112,7 @@ import runpy, sys
 import s3a.data.stream
 s3a.data.stream.READ_ROWS, s3a.data.stream.SHUFFLE_ROWS = 1, 7
 sys.argv[0] = "recipes/train.py"
+sys.path.insert(0, "recipes")
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from s3a.support.palette import BLUE, VERMILLION
-from s3a.training import build, trainer
+from s3a.training import trainer
 from s3a.training.run_folder import EpochMetrics, Panel, draw_curves, list_origins, write_metrics
+from s3a.training.tasks import task
 
 
 def test_a_folder_of_another_recipe_is_left_alone(digits_recipe):
@@ -63,9 +64,9 @@ def test_a_run_has_one_process_at_a_time(recipe, monkeypatch):
 
     def intruded(run, progress, batches):
         if not tried:
-            other = "from s3a.training.run_folder import *; from s3a.training.recipe import Recipe; import sys, json; "
-            other += "claim_folder(Recipe(model='ssvit_nano', data='digits', image_size=32, epochs=1, batch_size=8, "
-            other += f"learning_rate=1.0, output_dir=Path({str(recipe.output_dir)!r})))"
+            other = "from s3a.training.run_folder import *; from s3a.training.recipe import ClassificationRecipe; "
+            other += "claim_folder(ClassificationRecipe(model='ssvit_nano', data='digits', image_size=32, epochs=1, "
+            other += f"batch_size=8, learning_rate=1.0, output_dir=Path({str(recipe.output_dir)!r})))"
             tried.append(run_python(["-c", other], Path.cwd(), dict(os.environ)))
         step(run, progress, batches)
 
@@ -77,16 +78,16 @@ def test_a_run_has_one_process_at_a_time(recipe, monkeypatch):
 
 
 def test_a_run_that_came_and_went_while_data_was_loaded_is_left_alone(recipe, monkeypatch):
-    load = build.load_data
+    load = task.load_data
 
     def load_slowly(*arguments, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(build, "load_data", load)
+            patch.setattr(task, "load_data", load)
             train_changed(recipe, epochs=1)
         AcceleratorState._reset_state(reset_partial_state=True)
         return load(*arguments, **options)
 
-    monkeypatch.setattr(build, "load_data", load_slowly)
+    monkeypatch.setattr(task, "load_data", load_slowly)
     with pytest.raises(ValueError, match=r"--epochs 1 \(now 2\)"):
         train_changed(recipe)
     assert len(read_metrics(recipe.output_dir)) == 1

@@ -15,10 +15,10 @@ from s3a.data import TrainLoader, load_data
 from s3a.training import build, checkpoints, trainer
 from s3a.training.build import Run, build_run
 from s3a.training.evaluation import Evaluation, NonFiniteLossError
-from s3a.training.recipe import Recipe
+from s3a.training.recipe import ClassificationRecipe
 
 
-def build_again(recipe: Recipe, **changes: object) -> Run:
+def build_again(recipe: ClassificationRecipe, **changes: object) -> Run:
     """The run of a changed recipe, as in a new process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     return build_run(dataclasses.replace(recipe, **changes))
@@ -96,7 +96,9 @@ def test_the_order_of_the_images_is_that_of_the_seed(recipe):
 # --------------------------------------------------------------------------------------------------------
 
 
-def train_hollow(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, plain: list[float], averaged: list[float]) -> dict:
+def train_hollow(
+    monkeypatch: pytest.MonkeyPatch, recipe: ClassificationRecipe, plain: list[float], averaged: list[float]
+) -> dict:
     """Trains a recipe with steps that compute nothing, and validations that score what is given, epoch by epoch.
 
     A step sets the head's bias to 2 times the epoch, and in the average to 1 more.

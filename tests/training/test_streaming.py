@@ -16,6 +16,7 @@ from s3a.data.images import DataError
 from s3a.training import trainer
 from s3a.training.build import build_run
 from s3a.training.evaluation import evaluate, evaluate_weights
+from s3a.training.tasks.classification import Classification
 from s3a.training.trainer import train
 
 
@@ -129,5 +130,5 @@ def test_workers_without_shards_are_said_by_an_evaluation(shards):
     data = load_data("parquet", shards, streaming=True)
     model = timm.create_model("ssvit_nano", num_classes=2)
     with pytest.warns(UserWarning, match=r"^val has 2 shards for 1 process: 2 of --num-workers 3 can read; write 3 or"):
-        found = evaluate_weights(model, data, batch_size=8, num_workers=3)
+        found = evaluate_weights(model, Classification(data), batch_size=8, num_workers=3)
     assert found.images == 18

@@ -24,7 +24,7 @@ import s3a
 from s3a.support.errors import Interrupted
 from s3a.training import progress, trainer
 from s3a.training.evaluation import NonFiniteLossError, UnreadableImagesError
-from s3a.training.recipe import Recipe
+from s3a.training.recipe import ClassificationRecipe
 
 
 def test_a_run_learns_and_leaves_all_that_it_promises(digits_recipe, capsys):
@@ -109,7 +109,7 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def train_until(recipe: Recipe, epoch: int, monkeypatch) -> None:
+def train_until(recipe: ClassificationRecipe, epoch: int, monkeypatch) -> None:
     """Trains until the middle of an epoch, where the process ends."""
     step = trainer.train_step
 

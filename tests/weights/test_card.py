@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from s3a.analysis.cost import count_cost
-from s3a.weights.card import Purpose, Score, TrainingFacts, build_card, insert_repository
+from s3a.weights.card import DETECTOR, SEGMENTER, Purpose, Score, TrainingFacts, build_card, insert_repository
 
 FACTS = TrainingFacts(
     name="digits",
@@ -101,6 +101,49 @@ def test_models_of_timm(tmp_path: Path):
     assert ModelCard(text).data.license == "apache-2.0"
     assert "from_pretrained" not in text
     assert "fan2024vision" not in text
+
+
+DENSE = [
+    ("semantic_fpn", "ssvit_nano", SEGMENTER, "image-segmentation", "mit", "fan2024vision"),
+    ("upernet", "svit_nano", SEGMENTER, "image-segmentation", "mit", "huang2022vision"),
+    ("mask_rcnn", "vvt_nano", DETECTOR, "object-detection", "apache-2.0", "sun2022vicinity"),
+    ("retinanet", "resnet18", DETECTOR, "object-detection", "apache-2.0", None),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "purpose", "tag", "licence", "paper"), DENSE, ids=[row[0] for row in DENSE]
+)
+def test_dense_models(name: str, backbone: str, purpose: Purpose, tag: str, licence: str, paper: str | None):
+    """What they are for, at what size, with the licence and the paper of their backbones; no pipeline loads them."""
+    with torch.device("meta"):
+        model = timm.create_model(name, backbone=backbone, num_classes=11)
+    text = build_card(model, data_config={"input_size": (3, 64, 96)})
+    data, told = ModelCard(text).data, rows(text)
+    assert (data.pipeline_tag, data.license, told["licence"]) == (tag, licence, [licence])
+    assert f"# {name} over {backbone}\n\n{purpose.description} of timm's registry" in text
+    assert (told["backbone"], told["classes"]) == ([backbone], ["11"])
+    assert told["image"] == ["64 x 96 pixels, 3 channels"]
+    assert told["parameters"] == [f"{sum(parameter.numel() for parameter in model.parameters()):,}"]
+    assert told["GMACs, whole"] == [f"{count_cost(model, 64, 96).gmacs:.3g}"]
+    assert (paper is None) == ("## Citation" not in text)
+    assert paper is None or f"@article{{{paper}," in text
+    assert not re.search("classif|pipeline\\(|transformers", text)
+    facts = dataclasses.replace(FACTS, purpose=purpose, scores={"ema": Score(epoch=3, values={"mIoU": 0.5})})
+    (result,) = ModelCard(build_card(model, facts)).data.eval_results
+    assert (result.metric_type, result.metric_value) == (purpose.metric, 0.5)
+
+
+def test_the_code_of_a_dense_card_loads_the_folder(tmp_path: Path):
+    model = timm.create_model("semantic_fpn", backbone="ssvit_nano", num_classes=4, pyramid_dim=8)
+    model.save_pretrained(tmp_path / "dense")
+    *imports, ours, through_timm = read_code(build_card(model, place=tmp_path / "dense")).splitlines()
+    for line in (ours, through_timm):
+        scope: dict = {}
+        exec("\n".join([*imports, line]), scope)
+        each = scope["model"]
+        assert type(each).__name__ == "SemanticFPN"
+        assert all(torch.equal(tensor, each.state_dict()[key]) for key, tensor in model.state_dict().items())
 
 
 def test_the_commands_of_the_card_run(model: torch.nn.Module, tmp_path: Path):

@@ -18,7 +18,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from transformers import pipeline
 
-from s3a import SSViT
+from s3a import SSViT, UperNet
 from s3a.weights.pretrained import push_folder
 
 LABELS = ["cat", "dog", "Eidechse ü"]
@@ -82,6 +82,31 @@ def test_one_repository_serves_three_libraries(hub: Hub, commit: str, folder: Pa
         zip(LABELS, right.tolist(), strict=True)
     )
     assert timm.create_model(f"hf-hub:{NANO}@{commit}", pretrained=True, num_classes=5).head.out_features == 5
+
+
+def test_a_dense_model_goes_to_the_hub_and_back(hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog):
+    """With its card, which names the repository; for another number of classes new layers are named."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    model = timm.create_model("upernet", backbone="ssvit_nano", num_classes=len(LABELS), head_dim=16, auxiliary_dim=8)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    data_config = {"input_size": (3, 64, 64), "mean": (0.4, 0.5, 0.6)}
+    model.push_to_hub("lizards/dense", data_config=data_config, config={"label_names": LABELS})
+    ours = UperNet.from_pretrained("lizards/dense")
+    through_timm = timm.create_model("hf-hub:lizards/dense", pretrained=True)
+    for loaded in (ours, through_timm):
+        assert_same(loaded, model)
+        assert resolve_model_data_config(loaded)["mean"] == [0.4, 0.5, 0.6]
+        assert loaded.pretrained_cfg["label_names"] == LABELS
+    assert b's3a.UperNet.from_pretrained("lizards/dense")' in hub.files("lizards/dense")["README.md"]
+    caplog.clear()
+    other = UperNet.from_pretrained("lizards/dense", num_classes=7)
+    assert (other.head.classifier.out_channels, other.auxiliary_head.classifier.out_channels) == (7, 7)
+    assert "label_names" not in other.pretrained_cfg
+    (warned,) = [record.getMessage() for record in caplog.records if "newly initialized" in record.getMessage()]
+    assert "lizards/dense knows 3 classes and num_classes is 7" in warned
+    assert "head.classifier.weight, head.classifier.bias, auxiliary_head.classifier.weight" in warned
 
 
 def test_what_is_cached_is_not_asked_for_again(hub: Hub, commit: str):

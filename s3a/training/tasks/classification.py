@@ -1,9 +1,7 @@
 """Image classification: one label for an image, trained by cross-entropy and scored by top-1 and top-5."""
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,29 +13,25 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.transforms import Compose
 
-from s3a.data import Batch, ImageData
+from s3a.data import Batch
 from s3a.data.batches import Transform
-from s3a.training.recipe import Recipe
+from s3a.training.model import TimmModel
+from s3a.training.recipe import ClassificationRecipe
 from s3a.training.run_folder import EpochMetrics, Panel, Prefix
-from s3a.training.tasks.task import Task, TimmModel, make_loss_panel, select_columns
+from s3a.training.tasks.task import ClassTask, Measurement, make_loss_panel, select_columns
 from s3a.weights.card import CLASSIFIER
 
 
-class Classification(Task):
+class Classification(ClassTask):
     """One label for an image. All scores but the loss are fractions of 1."""
 
     best = "top1"
     title = "top-1"
     purpose = CLASSIFIER
 
-    def __init__(self, data: ImageData) -> None:
-        super().__init__(data)
-        self.label_names = data.label_names
-        self.num_outputs = len(data.label_names)
-
-    def check_recipe(self, recipe: Recipe, images_per_forward: int) -> None:
+    def check_recipe(self, recipe: ClassificationRecipe, images_per_forward: int) -> None:
         if self.num_outputs < 2:
-            classes = ", ".join(map(repr, self.label_names)) or "none"
+            classes = ", ".join(map(repr, self.data.label_names)) or "none"
             raise ValueError(
                 f"the images of --data {recipe.data} have {self.num_outputs} class ({classes}): a classifier needs two "
                 "or more to choose from"
@@ -50,22 +44,22 @@ class Classification(Task):
 
     def fit_head(self, model: nn.Module) -> bool:
         """Keeps the head of loaded weights where they know the same classes; whether it is new."""
-        knows_same = cast(TimmModel, model).pretrained_cfg.get("label_names") == self.label_names
+        knows_same = cast(TimmModel, model).pretrained_cfg.get("label_names") == self.data.label_names
         return not knows_same and super().fit_head(model)
 
-    def make_train_transform(self, recipe: Recipe, data_config: dict[str, Any]) -> Transform:
+    def make_train_transform(self, recipe: ClassificationRecipe, data_config: dict[str, Any]) -> Transform:
         return make_augmentation(recipe, data_config)
 
-    def make_erasing(self, recipe: Recipe) -> RandomErasing | None:
+    def make_erasing(self, recipe: ClassificationRecipe) -> RandomErasing | None:
         return RandomErasing(recipe.random_erasing, mode="pixel", device="cpu") if recipe.random_erasing else None
 
-    def make_loss(self, recipe: Recipe) -> "ClassificationLoss":
+    def make_loss(self, recipe: ClassificationRecipe) -> "ClassificationLoss":
         return ClassificationLoss(recipe, self.num_outputs)
 
-    def measure(self, model: nn.Module, batch: Batch) -> Tensor:
-        return count_correct(model(batch.images).float(), batch.labels)
+    def measure(self, model: nn.Module, batch: Batch) -> Measurement:
+        return Measurement(count_correct(model(batch.images).float(), batch.labels))
 
-    def compute_scores(self, sums: Sequence[float], num_images: int) -> dict[str, float]:
+    def compute_scores(self, sums: Sequence[float], num_images: int, records: Sequence[Any]) -> dict[str, float]:
         top1, top5, loss = (total / max(num_images, 1) for total in sums)
         return {"loss": loss, "top1": top1, "top5": top5}
 
@@ -87,7 +81,7 @@ class Classification(Task):
         """What the moving average of the weights scored, to stand behind a comma; empty where there is none."""
         return f", with EMA {self.format_score(scores['ema_top1'])}" if "ema_top1" in scores else ""
 
-    def list_panels(self, recipe: Recipe, history: Sequence[EpochMetrics]) -> list[Panel]:
+    def list_panels(self, recipe: ClassificationRecipe, history: Sequence[EpochMetrics]) -> list[Panel]:
         labels = {"val_top1": "top-1", "val_top5": "top-5", "ema_top1": "top-1, EMA"}
         accuracy = Panel(
             title=f"validation accuracy, last top-1 {self.format_score(history[-1].scores['val_top1'])}",
@@ -97,43 +91,9 @@ class Classification(Task):
         )
         return [make_loss_panel(history, list_hardenings(recipe)), accuracy]
 
-    def evaluate_command(self, recipe: Recipe, folder: Path) -> str:
-        options = {
-            "--weights": folder,
-            "--data": recipe.data,
-            "--data-dir": recipe.data_dir,
-            "--dataset": recipe.dataset,
-            "--precision": None if recipe.precision == "no" else recipe.precision,
-        }
-        words = [word for name, value in options.items() if value is not None for word in (name, str(value))]
-        return shlex.join(["python", "recipes/evaluate.py", *words, *(["--streaming"] if recipe.streaming else [])])
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return {"label_names": self.label_names}
-
     def list_card_scores(self, scores: Mapping[str, float], prefix: Prefix) -> dict[str, float]:
         titles = {f"{prefix}_top1": "top-1", f"{prefix}_top5": "top-5"}
         return {title: scores[column] for column, title in titles.items() if column in scores}
-
-    def check_weights(self, model: nn.Module, *, other_label_names: bool = False) -> None:
-        """Raises ValueError where a model with loaded weights knows other classes than the data has.
-
-        Args:
-            other_label_names: let the data call the classes otherwise than the weights do, in the same order.
-        """
-        if self.num_outputs != model.num_classes:
-            raise ValueError(
-                f"the weights know {model.num_classes} classes and the data has {self.num_outputs}: "
-                "evaluate on the data set they were trained for"
-            )
-        known = cast(TimmModel, model).pretrained_cfg.get("label_names") or self.label_names
-        other = next((pair for pair in zip(known, self.label_names, strict=True) if pair[0] != pair[1]), None)
-        if other and not other_label_names:
-            raise ValueError(
-                f"the weights know a class {other[0]!r} where the data has {other[1]!r}: evaluate on the data set they "
-                "were trained for, or, where only the names differ, by recipes/evaluate.py --other-label-names"
-            )
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -141,12 +101,12 @@ class Classification(Task):
 # --------------------------------------------------------------------------------------------------------
 
 
-def mixes_images(recipe: Recipe) -> bool:
+def mixes_images(recipe: ClassificationRecipe) -> bool:
     """Whether the recipe mixes images and their labels with each other."""
     return recipe.mixup > 0 or recipe.cutmix > 0
 
 
-def list_hardenings(recipe: Recipe) -> list[str]:
+def list_hardenings(recipe: ClassificationRecipe) -> list[str]:
     """What makes the loss in training larger than in validation, which has none of it; for the legend of the curves."""
     mixed = [name for name in ("mixup", "cutmix") if getattr(recipe, name) > 0]
     smoothed = [f"label smoothing {recipe.label_smoothing:g}"] if recipe.label_smoothing else []
@@ -156,7 +116,7 @@ def list_hardenings(recipe: Recipe) -> list[str]:
 class ClassificationLoss:
     """Smoothed cross-entropy of a batch, whose images and labels timm mixes where the recipe says so."""
 
-    def __init__(self, recipe: Recipe, num_classes: int) -> None:
+    def __init__(self, recipe: ClassificationRecipe, num_classes: int) -> None:
         self.mixup: Mixup | None = None
         self.criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         if mixes_images(recipe):
@@ -189,7 +149,7 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------
 
 
-def make_augmentation(recipe: Recipe, data_config: dict[str, Any]) -> Compose:
+def make_augmentation(recipe: ClassificationRecipe, data_config: dict[str, Any]) -> Compose:
     """timm's augmentation with the recipe's options, from an image to uint8 pixels; without the erasing.
 
     Raises:

@@ -77,7 +77,7 @@ def test_a_head_is_new_where_the_classes_are_others(recipe):
     """Also of a model of timm's with two heads, for which timm makes a new tuple of them whenever it is asked."""
     task = Classification(load_data("imagefolder", recipe.data_dir))
     model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=2)
-    model.pretrained_cfg["label_names"] = task.label_names
+    model.pretrained_cfg["label_names"] = task.data.label_names
     head = model.head
     assert not task.fit_head(model)
     assert model.head is head
@@ -93,7 +93,7 @@ def test_scores_are_counts_by_hand():
     right, among_five, loss = count_correct(logits, labels).tolist()
     assert (right, among_five) == (1, 2)
     assert loss == pytest.approx(sum(logits[0].logsumexp(0).item() - score for score in (6, 2, 1)), rel=1e-6)
-    scores = Classification.compute_scores(None, [1.0, 2.0, 6.0], 3)
+    scores = Classification.compute_scores(None, [1.0, 2.0, 6.0], 3, [])
     assert scores == {"loss": 2.0, "top1": 1 / 3, "top5": 2 / 3}
 
 

@@ -20,8 +20,8 @@ from s3a.support.errors import Interrupted
 from s3a.training import trainer
 from s3a.training.evaluation import NonFiniteLossError
 from s3a.training.named_recipes import get_recipe
-from s3a.training.recipe import Recipe
-from s3a.training.tasks.task import Task
+from s3a.training.recipe import ClassificationRecipe
+from s3a.training.tasks.task import Measurement, Task
 
 
 class Brightness(Task):
@@ -36,9 +36,9 @@ class Brightness(Task):
 
     def measure(self, model, batch):
         errors = (model(batch.images)[:, 0] - brightness(batch.images)).square()
-        return errors.where(batch.labels >= 0, 0).sum().reshape(1)
+        return Measurement(errors.where(batch.labels >= 0, 0).sum().reshape(1))
 
-    def compute_scores(self, sums, num_images):
+    def compute_scores(self, sums, num_images, records):
         return {"error": sums[0] / num_images, "accuracy": 1 / (1 + sums[0] / num_images)}
 
 
@@ -48,7 +48,7 @@ def brightness(images: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def recipe(images: Path, tmp_path: Path) -> Recipe:
+def recipe(images: Path, tmp_path: Path) -> ClassificationRecipe:
     """Two short epochs, with what could break a resume: drop path, crops, an average of the weights."""
     return dataclasses.replace(
         get_recipe("digits"),
