@@ -295,6 +295,13 @@ def test_fewer_epochs_shorten_the_phases_of_a_named_recipe(name, epochs, expecte
     assert recipe == command.recipes[name]().change_epochs(epochs)
 
 
+def test_a_warm_up_as_long_as_the_run_is_refused():
+    recipe = dataclasses.replace(PLAIN, steps=20, warmup_steps=20)
+    with pytest.raises(ValueError, match=r"--warmup-steps is 20 and the run has 20 steps: .* use --warmup-steps 2"):
+        list_rates(recipe, 5, 1)
+    assert len(list_rates(dataclasses.replace(recipe, warmup_steps=19), 5, 1)) == 1
+
+
 def test_more_epochs_and_given_phases_stay_as_they_are():
     recipe, _ = DETECT.parse(["ssvit_tiny_retinanet_1x_coco", "--epochs", "24"])
     assert (recipe.warmup_steps, recipe.decay_epochs) == (500, (8, 11))
