@@ -5,7 +5,6 @@ Without arguments it trains Mask R-CNN on scenes of digits. Running the same com
 """
 
 import os
-import sys
 
 from _signals import end_at_signals
 
@@ -26,11 +25,7 @@ COMMAND = Command(
 
 def main() -> None:
     with one_line_errors():
-        recipe, _ = COMMAND.parse([argument for argument in sys.argv[1:] if argument != "--print-recipe"])
-        if "--print-recipe" in sys.argv:
-            print(recipe.to_json(), end="")
-        else:
-            train(recipe, Detection)
+        COMMAND.run(lambda recipe, _: train(recipe, Detection))
 
 
 if __name__ == "__main__":

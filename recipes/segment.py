@@ -5,7 +5,6 @@ Without arguments it trains Semantic FPN on scenes of digits. Running the same c
 """
 
 import os
-import sys
 
 from _signals import end_at_signals
 
@@ -29,11 +28,7 @@ COMMAND = Command(
 
 def main() -> None:
     with one_line_errors():
-        recipe, _ = COMMAND.parse([argument for argument in sys.argv[1:] if argument != "--print-recipe"])
-        if "--print-recipe" in sys.argv:
-            print(recipe.to_json(), end="")
-        else:
-            train(recipe, Segmentation)
+        COMMAND.run(lambda recipe, _: train(recipe, Segmentation))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ the options and trains nothing.
 """
 
 import os
-import sys
 
 from _signals import end_at_signals
 
@@ -24,11 +23,7 @@ COMMAND = Command(name="train", purpose="Trains a classifier", recipes=RECIPES, 
 
 def main() -> None:
     with one_line_errors():
-        recipe, named = COMMAND.parse([argument for argument in sys.argv[1:] if argument != "--print-recipe"])
-        if "--print-recipe" in sys.argv:
-            print(recipe.to_json(), end="")
-        else:
-            train(recipe, note=None if named else describe_default(recipe))
+        COMMAND.run(lambda recipe, named: train(recipe, note=None if named else describe_default(recipe)))
 
 
 def describe_default(recipe: Recipe) -> str | None:

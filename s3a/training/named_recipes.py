@@ -4,6 +4,7 @@ Those of the dense tasks are in `dense_recipes`; every table of names is here.
 """
 
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -299,6 +300,15 @@ class Command(Generic[RecipeT]):
     purpose: str
     recipes: Mapping[str, Callable[[], RecipeT]]
     default: str
+
+    def run(self, train: Callable[[RecipeT, bool], object]) -> None:
+        """Calls `train` with what `parse` makes of the command line; with --print-recipe it prints the recipe."""
+        arguments = [argument for argument in sys.argv[1:] if argument != "--print-recipe"]
+        recipe, named = self.parse(arguments)
+        if "--print-recipe" in sys.argv:
+            print(recipe.to_json(), end="")
+        else:
+            train(recipe, named)
 
     def parse(self, arguments: Sequence[str]) -> tuple[RecipeT, bool]:
         """The recipe of a command line, and whether the line names one.
