@@ -55,11 +55,11 @@ class SceneSettings:
     """
 
     side: int = 128
-    num_train: int = 5000
+    num_train: int = 3000
     num_val: int = 200
-    fewest: int = 1
+    fewest: int = 2
     most: int = 4
-    sides: tuple[int, int] = (44, 64)
+    sides: tuple[int, int] = (54, 68)
     turn: float = 10.0
     visible: float = 0.95
     level: int | None = 255
