@@ -10,10 +10,8 @@ from _signals import end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()
-# Read when torch loads. Threads that spin while they wait starve each other where anything else runs; those that sleep
-# at once take half as long again where nothing does. libgomp lets them spin so often first (LOG.md).
+# Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 from s3a.support.command_line import one_line_errors
 from s3a.training.named_recipes import SEGMENTATION_RECIPES, Command

@@ -50,18 +50,22 @@ class SceneSettings:
         sides: the smallest and the largest side of an object's picture, before it is rotated.
         turn: the largest rotation either way, in degrees.
         visible: the part of each object's pixels that those in front of it leave, at least.
+        gap: rows and columns that stay free around each object; None lets objects touch and hide each other.
+        brightness: what the gray values of the photographs are multiplied by.
         level: the gray that objects are painted with, where their pictures are how opaque they are; None shows the
             grays of their pictures, in which 0 is what does not belong to the object.
     """
 
     side: int = 128
-    num_train: int = 3000
+    num_train: int = 2000
     num_val: int = 200
     fewest: int = 2
     most: int = 4
-    sides: tuple[int, int] = (54, 68)
+    sides: tuple[int, int] = (44, 60)
     turn: float = 10.0
-    visible: float = 0.95
+    visible: float = 1.0
+    gap: int | None = 4
+    brightness: float = 0.6
     level: int | None = 255
 
     def __post_init__(self) -> None:
@@ -87,6 +91,8 @@ FASHION_SCENES = SceneSettings(
     sides=(40, 96),
     turn=20.0,
     visible=0.75,
+    gap=None,
+    brightness=1.0,
     level=None,
 )
 
@@ -128,19 +134,20 @@ class Canvas:
 
     Args:
         background: [side, side, 3] uint8.
-        visible: see `SceneSettings`.
+        visible, gap: see `SceneSettings`.
     """
 
-    def __init__(self, background: np.ndarray, visible: float) -> None:
-        self.visible = visible
+    def __init__(self, background: np.ndarray, visible: float, gap: int | None) -> None:
+        self.visible, self.gap = visible, gap
         self.pixels = background.transpose(2, 0, 1).copy()  # [3, side, side], which numpy blends in half the time
         self.owners = np.zeros(background.shape[:2], np.uint8)
+        self.blocked = np.zeros(background.shape[:2], bool)  # where no other object may be, for the gap
         self.labels: list[int] = []
         self.areas = np.zeros(0, np.int64)  # of each object, and what is seen of it
         self.seen = np.zeros(0, np.int64)
 
     def lay_over(self, sprite: Sprite, label: int, rng: np.random.Generator) -> None:
-        """Lays an object over the scene where it hides no other too much, or leaves it out."""
+        """Lays an object over the scene where others leave it room, or leaves it out."""
         height, width = sprite.mask.shape
         area = np.count_nonzero(sprite.mask)
         for _ in range(TRIES if area else 0):
@@ -149,13 +156,16 @@ class Canvas:
             )
             place = ..., slice(row, row + height), slice(column, column + width)
             hidden = np.bincount(self.owners[place][sprite.mask], minlength=len(self.areas) + 1)[1:]
-            if np.all(self.seen - hidden >= self.visible * self.areas):
+            is_free = not np.any(self.blocked[place][sprite.mask])
+            if is_free and np.all(self.seen - hidden >= self.visible * self.areas):
                 break
         else:
             return
         self.labels.append(label)
         self.areas, self.seen = np.append(self.areas, area), np.append(self.seen - hidden, area)
         self.owners[place][sprite.mask] = len(self.labels)
+        if self.gap is not None:
+            self.blocked = widen(self.owners > 0, self.gap)
         blended = self.pixels[place] * (1 - sprite.opacity) + sprite.paint
         self.pixels[place] = np.minimum(blended, 255).round()
 
@@ -177,7 +187,7 @@ class SceneRenderer:
         """The scene of a row."""
         settings = self.settings
         rng = np.random.default_rng((SPLITS.index(self.split), number))
-        canvas = Canvas(self._draw_background(rng), settings.visible)
+        canvas = Canvas(self._draw_background(rng), settings.visible, settings.gap)
         for _ in range(rng.integers(settings.fewest, settings.most + 1)):
             which = int(rng.integers(len(self.pictures.objects)))
             canvas.lay_over(self._draw_sprite(which, rng), int(self.pictures.labels[which]), rng)
@@ -192,7 +202,8 @@ class SceneRenderer:
         size = int(rng.integers(min(side, shorter), shorter + 1))
         row, column = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
         square = Image.fromarray(photograph[row : row + size, column : column + size])
-        return np.asarray(square.resize((side, side), Image.Resampling.BILINEAR))
+        background = np.asarray(square.resize((side, side), Image.Resampling.BILINEAR))
+        return (background * np.float32(self.settings.brightness)).round().astype(np.uint8)
 
     def _draw_sprite(self, which: int, rng: np.random.Generator) -> Sprite:
         """An object, scaled and rotated."""
@@ -206,6 +217,17 @@ class SceneRenderer:
         filled = scale_and_rotate(picture, side, turn)
         opacity = np.minimum(filled * np.float32(1.5 / 255), 1)  # strokes are opaque to behind their middle
         return Sprite(opacity, opacity * self.settings.level, filled > 127)
+
+
+def widen(mask: np.ndarray, margin: int) -> np.ndarray:
+    """A mask [height, width] with all pixels that are at most so many rows and columns away from one of its own."""
+    for _ in range(2):  # along the rows, and along the columns
+        wider = mask.copy()
+        for shift in range(1, margin + 1):
+            wider[shift:] |= mask[:-shift]
+            wider[:-shift] |= mask[shift:]
+        mask = wider.T
+    return mask
 
 
 def scale_and_rotate(picture: np.ndarray, side: int, turn: float) -> np.ndarray:
