@@ -79,6 +79,11 @@ class SceneSettings:
                 f"sides are {self.sides}, turn {self.turn} and side {self.side}: rotated by turn (0 to 45 degrees), "
                 "pictures of the sides (smallest, largest) must fit into a square of side; make the sides smaller"
             )
+        if (self.gap or 0) < 0 or not 0 < self.brightness <= 1:
+            raise ValueError(
+                f"gap is {self.gap} and brightness {self.brightness}: the gap is 0 or more rows and columns, or None, "
+                "and the brightness above 0 and at most 1"
+            )
 
 
 DIGIT_SCENES = SceneSettings()

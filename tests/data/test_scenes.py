@@ -10,6 +10,7 @@ import sklearn.datasets
 import torch
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from scipy.ndimage import distance_transform_cdt
 from sklearn.model_selection import train_test_split
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
@@ -109,6 +110,13 @@ def test_far_from_digits_the_photographs_are_as_they_were(label_maps):
         assert np.count_nonzero(differ) <= FEW.most
 
 
+def test_photographs_are_dimmed():
+    pictures = Pictures([np.full((150, 200, 3), 201, np.uint8)], np.zeros((1, 8, 8), np.uint8), np.array([0]))
+    for brightness, expected in ((1.0, 201), (0.6, 121), (0.5, 100)):  # 120.6, and 100.5 to the even number
+        renderer = SceneRenderer(SceneSettings(brightness=brightness), pictures, "train")
+        assert (np.asarray(renderer.render(0).image) == expected).all()
+
+
 def test_digits_keep_their_shape():
     """A digit that fills the range of sides and is not rotated is Pillow's enlarged picture at some place."""
     picture = np.zeros((1, 8, 8), np.uint8)
@@ -146,7 +154,7 @@ def test_later_objects_are_in_front_and_hide_little():
     renderer = black_renderer(pictures, digits.target[:50], fewest=12, most=12, visible=0.6)
     overlaps = 0
     for number in range(10):
-        canvas, whole = Canvas(np.zeros((128, 128, 3), np.uint8), 0.6), []
+        canvas, whole = Canvas(np.zeros((128, 128, 3), np.uint8), 0.6, None), []
         rng = np.random.default_rng(number)
         for _ in range(12):
             sprite, before = renderer._draw_sprite(int(rng.integers(50)), rng), len(canvas.labels)
@@ -162,10 +170,25 @@ def test_later_objects_are_in_front_and_hide_little():
     assert overlaps > 5
 
 
+@pytest.mark.parametrize("gap", [0, 1, 4])
+def test_objects_stand_apart(gap):
+    """Between any two pixels of two objects there are as many rows or columns as the gap; and not always more."""
+    digits = sklearn.datasets.load_digits()
+    pictures = (digits.images[:50] * (255 / 16)).astype(np.uint8)
+    renderer = black_renderer(pictures, digits.target[:50], fewest=6, most=6, sides=(40, 50), gap=gap)
+    nearest = []
+    for number in range(20):
+        owners = renderer.render(number).owners
+        for owner in range(1, owners.max()):
+            distances = distance_transform_cdt(owners != owner, "chessboard")
+            nearest.append(distances[owners > owner].min() - 1)
+    assert min(nearest) == gap
+
+
 def test_objects_without_a_place_are_left_out():
     """Two squares that fill the scene cannot both be seen; an empty one is none."""
     full = Sprite(*(np.ones((16, 16), np.float32),) * 2, np.ones((16, 16), bool))
-    canvas, rng = Canvas(np.zeros((16, 16, 3), np.uint8), 0.5), np.random.default_rng(0)
+    canvas, rng = Canvas(np.zeros((16, 16, 3), np.uint8), 0.5, None), np.random.default_rng(0)
     canvas.lay_over(full._replace(mask=np.zeros((16, 16), bool)), 4, rng)
     canvas.lay_over(full, 5, rng)
     canvas.lay_over(full, 6, rng)
@@ -174,7 +197,8 @@ def test_objects_without_a_place_are_left_out():
 
 
 def test_scenes_have_from_the_fewest_to_the_most_objects():
-    counts = [len(scene["labels"]) for _, scene, _ in read(load_object_scenes(replace(FEW, num_train=80)).train)]
+    settings = replace(FEW, num_train=80, fewest=1, sides=(24, 32))  # all find a place
+    counts = [len(scene["labels"]) for _, scene, _ in read(load_object_scenes(settings).train)]
     assert {*counts} == {1, 2, 3, 4}
 
 
@@ -246,7 +270,8 @@ def test_backgrounds_are_crops_of_their_split_alone():
     shade = np.broadcast_to(np.linspace(0, 255, 640).round().astype(np.uint8)[:, None], (427, 640, 3))
     for split, part in (("train", shade[:, :480]), ("val", shade[:, 480:])):
         pictures = Pictures([np.ascontiguousarray(part)], np.zeros((1, 8, 8), np.uint8), np.array([0]))
-        seen = [np.asarray(SceneRenderer(DIGIT_SCENES, pictures, split).render(i).image) for i in range(40)]
+        renderer = SceneRenderer(replace(DIGIT_SCENES, brightness=1.0), pictures, split)
+        seen = [np.asarray(renderer.render(i).image) for i in range(40)]
         assert min(image.min() for image in seen) < part.min() + 10
         assert max(image.max() for image in seen) > part.max() - 10
         assert all(image.shape == (128, 128, 3) for image in seen)
@@ -345,7 +370,10 @@ def test_fingerprints_tell_settings_and_pictures_apart(clothes, monkeypatch):
     ("change", "words"),
     [
         ({"fewest": 5}, "fewest is 5 and most 4: a scene has 1 to 255 objects"),
-        ({"most": 256}, "fewest is 1 and most 256"),
+        ({"most": 256}, "fewest is 2 and most 256"),
+        ({"gap": -1}, "gap is -1 and brightness 0.6: the gap is 0 or more"),
+        ({"brightness": 1.5}, "gap is 4 and brightness 1.5"),
+        ({"brightness": 0.0}, "gap is 4 and brightness 0.0"),
         ({"fewest": 0}, "fewest is 0"),
         ({"sides": (60, 40)}, "sides are (60, 40), turn 10.0 and side 128"),
         ({"sides": (40, 120)}, "must fit into a square of side"),
