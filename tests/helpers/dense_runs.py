@@ -29,7 +29,9 @@ from s3a.training.tasks.segmentation import Segmentation
 from s3a.training.tasks.task import Task
 from s3a.training.trainer import Progress, forward_backward, prepare_epoch, train
 
-SCENES = scenes.SceneSettings(side=64, num_train=8, num_val=4, most=3, sides=(20, 28))
+SCENES = scenes.SceneSettings(
+    side=64, num_train=8, num_val=4, fewest=1, most=3, sides=(20, 28), visible=0.95, gap=None, brightness=1.0
+)
 
 
 def load_objects() -> ImageData:

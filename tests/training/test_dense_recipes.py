@@ -284,7 +284,7 @@ def test_upernet_by_hand():
         ("ssvit_tiny_mask_rcnn_1x_coco", 3, {"steps": None, "warmup_steps": 125, "decay_epochs": (2, 3)}),
         ("ssvit_tiny_mask_rcnn_1x_coco", 1, {"steps": None, "warmup_steps": 42, "decay_epochs": (1,)}),
         ("ssvit_base_mask_rcnn_3x_coco", 12, {"steps": None, "warmup_steps": 167, "decay_epochs": (9, 11)}),
-        ("semantic_fpn_scenes", 1, {"warmup_steps": 125, "decay_epochs": ()}),
+        ("semantic_fpn_scenes", 1, {"warmup_steps": 33, "decay_epochs": ()}),
     ],
 )
 def test_fewer_epochs_shorten_the_phases_of_a_named_recipe(name, epochs, expected):
@@ -312,7 +312,7 @@ def test_more_epochs_and_given_phases_stay_as_they_are():
     recipe, _ = SEGMENT.parse(["ssvit_tiny_semantic_fpn_ade20k", "--steps", "100"])
     assert (recipe.epochs, recipe.count_steps(1263)) == (64, 100)
     recipe, named = SEGMENT.parse(["--epochs", "7"])
-    assert (named, recipe.name, recipe.warmup_steps) == (False, "semantic_fpn_scenes", 250)
+    assert (named, recipe.name, recipe.warmup_steps) == (False, "semantic_fpn_scenes", 100)
 
 
 # --------------------------------------------------------------------------------------------------------
