@@ -75,6 +75,7 @@ def test_one_batch(tmp_path: Path, name: str, format: str):
         FORMATS[format].load(path)(torch.randn(2, 3, 64, 64))
 
 
+@pytest.mark.slow
 def test_label_maps(tmp_path: Path):
     """A whole model, with a resizing to the image's size."""
     model, path = make_dense(**SMALL), tmp_path / "model.onnx"

@@ -57,7 +57,7 @@ class SceneSettings:
     """
 
     side: int = 128
-    num_train: int = 2000
+    num_train: int = 1500
     num_val: int = 200
     fewest: int = 2
     most: int = 4
