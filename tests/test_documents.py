@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import yaml
@@ -199,6 +200,22 @@ def test_comparisons_are_the_committed_results(folder: str):
     shown = {(row[0], name): cell for row in rows for name, cell in zip(header, row, strict=True) if name != "model"}
     assert shown
     assert shown == {place: measured.get(place) for place in shown}
+
+
+def test_results_on_scenes_are_the_committed_ones():
+    """Mean and standard deviation over the seeds, in percent, after the last epoch."""
+    columns = [("semantic_fpn", "miou"), ("semantic_fpn", "pixel_accuracy")]
+    columns += [("mask_rcnn", name) for name in ("box_ap", "box_ap50", "mask_ap")]
+    folder = ROOT / "docs" / "comparisons" / "scenes"
+    ((_, *rows),) = list_tables(find_section(read(ROOT / "docs" / "dense.md"), "Results on scenes"))
+    assert {name.strip("`") for name, *_ in rows} == {path.stem.split("_scenes_")[1][:-2] for path in folder.iterdir()}
+    for name, *cells in rows:
+        expected = []
+        for recipe, score in columns:
+            paths = [folder / f"{recipe}_scenes_{name.strip('`')}_{seed}.jsonl" for seed in range(3)]
+            scores = [100 * json.loads(read(path).splitlines()[-1])[f"val_{score}"] for path in paths]
+            expected.append(f"{mean(scores):.1f} ± {stdev(scores):.1f}")
+        assert cells == expected
 
 
 # --------------------------------------------------------------------------------------------------------
