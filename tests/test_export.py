@@ -63,9 +63,8 @@ def test_any_batch(tmp_path: Path, format: str, options: dict):
     assert [each.name for each in tmp_path.iterdir() if each.suffix != ".npz"] == [path.name]
 
 
-@pytest.mark.parametrize(
-    ("name", "format"), [("vvt_nano", "onnx"), pytest.param("svit_nano", "pt2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "format"), [("vvt_nano", "onnx"), ("svit_nano", "pt2")])
 def test_one_batch(tmp_path: Path, name: str, format: str):
     """A file with a fixed batch is verified at that size, and refuses others."""
     model, path = make_confident(name), tmp_path / f"model{FORMATS[format].suffix}"
@@ -93,6 +92,7 @@ def test_every_label_map_in_every_format(tmp_path: Path, name: str, format: str)
     check_alone(model, path, format, (1, 7), (64, 96))
 
 
+@pytest.mark.slow
 def test_backbones_of_detectors(tmp_path: Path):
     """The maps of strides 4, 8 and 16; what the whole detector finds has no shape."""
     model, path = make_dense("retinanet", **SMALL), tmp_path / "model.onnx"

@@ -921,7 +921,8 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").re
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process as Linux gives it")
-@pytest.mark.parametrize("mode", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_memory_grows_with_the_touched_tokens(mode):
     """A dense score matrix of 65,536 tokens alone would take 16 GiB a head. Peak of the whole process, in GiB."""
     command = [sys.executable, "-c", LARGE_MAP, mode]

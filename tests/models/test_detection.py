@@ -510,6 +510,7 @@ def test_predictions_of_the_cascade_are_means():
     torch.testing.assert_close(found["masks"], torch.full((1, 28, 28), expected))
 
 
+@pytest.mark.slow
 def test_mask_rcnn_learns_an_image():
     """Two rectangles of two classes: boxes, masks and nothing else."""
     heads = {"pyramid_dim": 48, "box_dim": 128, "mask_convs": 1, "num_samples": 48, "anchor_scale": 4.0}

@@ -188,6 +188,8 @@ def test_masks_in_boxes():
     assert crop.dtype == torch.float32
     assert torch.equal(crop[0], (torch.arange(28) < 14).float().expand(28, 28))
     assert not crop[1].any()
+    crop = crop_masks(masks, torch.tensor([1]), torch.tensor([[6.7, 10, 34.7, 38]]), 28)  # the place 13 shows 0.3 of it
+    assert torch.equal(crop[0], (torch.arange(28) < 13).float().expand(28, 28))
 
 
 def test_a_full_mask_covers_the_pixels_whose_centres_lie_in_its_box():
@@ -203,6 +205,13 @@ def test_a_full_mask_covers_the_pixels_whose_centres_lie_in_its_box():
         assert not (own & ~inside).any()
     assert pasted[2].sum() <= 1
     assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), 8, 12).shape == (0, 8, 12)
+
+
+def test_masks_are_read_between_the_centres_of_their_places():
+    """Those of four places in a box of eight pixels lie at 1, 3, 5 and 7: half of the first is left at 2."""
+    mask = torch.tensor([1.0, 0, 0, 0]).expand(1, 4, 4)
+    pasted = paste_masks(mask, torch.tensor([[0.0, 0, 8, 8]]), 8, 8)[0]
+    assert torch.equal(pasted, (torch.arange(8) < 2).expand(8, 8))
 
 
 def test_a_mask_returns_to_its_place():

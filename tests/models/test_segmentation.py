@@ -97,6 +97,7 @@ def test_the_auxiliary_head_reads_stride_16_and_may_be_left_out():
     model = build("upernet", backbone_args={**FOUR_MAPS, "layer_scale": (None,) * 4})
     assert model.auxiliary_head.conv[0].in_channels == 16
     images = torch.randn(1, 3, 64, 64)
+    assert model.eval()(images, auxiliary=True)[1].shape == (1, 5, 64, 64)
     assert build("upernet", auxiliary_dim=0)(images, auxiliary=True)[1] is None
     assert build("semantic_fpn")(images, auxiliary=True)[1] is None
     two = {"dims": (8, 12), "depths": (1, 1), "num_heads": (1, 1), "mlp_ratios": (2, 2), "layer_scale": (None, None)}

@@ -75,9 +75,9 @@ def test_a_compiled_model_is_the_same_function_under_the_same_keys():
     [
         pytest.param("ssvit_nano", (2, 3), "inductor", marks=pytest.mark.slow),
         ("ssvit_nano", (1, 4), "eager"),
-        ("ssvit_nano", (24, 2), "eager"),
-        ("svit_nano", (1, 4), "eager"),
-        ("vvt_nano", (24, 2), "eager"),
+        pytest.param("ssvit_nano", (24, 2), "eager", marks=pytest.mark.slow),
+        pytest.param("svit_nano", (1, 4), "eager", marks=pytest.mark.slow),
+        pytest.param("vvt_nano", (24, 2), "eager", marks=pytest.mark.slow),
     ],
 )
 def test_blocks_share_code_and_batch_sizes_stop_compiling(name, first, backend, monkeypatch):
@@ -164,7 +164,8 @@ def test_training_gives_the_same_gradients_and_drop_path_compiles_nothing():
     assert graphs() == before
 
 
-@pytest.mark.parametrize("name", ["ssvit_nano", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ssvit_nano", *OTHERS])
 def test_every_family_trains_compiled(name, monkeypatch):
     """Logits, gradients and statistics, with the same paths dropped, at two batch sizes; a third compiles nothing."""
     compile_with("aot_eager", monkeypatch)
@@ -206,7 +207,8 @@ def test_the_whole_model_is_one_graph():
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("name", ["ssvit_nano", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ssvit_nano", *OTHERS])
 def test_the_whole_of_every_family_trains_as_one_graph(name):
     """A second batch size compiles once more, with the batch size left open, and a third never."""
     model = small_model(name, depths=(1, 1), drop_path_rate=0.3).train()
@@ -250,7 +252,9 @@ def test_a_compiled_model_copies_and_saves(tmp_path, monkeypatch):
         torch.testing.assert_close(s3a.SSViT.from_pretrained(tmp_path)(images), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("training", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("training", "dtype"), [(False, torch.float32), pytest.param(True, torch.bfloat16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "name", [name if name == "ssvit_nano" else pytest.param(name, marks=pytest.mark.slow) for name in OWN]
 )

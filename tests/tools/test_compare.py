@@ -404,6 +404,7 @@ def test_a_comparison_and_what_goes_on_from_it(command, arguments, images, tmp_p
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_signal_ends_with_75_and_the_same_command_goes_on(command, arguments, tmp_path, monkeypatch):
     """After the first run, and then while measuring; finished parts stay. Here all get the same compute."""
     arguments += ["--equal", "compute"]

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from helpers.command_line import Command, check_refused
@@ -32,6 +33,7 @@ def rows_of_readme() -> list[list[str]]:
     return [[cell.strip(" `%") for cell in line.split("|")[1:-1]] for line in lines]
 
 
+@pytest.mark.slow
 def test_cost_command_for_people(command: Command) -> None:
     """And the README prints the same of every published model."""
     published = [[name] for name in PUBLISHED]

@@ -310,6 +310,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_how_much_is_needed(undisturbed, small_disk):
     options = make_options(small_disk / "run", keep_checkpoints="1")
     filler = small_disk / "filler"
