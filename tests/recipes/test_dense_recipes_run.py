@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,6 @@ from safetensors.torch import load_file
 
 from s3a.training.named_recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES
 
-pytestmark = pytest.mark.slow
 TABLES = {"segment": SEGMENTATION_RECIPES, "detect": DETECTION_RECIPES}
 SIDE = 128
 
@@ -48,7 +48,20 @@ def list_options(command: str, name: str, data: dict[str, Path]) -> list[str]:
     return [*options, "--short-sides", str(SIDE), "--long-side", str(2 * SIDE)]
 
 
-@pytest.mark.parametrize(("command", "name"), [(command, name) for command, table in TABLES.items() for name in table])
+def list_recipes() -> list[object]:
+    """All named recipes. The first of those that differ by the size of the model is slow, the others are exhaustive."""
+    seen: set[str] = set()
+    recipes: list[object] = []
+    for command, table in TABLES.items():
+        for name in table:
+            kind = re.sub("_(tiny|small|medium|base|large)_", "_", name)
+            mark = pytest.mark.exhaustive if kind in seen else pytest.mark.slow
+            recipes.append(pytest.param(command, name, marks=mark))
+            seen.add(kind)
+    return recipes
+
+
+@pytest.mark.parametrize(("command", "name"), list_recipes())
 def test_a_named_recipe_takes_steps_stops_and_goes_on(tmp_path, data, command, name):
     """Full-size models, on small images."""
     folder = tmp_path / "run"
@@ -100,6 +113,7 @@ def compare_runs(folder: Path, other: Path) -> None:
     assert read_metrics(folder) == read_metrics(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", TABLES)
 def test_ten_random_kills_change_no_byte(tmp_path, data, command):
     killed, whole = (
@@ -131,6 +145,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("command", TABLES)
 def test_sigterm_ends_with_a_checkpoint_and_status_75(tmp_path, data, command, launcher):
@@ -155,6 +170,7 @@ def test_sigterm_ends_with_a_checkpoint_and_status_75(tmp_path, data, command, l
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", TABLES)
 def test_two_processes_train_as_one_and_go_on_as_if_never_stopped(tmp_path, data, command):
     """As one up to rounding, since the images are of one size. A signal to one of them stops both."""
