@@ -126,9 +126,8 @@ class RegionPool(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Squares [all boxes, dim, size, size] of maps [batch, dim, height, width] and the boxes of each image."""
-        counts = torch.tensor([len(each) for each in boxes], device=maps[0].device)
-        images = torch.repeat_interleave(counts)
-        regions = torch.cat([images[:, None].float(), torch.cat(list(boxes)).float()], dim=1)
+        images = [each.new_full((len(each), 1), index, dtype=torch.float32) for index, each in enumerate(boxes)]
+        regions = torch.cat([torch.cat(images), torch.cat(list(boxes)).float()], dim=1)
         levels = find_levels(regions[:, 1:], len(self.strides))
         squares = maps[0].new_zeros(len(regions), maps[0].shape[1], self.size, self.size)
         for level, (features, stride) in enumerate(zip(maps, self.strides, strict=True)):
