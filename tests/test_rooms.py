@@ -174,12 +174,14 @@ def global_changes(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str],
     return library, careless
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_global(global_changes):
     """timm's registry of models excepted, which nothing here looks at: that change is what the package is for."""
     library, _ = global_changes
     assert not library, "\n".join(library)
 
 
+@pytest.mark.slow
 def test_global_changes_are_found(global_changes):
     _, careless = global_changes
     for fault in CARELESS.values():

@@ -377,7 +377,7 @@ print(json.dumps({"seconds": time.process_time() - start, "bytes": peak() - befo
 
 
 @pytest.mark.parametrize("fixed", ["window", "anchors"])
-@pytest.mark.parametrize("backend", ["flex", "tiled"])
+@pytest.mark.parametrize("backend", [pytest.param("flex", marks=pytest.mark.slow), "tiled"])
 def test_plans_of_65536_tokens_are_quick_and_small(backend: str, fixed: str):
     """Cost grows with the touched tokens: a mask of all against all would take 4 GiB as booleans.
 

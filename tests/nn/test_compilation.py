@@ -281,9 +281,8 @@ def test_every_model_compiles_without_graph_breaks(name, training, dtype, monkey
     assert counters["graph_break"] == {}
 
 
-@pytest.mark.parametrize(
-    "scan", ["local-only", *(pytest.param(scan, marks=pytest.mark.slow) for scan in ("anchor-only", "dense"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", ["local-only", "anchor-only", "dense"])
 def test_scans_of_an_ablation_compile(scan, monkeypatch):
     """Logits and gradients, also of blocks whose maps leave their scan no pass."""
     compile_with("aot_eager", monkeypatch)
@@ -525,6 +524,7 @@ def test_a_compiled_model_is_traced(monkeypatch):
         torch.testing.assert_close(stem(images), model.stem(images), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_calls_leave_nothing_behind(monkeypatch):
     compile_with("eager", monkeypatch)
     model = s3a.compile_model(small_model(depths=(1, 1)).eval())

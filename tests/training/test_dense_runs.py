@@ -252,7 +252,7 @@ def send_sigterm(place: str) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("kind", ["detected", "segmented"])
+@pytest.mark.parametrize("kind", ["detected", pytest.param("segmented", marks=pytest.mark.slow)])
 def test_stopped_and_killed_a_run_ends_with_the_same_bytes(kind, request, tmp_path, monkeypatch, capsys):
     """Stopped in its second step; killed in its fourth, behind a checkpoint; killed while it evaluates the average."""
     whole = request.getfixturevalue(kind)

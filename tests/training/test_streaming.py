@@ -70,7 +70,7 @@ def interrupt(recipe, monkeypatch, step: int) -> None:
             train(recipe)
 
 
-@pytest.mark.parametrize("num_workers", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stream_that_was_killed_ends_with_the_same_bytes(streamed, tmp_path, monkeypatch, capsys, num_workers):
     monkeypatch.setattr(s3a.data.stream, "SHUFFLE_ROWS", 7)
     recipe = dataclasses.replace(streamed, num_workers=num_workers)
