@@ -73,6 +73,8 @@ class Detector(DenseModel):
         """
         self.check_images(images)
         height, width = images.shape[2:]
+        if sizes is not None and any(isinstance(size, Mapping) for size in sizes):
+            raise ValueError("sizes are targets: they must be height and width of each image; give targets by targets=")
         sizes = [(height, width)] * len(images) if sizes is None else [(size[0], size[1]) for size in sizes]
         self.check_sizes(images, sizes)
         if targets is not None:

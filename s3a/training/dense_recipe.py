@@ -77,14 +77,17 @@ class DenseRecipe(Recipe, ABC):
         return self.steps or self.epochs * steps_per_epoch
 
     def change_epochs(self: DenseRecipeT, epochs: int) -> DenseRecipeT:
-        """The recipe with another number of epochs, in place of steps; warm-up and decay keep their shares."""
-        share = epochs / self.epochs
+        """The recipe with another number of epochs, in place of steps; warm-up and decay keep their shares.
+
+        A decay comes in front of the last epoch at the latest, if there are two.
+        """
+        share, last = epochs / self.epochs, max(1, epochs - 1)
         return dataclasses.replace(
             self,
             epochs=epochs,
             steps=None,
             warmup_steps=round(share * self.warmup_steps),
-            decay_epochs=tuple(sorted({max(1, round(share * epoch)) for epoch in self.decay_epochs})),
+            decay_epochs=tuple(sorted({min(max(1, round(share * epoch)), last) for epoch in self.decay_epochs})),
         )
 
     def adapt(self: DenseRecipeT, given: Given) -> DenseRecipeT:

@@ -281,7 +281,8 @@ def test_upernet_by_hand():
     [
         ("ssvit_small_upernet_ade20k", 12, {"steps": None, "warmup_steps": 142, "decay_epochs": ()}),
         ("ssvit_small_semantic_fpn_ade20k", 1, {"steps": None, "warmup_steps": 0}),
-        ("ssvit_tiny_mask_rcnn_1x_coco", 3, {"steps": None, "warmup_steps": 125, "decay_epochs": (2, 3)}),
+        ("ssvit_tiny_mask_rcnn_1x_coco", 6, {"steps": None, "warmup_steps": 250, "decay_epochs": (4, 5)}),
+        ("ssvit_tiny_mask_rcnn_1x_coco", 3, {"steps": None, "warmup_steps": 125, "decay_epochs": (2,)}),
         ("ssvit_tiny_mask_rcnn_1x_coco", 1, {"steps": None, "warmup_steps": 42, "decay_epochs": (1,)}),
         ("ssvit_base_mask_rcnn_3x_coco", 12, {"steps": None, "warmup_steps": 167, "decay_epochs": (9, 11)}),
         ("semantic_fpn_scenes", 1, {"warmup_steps": 33, "decay_epochs": ()}),
