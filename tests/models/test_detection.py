@@ -143,7 +143,7 @@ def test_inputs_that_cannot_be(name: str):
         model(images[..., :100])
     with pytest.raises(ValueError, match=r"sizes are \[\(97, 128\)\] for 1 images of 96 x 128"):
         model(images, [(97, 128)], targets)
-    with pytest.raises(ValueError, match="sizes are targets: .* give targets by targets="):
+    with pytest.raises(ValueError, match=r"sizes are targets: .* give targets by targets="):
         model(images, targets)
     with pytest.raises(ValueError, match="2 targets for 1 images"):
         model(images, None, targets * 2)
