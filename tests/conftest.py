@@ -47,6 +47,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
+LONGEST_FILES = ("test_trainer.py", "test_compilation.py", "test_dense_runs.py", "test_functional.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of the longest files first, so that no process begins one of them when the others are done."""
+    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """The same random numbers at every run, whatever ran before."""

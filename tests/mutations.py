@@ -505,7 +505,7 @@ TRAINING = [
          "tests/training/test_transfers.py::test_between_forward_and_update_the_host_reads_nothing"),
         ("    settle_step(run, progress)\n    model_state", "    model_state",
          "a checkpoint lacks the loss of its last step",
-         "tests/training/test_recovery.py::test_killed_anywhere_a_run_ends_with_the_same_bytes"),
+         "tests/training/test_dense_runs.py::test_stopped_and_killed_a_run_ends_with_the_same_bytes"),
         ("(choice,) = broadcast_object_list(chosen)", "(choice,) = chosen",
          "each process chooses its own checkpoint",
          "tests/training/test_ranks.py::test_all_processes_go_on_from_the_checkpoint_of_the_main_one"),

@@ -40,6 +40,7 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_killed_anywhere_a_run_ends_with_the_same_bytes(undisturbed, tmp_path):
     """One run, killed in a step, while a checkpoint is written and put in place, in evaluation, at the end."""
     options = make_options(tmp_path / "run")
