@@ -24,6 +24,7 @@ RANKS = (
     ("models",),
     ("export", "training"),
     ("comparison",),
+    ("robustness",),
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 

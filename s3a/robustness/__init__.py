@@ -1,0 +1,1 @@
+"""How well trained models do on images unlike those that they were trained on."""
