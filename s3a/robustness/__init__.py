@@ -1,1 +1,4 @@
-"""How well trained models do on images unlike those that they were trained on."""
+"""How well trained models do on images unlike those that they were trained on.
+
+- `corruptions`: the names, groups and mean corruption error of ImageNet-C's corruptions.
+"""
