@@ -2,23 +2,32 @@
 
 Prints one JSON object on stdout: the scores of the weights' task (of a classifier top1 and top5, of segmentation miou,
 of detection box_ap and more, all fractions of 1), loss where there is one, images, images_per_second, and the names of
-images that could not be read, where that was allowed.
+images that could not be read, where that was allowed. Of ImageNet-C also mce, and of the other sets that test what was
+learnt from ImageNet the clean scores on the same classes, where --imagenet is given.
 """
 
 import json
 import os
 import signal
 from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
 
 # Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
 
-from s3a.data import DataOptions
+from torch import nn
+
+from s3a.data import DataOptions, Source
+from s3a.data.imagenet import ImageNetSet
+from s3a.robustness.imagenet import list_parts, summarise_parts
 from s3a.support.command_line import run_command
 from s3a.training.evaluation import choose_task, evaluate_weights
-from s3a.training.recipe import Precision
+from s3a.training.recipe import Precision, spell_option
+from s3a.training.tasks.imagenet import ImageNetClassification
+from s3a.training.tasks.task import ClassTask
 from s3a.weights.pretrained import load_pretrained
 
 
@@ -26,6 +35,12 @@ from s3a.weights.pretrained import load_pretrained
 class Options(DataOptions):
     """Evaluates weights on the validation images of a data source."""
 
+    data: Source | ImageNetSet
+    """Where the images come from: a source of images, or ImageNet's validation images (imagenet), ImageNet-A, -R, -V2,
+    -Sketch, -C (-a, -r, ...), or ImageNet with all labels that fit (imagenet-real), in --data-dir or --dataset."""
+    imagenet: Path | None = None
+    """Of ImageNet-A, -R, -V2, -Sketch and -C: the folder of ImageNet's validation images (CLASS/*, or val/CLASS/*), for
+    the clean scores on the same classes beside the set's."""
     weights: str
     """A weights folder, or ORG/NAME on the Hub."""
     revision: str | None = None
@@ -48,6 +63,11 @@ class Options(DataOptions):
     """Of segmentation: average over the image and its mirror image."""
 
     def __post_init__(self) -> None:
+        if self.imagenet is not None and self.data not in get_args(ImageNetSet):
+            raise ValueError(
+                f"--imagenet is {str(self.imagenet)!r}: it is for imagenet-a, -r, -v2, -sketch and -c, not --data "
+                f"{self.data}"
+            )
         if not 0 <= self.max_bad_images <= 1:
             raise ValueError(f"--max-bad-images is {self.max_bad_images}: it must be between 0 and 1")
         if (self.batch_size is not None and self.batch_size < 1) or self.num_workers < 0:
@@ -59,9 +79,29 @@ class Options(DataOptions):
 
 def main(options: Options) -> None:
     model = load_pretrained(options.weights, options.revision)
-    task = choose_task(model).load(options)
+    if options.data in get_args(ImageNetSet):
+        result = evaluate_imagenet(options, model)
+    else:
+        task = choose_task(model).load(options)
+        task.configure_evaluation(multi_scale=options.multi_scale, flip=options.flip)
+        result = evaluate(options, model, task)
+    if int(os.environ.get("RANK", "0")) == 0:  # the others have the same
+        print(json.dumps(result))
+
+
+def evaluate_imagenet(options: Options, model: nn.Module) -> dict[str, object]:
+    """The scores on one of ImageNet's sets; ValueError for options that none of them takes."""
+    for option in ("streaming", "ignore_zero", "multi_scale", "flip"):
+        if getattr(options, option):
+            raise ValueError(f"{spell_option(option)} is given, and --data {options.data} takes none: leave it out")
+    parts = list_parts(options.data, options.data_dir, dataset=options.dataset, imagenet=options.imagenet)
+    figures = {part.name: evaluate(options, model, ImageNetClassification(part.load())) for part in parts}
+    return summarise_parts(options.data, figures)
+
+
+def evaluate(options: Options, model: nn.Module, task: ClassTask) -> dict[str, object]:
+    """The scores on the validation images of a task, as JSON has them."""
     task.check_weights(model, other_label_names=options.other_label_names)
-    task.configure_evaluation(multi_scale=options.multi_scale, flip=options.flip)
     evaluation = evaluate_weights(
         model,
         task,
@@ -70,8 +110,7 @@ def main(options: Options) -> None:
         num_workers=options.num_workers,
         max_bad_images=options.max_bad_images,
     )
-    if int(os.environ.get("RANK", "0")) == 0:  # the others have the same
-        print(json.dumps(evaluation.to_json()))
+    return evaluation.to_json()
 
 
 if __name__ == "__main__":

@@ -43,6 +43,15 @@ def load_hub(dataset: str, streaming: bool) -> ImageData:
         FileNotFoundError: where it is absent, gated, or out of reach.
         ValueError: where its splits or columns are not those of labelled images, or it cannot be streamed.
     """
+    builder, splits = open_hub(dataset, streaming)
+    splits = {split: splits[name] for split, name in find_splits(splits, dataset).items()}
+    return make_splits(dataset, builder, splits)
+
+
+def open_hub(
+    dataset: str, streaming: bool
+) -> tuple[DatasetBuilder, Mapping[str, Dataset] | Mapping[str, IterableDataset]]:
+    """All splits of a dataset of the Hub, and what read them; errors are those of `load_hub`."""
     path, config = split_config(dataset)
     obstacle = find_obstacle(path)
     if obstacle is not None and streaming:
@@ -51,16 +60,13 @@ def load_hub(dataset: str, streaming: bool) -> ImageData:
         with explain_hub_errors(dataset), look_in_cache_alone(obstacle is not None), hide_bars_in_logs():
             builder = load_dataset_builder(path, config)
             if streaming:
-                splits = builder.as_streaming_dataset()
-            else:
-                builder.download_and_prepare()
-                splits = builder.as_dataset()
+                return builder, builder.as_streaming_dataset()
+            builder.download_and_prepare()
+            return builder, builder.as_dataset()
     except (FileNotFoundError, ValueError) as error:
         if obstacle is None:
             raise
         raise FileNotFoundError(explain_obstacle(dataset, obstacle)) from error
-    splits = {split: splits[name] for split, name in find_splits(splits, dataset).items()}
-    return make_splits(dataset, builder, splits)
 
 
 def split_config(dataset: str) -> tuple[str, str | None]:

@@ -53,6 +53,18 @@ class Images(ABC):
         """What messages call a row, so that a person finds it: its path, or its number."""
 
 
+class NoImages(Images):
+    """A split that a source does not have."""
+
+    num_images = 0
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+
+    def name_of(self, index: int) -> str:
+        raise IndexError(f"{self.split} has no row {index}: it has none")
+
+
 class MapImages(Images):
     """Images of which any can be read at any time, by row number."""
 
@@ -89,6 +101,10 @@ class DatasetImages(MapImages):
     def name_of(self, index: int) -> str:
         (row,) = self.read_rows([index])
         return str(row.encoded) if isinstance(row.encoded, Path) else f"row {index} of {self.split}"
+
+    def select(self, indices: list[int]) -> "DatasetImages":
+        """Some of the rows, numbered anew."""
+        return DatasetImages(self.dataset.with_format(None).select(indices), self.split, self.paths)
 
     def read_rows(self, indices: list[int]) -> list[Row]:
         if not indices:
