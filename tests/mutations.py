@@ -1150,7 +1150,7 @@ DATA = [
     ),
     *mutate("s3a/robustness/imagenet.py", "tests/robustness/test_imagenet.py",
         ('classes = None if SETS[name].indices is None else list_classes(name)', "classes = None",
-         "the clean figure beside ImageNet-A is of all classes", "test_the_logits_of_a_set_are_taken_before_the_argmax"),
+         "the clean figure of ImageNet-A is of all classes", "test_the_logits_of_a_set_are_taken_before_the_argmax"),
         ("common = {name: errors[name] for name in COMMON}", "common = dict(errors)",
          "the extra corruptions count", "test_the_mean_corruption_error_is_of_errors_divided_by_alexnets"),
     ),
