@@ -1,7 +1,6 @@
 """Converts an official checkpoint: python tools/convert_official.py SOURCE.pth --model NAME --output FOLDER."""
 
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,15 +8,11 @@ from typing import Annotated
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
 
-import timm
-import torch
 import tyro
-from torch import Tensor, nn
 
 from s3a.support.command_line import run_command
-from s3a.support.errors import make_unknown_error
 from s3a.weights.folder import save_folder
-from s3a.weights.official import KeyTable, convert_state, read_checkpoint
+from s3a.weights.official import convert, find_data_config, find_key_table, read_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +25,23 @@ class Options:
     """The model that the weights are of, such as ssvit_tiny."""
     output: Path
     """The folder to write; created where it does not exist."""
+    image_size: int | None = None
+    """Side in pixels of the images that the weights are for; None is what the checkpoint says of its training, or else
+    the model's own."""
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"--image-size is {self.image_size}: it must be above 0")
 
 
 def main(options: Options) -> None:
     """Reads the checkpoint, converts it and writes the folder."""
     table = find_key_table(options.model)
-    model = convert(read_checkpoint(options.source), options.model, table)
-    save_folder(model, options.output)
+    checkpoint = read_checkpoint(options.source)
+    model = convert(checkpoint.state, options.model, table)
+    image_size = options.image_size or checkpoint.image_size
+    data_config = find_data_config(options.model, image_size) if image_size else None
+    save_folder(model, options.output, data_config=data_config)
 
     folder, parameters = str(options.output), sum(parameter.numel() for parameter in model.parameters())
     print(
@@ -44,61 +49,6 @@ def main(options: Options) -> None:
         f'with s3a.{type(model).__name__}.from_pretrained("{folder}") '
         f'or timm.create_model("local-dir:{folder}", pretrained=True)'
     )
-
-
-def list_key_tables() -> dict[str, KeyTable]:
-    """The names of all models with official checkpoints, each with its family's table of their keys."""
-    modules = {name: sys.modules[timm.model_entrypoint(name).__module__] for name in timm.list_models()}
-    return {name: module.OFFICIAL_KEYS for name, module in modules.items() if hasattr(module, "OFFICIAL_KEYS")}
-
-
-def find_key_table(name: str) -> KeyTable:
-    """The table of a model's family; ValueError for an unknown model, or one without official checkpoints."""
-    tables = list_key_tables()
-    if name in tables:
-        return tables[name]
-    if timm.is_model(name):
-        raise ValueError(
-            f"model {name!r} has no official checkpoints to convert: it must be one of {', '.join(tables)}"
-        )
-    raise make_unknown_error("model", name, tables)
-
-
-def convert(state: dict[str, Tensor], name: str, table: KeyTable) -> nn.Module:
-    """The model of that name with the weights of an official state dict, and with as many classes.
-
-    Raises:
-        ValueError: if the weights are of another model; it is named if it is known.
-    """
-    model = build_on_meta(name, state, table)
-    try:
-        converted = convert_state(state, model, table)
-    except ValueError as error:
-        fitting = [other for other, its_table in list_key_tables().items() if fits(state, other, its_table)]
-        remedy = f": it fits {' and '.join(fitting)}; pass --model {fitting[0]}" if fitting else f" ({error})"
-        raise ValueError(f"the checkpoint does not fit {name}{remedy}") from error
-    model.load_state_dict(converted, assign=True)
-    return model.eval()
-
-
-def build_on_meta(name: str, state: dict[str, Tensor], table: KeyTable) -> nn.Module:
-    """The model without memory for its weights, with as many classes as an official state dict has."""
-    classifier = f"{timm.get_pretrained_cfg(name).classifier}.weight"
-    known = (key for key in state if table.knows(key) and not table.drops(key))
-    key = next((key for key in known if table.rename(key) == classifier), None)
-    with torch.device("meta"):
-        return timm.create_model(name, **({} if key is None else {"num_classes": len(state[key])}))
-
-
-def fits(state: dict[str, Tensor], name: str, table: KeyTable) -> bool:
-    """Whether an official state dict holds the weights of that model."""
-    if not all(map(table.knows, state)):
-        return False
-    try:
-        convert_state(state, build_on_meta(name, state, table), table)
-    except ValueError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -3,16 +3,19 @@
 import logging
 import re
 import struct
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
+import timm
 import torch
 from torch import Tensor, nn
 
+from s3a.support.errors import make_unknown_error
 from s3a.weights.folder import check_state, shorten_list, warn_of_new_head
 
 logger = logging.getLogger(__name__)
@@ -101,8 +104,100 @@ def warn_of_changes(state: dict[str, Tensor], model: nn.Module) -> None:
         )
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict of a `.pth` file, bare or under "model"; only tensors and a trainer's options are unpickled.
+# --------------------------------------------------------------------------------------------------------
+# Which model a checkpoint is of
+# --------------------------------------------------------------------------------------------------------
+
+
+def list_key_tables() -> dict[str, KeyTable]:
+    """The names of all models with official checkpoints, each with its family's table of their keys."""
+    modules = {name: sys.modules[timm.model_entrypoint(name).__module__] for name in timm.list_models()}
+    return {name: module.OFFICIAL_KEYS for name, module in modules.items() if hasattr(module, "OFFICIAL_KEYS")}
+
+
+def find_key_table(name: str) -> KeyTable:
+    """The table of a model's family; ValueError for an unknown model, or one without official checkpoints."""
+    tables = list_key_tables()
+    if name in tables:
+        return tables[name]
+    if timm.is_model(name):
+        raise ValueError(
+            f"model {name!r} has no official checkpoints to convert: it must be one of {', '.join(tables)}"
+        )
+    raise make_unknown_error("model", name, tables)
+
+
+def convert(state: dict[str, Tensor], name: str, table: KeyTable) -> nn.Module:
+    """The model of that name with the weights of an official state dict, and with as many classes.
+
+    Raises:
+        ValueError: if the weights are of another model; it is named if it is known.
+    """
+    model = build_on_meta(name, state, table)
+    try:
+        converted = convert_state(state, model, table)
+    except ValueError as error:
+        fitting = list_fitting(state)
+        remedy = f": it fits {' and '.join(fitting)}; pass --model {fitting[0]}" if fitting else f" ({error})"
+        raise ValueError(f"the checkpoint does not fit {name}{remedy}") from error
+    model.load_state_dict(converted, assign=True)
+    return model.eval()
+
+
+def build_on_meta(name: str, state: dict[str, Tensor], table: KeyTable) -> nn.Module:
+    """The model without memory for its weights, with as many classes as an official state dict has."""
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None  # every model with a table of keys has one
+    classifier = f"{config.classifier}.weight"
+    known = (key for key in state if table.knows(key) and not table.drops(key))
+    key = next((key for key in known if table.rename(key) == classifier), None)
+    classes: dict[str, Any] = {} if key is None else {"num_classes": len(state[key])}
+    with torch.device("meta"):
+        return timm.create_model(name, **classes)
+
+
+def find_data_config(name: str, image_size: int) -> dict[str, Any]:
+    """timm's preprocessing keys with which the official code evaluates a model at that side in pixels.
+
+    Up to 224 px all resize the shorter side to 256 / 224 of it and cut the centre, as DeiT does. Above, SSViT's and
+    SViT's code resizes to the side itself; VVT's does the same as below.
+    """
+    crop_pct = 0.875 if image_size <= 224 or name.startswith("vvt") else 1.0
+    return {"input_size": (3, image_size, image_size), "crop_pct": crop_pct}
+
+
+def list_fitting(state: dict[str, Tensor]) -> list[str]:
+    """The names of the models whose weights an official state dict holds, by its keys and shapes."""
+    return [name for name, table in list_key_tables().items() if fits(state, name, table)]
+
+
+def fits(state: dict[str, Tensor], name: str, table: KeyTable) -> bool:
+    """Whether an official state dict holds the weights of that model."""
+    if not all(map(table.knows, state)):
+        return False
+    try:
+        convert_state(state, build_on_meta(name, state, table), table)
+    except ValueError:
+        return False
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------
+
+
+class Checkpoint(NamedTuple):
+    """What an official checkpoint holds."""
+
+    state: dict[str, Tensor]
+    """under official keys"""
+    image_size: int | None
+    """side in pixels that its trainer was told with --input-size; None where the file does not say"""
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads a `.pth` file: a state dict, bare or under "model"; only tensors and a trainer's options are unpickled.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -120,4 +215,6 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f'{path} holds no state dict: it must be a dict of tensors, or one under "model"')
-    return state
+    options = content.get("args") if state is not content else None
+    image_size = getattr(options, "input_size", None)
+    return Checkpoint(state, image_size if isinstance(image_size, int) else None)

@@ -124,12 +124,12 @@ def test_real_labels_are_counted_as_timm_counts_them(model, weights, tmp_path, c
     own = [[*labels] for labels in known[:count]]
     folder = tmp_path / "val"
     tried = [write_image(tmp_path / "tried" / f"{seed}.jpg", seed) for seed in range(500)]
-    predicted = dict(zip(tried, compute_logits(model, tried).argmax(1).tolist(), strict=True))
-    for number, labels in enumerate(own, start=1):
-        fitting = [path for path, label in predicted.items() if label in labels]
-        path = fitting[0] if fitting and number % 2 else next(iter(predicted))
-        label = predicted.pop(path)
-        inner = folder if loose else folder / WORDNET_IDS[label if number % 3 == 0 else 5]
+    ranked = dict(zip(tried, compute_logits(model, tried).topk(5).indices.tolist(), strict=True))
+    for number, labels in enumerate(own, start=1):  # where one can be had, an image with a right class first or second
+        place = number % 3
+        path = next((path for path, each in ranked.items() if place < 2 and each[place] in labels), next(iter(ranked)))
+        label = ranked.pop(path)[0]
+        inner = folder if loose else folder / WORDNET_IDS[label if number % 2 else 5]
         inner.mkdir(parents=True, exist_ok=True)
         path.rename(inner / f"ILSVRC2012_val_{number:08d}.JPEG")
     result = evaluate(capsys, weights, "imagenet-real", tmp_path, "--batch-size", 5)
@@ -139,6 +139,7 @@ def test_real_labels_are_counted_as_timm_counts_them(model, weights, tmp_path, c
     (tmp_path / "real.json").write_text(json.dumps(own))
     theirs = RealLabelsImagenet([str(path) for path in paths], str(tmp_path / "real.json"))
     theirs.add_result(logits)
+    assert 0 < theirs.get_accuracy(1) < theirs.get_accuracy(5)
     assert result["top1"] == pytest.approx(theirs.get_accuracy(1) / 100)
     assert result["top5"] == pytest.approx(theirs.get_accuracy(5) / 100)
     kept = [row for row, labels in enumerate(own) if labels]

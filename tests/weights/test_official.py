@@ -189,7 +189,7 @@ STATE = {"head.weight": torch.arange(6.0).reshape(2, 3), "head.bias": torch.zero
 def test_read_checkpoint(tmp_path: Path, content: dict, zipped: bool):
     """A bare state dict, one under "model", and one beside a trainer's options; both formats of torch."""
     torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
-    state = read_checkpoint(tmp_path / "a.pth")
+    state = read_checkpoint(tmp_path / "a.pth").state
     assert state.keys() == STATE.keys()
     assert all(torch.equal(state[key], tensor) for key, tensor in STATE.items())
 
