@@ -120,8 +120,7 @@ def test_sketch_and_imagenet_are_scored_as_timm_reads_their_folders(model, weigh
 @pytest.mark.parametrize("loose", [False, True])
 def test_real_labels_are_counted_as_timm_counts_them(model, weights, tmp_path, capsys, loose):
     known = json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))
-    count = next(number for number, labels in enumerate(known, 1) if labels == []) + 12
-    own = [[*labels] for labels in known[:count]]
+    own = [[*labels] for labels in known[:60]]  # the first has none
     folder = tmp_path / "val"
     tried = [write_image(tmp_path / "tried" / f"{seed}.jpg", seed) for seed in range(500)]
     ranked = dict(zip(tried, compute_logits(model, tried).topk(5).indices.tolist(), strict=True))
