@@ -21,6 +21,7 @@ from s3a.data.loaders import describe_idle_workers
 from s3a.data.pixels import PixelNormalizer
 from s3a.models.detection import Detector
 from s3a.models.segmentation import SegmentationModel
+from s3a.support.errors import Interrupted
 from s3a.training.processes import gather_on_main, raise_on_main, set_cpu_threads, sum_over_hosts
 from s3a.training.progress import ProgressDisplay
 from s3a.training.recipe import Precision
@@ -216,14 +217,17 @@ def evaluate_weights(
     precision: Precision = "no",
     num_workers: int = 0,
     max_bad_images: float = 0.0,
+    stop: Callable[[], str | None] = lambda: None,
 ) -> Evaluation:
     """Evaluates a model with loaded weights on the validation images of a task, with its own preprocessing.
 
     Args:
         task: whose `check_weights` takes the model.
         max_bad_images: share of the images that may be unreadable; the scores leave them out.
+        stop: called before every batch: why this process wants to stop, if it does.
 
     Raises:
+        Interrupted: where any process wants to stop.
         ValueError: where too many images cannot be read, or a score is not finite.
     """
     accelerator = Accelerator(mixed_precision=precision)
@@ -236,8 +240,16 @@ def evaluate_weights(
     idle = describe_idle_workers(task.data.val, accelerator.num_processes, num_workers)
     if idle and accelerator.is_main_process:
         warnings.warn(idle, stacklevel=2)
-    evaluation = evaluate(model.to(accelerator.device), task, loader, accelerator, progress=accelerator.is_main_process)
-    assert evaluation is not None  # nobody asks to stop
+    evaluation = evaluate(
+        model.to(accelerator.device),
+        task,
+        loader,
+        accelerator,
+        stop=lambda: stop() is not None,
+        progress=accelerator.is_main_process,
+    )
+    if evaluation is None:
+        raise Interrupted(f"stopped by {stop() or 'another process'}: the same command begins this evaluation again")
     check_unreadable(evaluation.unreadable, int(max_bad_images * task.data.val.num_images))
     return evaluation
 

@@ -30,6 +30,7 @@ STRING = r'"(?:[^"\\\n]|\\.)*"'
 # Where the code of a card names the place of the weights.
 PLACES = re.compile(rf'(from_pretrained\(|pipeline\("[\w-]+", model=|create_model\((?="(?:local-dir|hf-hub):)){STRING}')
 THESE_WEIGHTS = ": these weights"
+IMAGENET = "ILSVRC/imagenet-1k"  # its id on the Hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,25 @@ class TrainingFacts:
             raise ValueError(f"weights is {self.weights!r}: scores must hold its score, not only {list(self.scores)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfficialFacts:
+    """Where weights come from that others trained and published, and what they scored here, for their card.
+
+    Attributes:
+        checkpoint: the name of the file that they were converted from.
+        sha256: of that file.
+        source: the paper; None where it is not known.
+        scores: as fractions of 1 by title, such as "ImageNet, top-1".
+        published: those that the paper prints, by the same titles.
+    """
+
+    checkpoint: str
+    sha256: str
+    source: str | None
+    scores: Mapping[str, float]
+    published: Mapping[str, float]
+
+
 # --------------------------------------------------------------------------------------------------------
 # Whole cards
 # --------------------------------------------------------------------------------------------------------
@@ -127,6 +147,7 @@ def build_card(
     model: nn.Module,
     facts: TrainingFacts | None = None,
     *,
+    official: OfficialFacts | None = None,
     data_config: Mapping[str, Any] | None = None,
     cost: Cost | None = None,
     place: str | Path = PLACEHOLDER,
@@ -136,16 +157,18 @@ def build_card(
     Args:
         model: made by timm's factory.
         facts: how it was trained; None if that is not known.
+        official: of whom its weights are, where others published them.
         data_config: timm's preprocessing keys, as far as they differ from the model's own.
         cost: of an image of that size, where it is known; None counts it.
         place: the folder that the card is for, as its code shows it.
     """
     data_config = {**resolve_model_data_config(model), **(data_config or {})}
-    title = name_model(model) + (f" trained on {facts.name}" if facts else "")
+    title = name_model(model) + (f" trained on {facts.name}" if facts else ", official weights" if official else "")
     licence = find_licence(model)
     purpose = facts.purpose if facts else find_purpose(model)
     intro = f"{purpose.description} of timm's registry, trained or saved by s3a (Sparse Scan Self-Attention)."
-    parts = [f"---\n{format_metadata(model, purpose, facts, title, licence)}\n---", f"# {title}", intro]
+    metadata = format_metadata(model, purpose, facts, title, licence, official)
+    parts = [f"---\n{metadata}\n---", f"# {title}", intro]
     parts += describe_model(model, purpose, data_config, licence, cost)
     quantization = get_quantization(model)
     if quantization:
@@ -154,6 +177,8 @@ def build_card(
         simulated = ["Measured in training, which simulates the rounding in float32."] if quantization else []
         parts += ["## Results", *simulated, format_scores(facts), "## Data", format_data(facts)]
         parts += ["## Recipe", format_table(["option", "value"], facts.recipe.items())]
+    if official:
+        parts += ["## Source", describe_source(official), "## Results", format_official_scores(official)]
     parts += ["## Use", show_use(model, purpose, str(place)), *cite(model)]
     return "\n\n".join(parts) + "\n"
 
@@ -219,7 +244,14 @@ def describe_quantization(model: nn.Module, quantization: Quantization) -> str:
     )
 
 
-def format_metadata(model: nn.Module, purpose: Purpose, facts: TrainingFacts | None, title: str, licence: str) -> str:
+def format_metadata(
+    model: nn.Module,
+    purpose: Purpose,
+    facts: TrainingFacts | None,
+    title: str,
+    licence: str,
+    official: OfficialFacts | None = None,
+) -> str:
     """The YAML for the Hub. Accuracies are fractions of 1 there."""
     tag = purpose.pipeline_tag
     tags = ["timm", *(["transformers"] if purpose is CLASSIFIER else []), "s3a"]
@@ -237,6 +269,9 @@ def format_metadata(model: nn.Module, purpose: Purpose, facts: TrainingFacts | N
             f"{name}, {TITLES[facts.weights]}": value for name, value in facts.scores[facts.weights].values.items()
         }
         metadata.eval_results = list_results(purpose, values, facts.dataset, facts.name)
+    if official and official.scores:
+        metadata.datasets, metadata.metrics, metadata.model_name = [IMAGENET], [str(purpose.metric)], title
+        metadata.eval_results = list_results(purpose, official.scores, IMAGENET, "ImageNet-1k and its variants")
     return metadata.to_yaml()
 
 
@@ -300,6 +335,28 @@ def format_scores(facts: TrainingFacts) -> str:
         }
         rows.append((name, score.epoch, *(values.get(title, "") for title in titles)))
     return format_table(["weights", "epoch", *titles], rows)
+
+
+def describe_source(official: OfficialFacts) -> str:
+    """Who trained the weights, and which file they were converted from."""
+    paper = f" of *{official.source}*" if official.source else ""
+    return (
+        f"Trained and published by the authors{paper}. Converted by s3a, without a change of any number, from their "
+        f"file `{official.checkpoint}` (SHA-256 `{official.sha256}`)."
+    )
+
+
+def format_official_scores(official: OfficialFacts) -> str:
+    """A table of the scores measured here, beside those that the paper prints."""
+    rows = [
+        (
+            title,
+            f"{100 * score:.2f} %",
+            f"{100 * official.published[title]:.1f} %" if title in official.published else "",
+        )
+        for title, score in official.scores.items()
+    ]
+    return format_table(["set", "measured with s3a", "published"], rows)
 
 
 def format_data(facts: TrainingFacts) -> str:

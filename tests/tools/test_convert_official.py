@@ -39,6 +39,23 @@ def test_other_families_convert(command: Command, tmp_path: Path, family: str, s
     assert golden.error(logits, recorded) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("family", "given", "side", "crop_pct"),
+    [("svit", (), 384, 1.0), ("vvt", (), 384, 0.875), ("vvt", ("--image-size", 320), 320, 0.875)],
+)
+def test_the_image_size_of_the_training_is_kept(
+    command: Command, tmp_path: Path, family: str, given: tuple[object, ...], side: int, crop_pct: float
+) -> None:
+    """Above 224 px SViT's code resizes to the network's size, and VVT's cuts 0.875 at all sizes."""
+    size = {"svit": "small", "vvt": "tiny"}[family]
+    content = {"model": golden.official_state(size, family), "args": Namespace(input_size=384)}
+    torch.save(content, tmp_path / "official.pth")
+    folder = tmp_path / "converted"
+    command("convert_official", tmp_path / "official.pth", "--model", f"{family}_{size}", "--output", folder, *given)
+    config = timm.create_model(f"local-dir:{folder}", pretrained=True).pretrained_cfg
+    assert (config["input_size"], config["crop_pct"]) == ((3, side, side), crop_pct)
+
+
 @pytest.mark.parametrize("wrong", ["vvt_small", "ssvit_tiny", "svit_small"])
 def test_conversion_names_the_family_that_fits(command: Command, tmp_path: Path, wrong: str) -> None:
     source = write_checkpoint(tmp_path / "official.pth", golden.official_state("tiny", "vvt"))

@@ -1,0 +1,188 @@
+"""Measures official checkpoints beside what their papers print:
+
+python tools/reproduce.py --checkpoints DIR --imagenet DIR [--robustness DIR]
+
+Every file is known by its keys and shapes, whatever it is called. The same command again goes on where it was stopped.
+"""
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
+
+from accelerate import PartialState
+
+from s3a.comparison.report import format_markdown, format_text
+from s3a.data.imagenet import ImageNetSet
+from s3a.robustness.imagenet import list_parts
+from s3a.robustness.reproduction import (
+    RESULTS_NAME,
+    Measured,
+    OfficialWeights,
+    Reproduction,
+    choose_sizes,
+    compare_with_published,
+    describe_official,
+    find_checkpoints,
+    find_sets,
+    make_table,
+    open_reproduction,
+)
+from s3a.support.command_line import read_rank, run_command
+from s3a.support.errors import Interrupted
+from s3a.training.evaluation import evaluate_weights
+from s3a.training.processes import StopRequests
+from s3a.training.recipe import Precision
+from s3a.training.run_folder import write_whole
+from s3a.training.tasks.imagenet import ImageNetClassification
+from s3a.weights.card import build_card
+from s3a.weights.folder import CARD_NAME, CONFIG_NAME, save_folder
+from s3a.weights.official import convert, find_data_config, find_key_table, read_checkpoint
+from s3a.weights.pretrained import load_pretrained, push_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measures official checkpoints on ImageNet and its robustness sets, beside what their papers print."""
+
+    checkpoints: Path
+    """The folder of the downloaded checkpoints; those in folders below it count too."""
+    imagenet: Path
+    """The folder with ImageNet's validation images: CLASS/*, or val/CLASS/*."""
+    robustness: Path | None = None
+    """The folder with imagenet-a, imagenet-r, imagenetv2-matched-frequency-format-val, sketch and imagenet-c, as far as
+    they are there."""
+    real: bool = False
+    """Evaluate on ImageNet by the labels of ImageNet ReaL too."""
+    output_dir: Path = Path("runs/reproduce")
+    """Where results.json, results.md and the converted weights go."""
+    batch_size: int = 64
+    """Images at a time, over all processes."""
+    num_workers: int = 0
+    """Processes that decode; 0 does it in the main process."""
+    precision: Precision = "no"
+    """Mixed precision: no, bf16 or fp16."""
+    push_to_hub: str | None = None
+    """Publish the converted weights, with cards, in repositories of this organisation or user on the Hub."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ValueError(
+                f"--batch-size is {self.batch_size} and --num-workers {self.num_workers}: "
+                "the one must be at least 1 and the other at least 0"
+            )
+        if self.push_to_hub is not None and "/" in self.push_to_hub:
+            raise ValueError(
+                f"--push-to-hub is {self.push_to_hub!r}: it must be ORG alone; models name the repositories"
+            )
+
+
+def main(options: Options) -> None:
+    """Finds, converts, measures, prints and writes; what an earlier call has done is kept."""
+    found, skipped = find_checkpoints(options.checkpoints)
+    sets = {"imagenet": options.imagenet}
+    sets |= {"imagenet-real": options.imagenet} if options.real else {}
+    sets |= find_sets(options.robustness) if options.robustness else {}
+    for line in skipped:
+        print_progress(f"left out: {line}")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    results = open_reproduction(options.output_dir, options.precision)
+    with StopRequests() as requests:
+        for weights in found:
+            convert_weights(options, weights)
+        rows = measure_set(options, results, requests, found, "imagenet", sets.pop("imagenet"))
+        chosen, notes = choose_sizes(rows)
+        rows = [row for row in rows if row.weights in chosen]
+        for name, folder in sets.items():
+            rows += measure_set(options, results, requests, chosen, name, folder)
+    rows.sort(key=lambda row: chosen.index(row.weights))
+    if read_rank() == 0:
+        write_report(options, rows, notes)
+        for weights in chosen:
+            write_card(options, weights, rows)
+            if options.push_to_hub is not None:
+                folder = get_folder(options, weights)
+                print(f"published {push_folder(folder, f'{options.push_to_hub}/{weights.name}')}", flush=True)
+
+
+def get_folder(options: Options, weights: OfficialWeights) -> Path:
+    """Where converted weights lie."""
+    return options.output_dir / "weights" / weights.name
+
+
+def convert_weights(options: Options, weights: OfficialWeights) -> None:
+    """Writes the weights folder of a checkpoint, unless it is there."""
+    folder = get_folder(options, weights)
+    with PartialState().main_process_first():
+        config = folder / CONFIG_NAME
+        if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("official_sha256") == weights.sha256:
+            return
+        print_progress(f"converting {weights.path}, which is {weights.model} for {weights.image_size} px")
+        model = convert(read_checkpoint(weights.path).state, weights.model, find_key_table(weights.model))
+        data_config = find_data_config(weights.model, weights.image_size)
+        save_folder(model, folder, data_config=data_config, config={"official_sha256": weights.sha256})
+
+
+def measure_set(
+    options: Options,
+    results: Reproduction,
+    requests: StopRequests,
+    found: Sequence[OfficialWeights],
+    name: ImageNetSet,
+    folder: Path,
+) -> list[Measured]:
+    """The scores of all weights on a set; its parts are read once, and what is measured is written at once."""
+    for part in list_parts(name, folder):
+        waiting = [weights for weights in found if part.name not in results.get_figures(weights, name)]
+        data = part.load() if waiting else None
+        for weights in waiting:
+            if requests.reason:
+                raise Interrupted(f"stopped by {requests.reason}: the same command goes on")
+            print_progress(f"{weights.name} on {part.name}")
+            evaluation = evaluate_weights(
+                load_pretrained(get_folder(options, weights)),
+                ImageNetClassification(data),
+                batch_size=options.batch_size,
+                precision=options.precision,
+                num_workers=options.num_workers,
+                stop=lambda: requests.reason,
+            )
+            results.get_figures(weights, name)[part.name] = evaluation.to_json()
+            if read_rank() == 0:
+                results.write(options.output_dir)
+    return [compare_with_published(weights, name, results.get_figures(weights, name)) for weights in found]
+
+
+def write_report(options: Options, rows: Sequence[Measured], notes: Sequence[str]) -> None:
+    """Prints the table, and writes it beside the results."""
+    table = make_table(rows)
+    print("\n\n".join([format_text(table), *notes]))
+    command = shlex.join(["python", *sys.argv])
+    write_whole(options.output_dir / "results.md", "\n\n".join([f"`{command}`", format_markdown(table), *notes]) + "\n")
+    print(f"\nwrote {options.output_dir / RESULTS_NAME}, results.md and weights/ beside it", flush=True)
+
+
+def write_card(options: Options, weights: OfficialWeights, rows: Sequence[Measured]) -> None:
+    """Writes the model card with the scores into a weights folder."""
+    folder = get_folder(options, weights)
+    card = build_card(load_pretrained(folder), official=describe_official(weights, rows), place=folder)
+    write_whole(folder / CARD_NAME, card)
+
+
+def print_progress(message: str) -> None:
+    """Prints on stderr how far it is, once for all processes."""
+    if read_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(Options, main)
