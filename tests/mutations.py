@@ -898,6 +898,8 @@ TRAINING = [
         ("        min_learning_rate=5e-6,\n", "",
          "the learning rate rises while weights are fine-tuned at 384 px",
          "test_fine_tuning_at_384_keeps_its_learning_rate"),
+        ('    **{f"{model}_384": partial(svit_384, model) for model in SVIT},\n', "",
+         "a published top-1 has no recipe", "tests/test_published.py::test_every_published_top1_has_a_recipe"),
     ),
     *mutate("s3a/training/recipe.py", "tests/training/test_named_recipes.py",
         (" and given.schedule is None:", ":",

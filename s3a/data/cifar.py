@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from s3a.data.decode import EncodedImage
 from s3a.data.images import ImageData
 from s3a.data.local import hash_content, make_images
 
@@ -37,11 +38,11 @@ def load_cifar100(data_dir: Path) -> ImageData:
             raise FileNotFoundError(f"{path} does not exist: unpack {FOLDER}.tar.gz again, of {PAGE}")
     class_names = read_class_names(folder / NAMES_FILE)
     splits, hashes = [], []
+    header = f"P6 {SIDE} {SIDE} 255\n".encode()  # as PPM, which needs no compression
     for split, path in paths.items():
         content = path.read_bytes()
         labels, images = parse_records(content, SPLIT_FILES[split][1], path)
-        header = f"P6 {SIDE} {SIDE} 255\n".encode()  # as PPM, which needs no compression
-        encoded = [{"bytes": header + image.tobytes(), "path": None} for image in images]
+        encoded: list[EncodedImage] = [{"bytes": header + image.tobytes(), "path": None} for image in images]
         splits.append(make_images(encoded, labels.tolist(), class_names, split))
         hashes.append(hashlib.sha256(content).hexdigest())
     train, val = splits
