@@ -1,8 +1,8 @@
 """The figures that the papers print of their models, in one table.
 
-All are of ImageNet-1k and of training from scratch; SSViT's robustness is a transcription of its paper's table
-(igm503/heedless-backbones). README.md's table of models, `tools/cost.py` and the tests of the models are checked
-against this one.
+All are of ImageNet-1k and of training from scratch; each top-1 has its recipe, `MODEL_imagenet` or `MODEL_384`. SSViT's
+robustness is a transcription of its paper's table (igm503/heedless-backbones). README.md's table of models,
+`tools/cost.py` and the tests of the models are checked against this one.
 """
 
 from collections.abc import Mapping

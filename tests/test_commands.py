@@ -232,7 +232,7 @@ def test_the_command_is_known(command: Command, clone: Path, monkeypatch: pytest
 # --------------------------------------------------------------------------------------------------------
 
 USERS = {"pictures", "photographs", "scenery", "objects", "ssvit_t.pth"}  # what users bring
-USERS |= {f"/data/{name}" for name in ("imagenet", "ade20k", "coco")}
+USERS |= {f"/data/{name}" for name in ("imagenet", "ade20k", "coco", "cifar-100-binary")}
 WRITTEN_BY_PYTHON = re.compile(r"""(?:save(?:_pretrained)?|push_to_hub)\(["']([^"']+)""")
 READ_BY_PYTHON = re.compile(r"""(?:from_pretrained\(|local-dir:|open\()["']?([^"')]+)""")
 
@@ -346,6 +346,7 @@ NOT_RUN = {  # all other commands are
     r"hf auth login": "asks for a token",
     r"tests/mutations\.py": "tests the tests for a quarter of an hour",
     r"_imagenet(?!.*--print-recipe)|_384|/data/imagenet": "needs ImageNet",
+    r"_cifar100": "needs CIFAR-100; tests/data/test_cifar.py trains on a few images of noise",
     r"_ade20k|_coco(?!.*--print-recipe)": "needs ADE20K, COCO or one's own label maps",
     r"recipes/(segment|detect)\.py *(#|&&|$)": "trains for minutes, tests/training/test_dense_runs.py for seconds",
     r"runs/(semantic_fpn|mask_rcnn)_scenes": "the weights of these; the tests of each command have smaller ones",

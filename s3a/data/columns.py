@@ -21,11 +21,16 @@ MOST_CLASSES = 1_000_000
 """More of them are counted from no labels: a single large number would ask for as many names."""
 
 
-def find_columns(features: Features, where: str) -> tuple[str, str]:
+def find_columns(features: Features, where: str, rows: Dataset | None = None) -> tuple[str, str]:
     """The names of the image and the label column; ValueError if there is none, or several that may be meant.
 
     The image is the only datasets.Image, or else the only column of encoded ones; the label is the only ClassLabel, or
-    else the only column of integers.
+    else the only column of integers. Among several of a kind it is the one called `image` or `label`; without one of
+    that name, among several ClassLabels, it is the finest one, as `find_finest` has it.
+
+    Args:
+        where: for messages.
+        rows: a copy, in which the finest label is looked up; None refuses several.
     """
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     encoded = [name for name, feature in features.items() if feature in ENCODED]
@@ -34,7 +39,41 @@ def find_columns(features: Features, where: str) -> tuple[str, str]:
     integers = [name for name, dtype in scalars.items() if dtype.startswith(("int", "uint"))]
     found = ", ".join(f"{name} ({describe_type(feature)})" for name, feature in features.items())
     image = choose_column(images or encoded, "image", where, f"of encoded images among {found}")
+    if len(labels) > 1 and "label" not in labels:
+        labels = [find_finest({name: features[name].names for name in labels}, where, rows)]
     return image, choose_column(labels or integers, "label", where, f"of whole numbers among {found}")
+
+
+def find_finest(names: Mapping[str, list[str]], where: str, rows: Dataset | None) -> str:
+    """The label column with the most classes, where each of these lies within one class of every other column.
+
+    Then the others only group its classes, as `coarse_label` does those of `fine_label` in CIFAR-100.
+
+    Args:
+        names: of the classes of each column.
+        where: for messages.
+        rows: in which that is looked up.
+
+    Raises:
+        ValueError: where no column is the finest, and without rows.
+    """
+    finest, *others = sorted(names, key=lambda column: len(names[column]), reverse=True)
+    found = f"{where} has {len(names)} label columns ({', '.join(names)})"
+    if rows is None:
+        raise ValueError(
+            f"{found}: it must have one, or one that is called 'label'; --data hub without --streaming finds out which "
+            "of several is the finest"
+        )
+    labels = {column: convert_labels(rows.data.column(column), where) for column in names}
+    num_classes = len(np.unique(labels[finest]))
+    for other in others:
+        pairs = np.unique(np.stack([labels[finest], labels[other]]), axis=1)
+        if len(names[other]) == len(names[finest]) or pairs.shape[1] > num_classes:
+            raise ValueError(
+                f"{found}, and the classes of {finest!r} are no parts of those of {other!r}: it must have one, one "
+                "that is called 'label', or one whose classes the others group"
+            )
+    return finest
 
 
 def describe_type(feature: object) -> str:

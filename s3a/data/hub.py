@@ -224,7 +224,10 @@ def make_splits(dataset: str, builder: DatasetBuilder, splits: Mapping[str, Data
             raise ValueError(f"{where} is a folder of single images, and a stream reads shards: leave --streaming out")
         if rows.features is None:
             raise ValueError(f"{where} does not say what its columns are: leave --streaming out")
-    columns = {split: find_columns(rows.features, where) for split, rows in splits.items()}
+    columns = {
+        split: find_columns(rows.features, where, rows if isinstance(rows, Dataset) else None)
+        for split, rows in splits.items()
+    }
     label_features = {split: rows.features[columns[split][1]] for split, rows in splits.items()}
     labels = {
         split: convert_labels(rows.data.column(columns[split][1]), where)

@@ -10,6 +10,7 @@ from s3a.support.errors import make_unknown_error
 
 Source = Literal[
     "ade20k",
+    "cifar-100",
     "coco",
     "digits",
     "fashion-mnist",
@@ -49,6 +50,10 @@ class SourceRule:
 SOURCES: dict[str, SourceRule] = {
     "ade20k": SourceRule(
         {"label-maps": "s3a.data.label_maps:load_ade20k"}, data_dir="images/ and annotations/ of ADEChallengeData2016"
+    ),
+    "cifar-100": SourceRule(
+        {"labels": "s3a.data.cifar:load_cifar100"},
+        data_dir="train.bin, test.bin and fine_label_names.txt of cifar-100-binary.tar.gz",
     ),
     "coco": SourceRule(
         {"objects": "s3a.data.coco:load_coco"},
@@ -101,7 +106,8 @@ class DataOptions:
     data: Source
     """Where the images come from."""
     data_dir: Path | None = None
-    """The folder of an imagefolder (train/CLASS/*, val/CLASS/*), of parquet or webdataset shards, of COCO or ADE20K."""
+    """The folder of an imagefolder (train/CLASS/*, val/CLASS/*), of parquet or webdataset shards, of COCO, ADE20K or
+    CIFAR-100."""
     dataset: str | None = None
     """For hub: ORG/NAME or ORG/NAME:CONFIG."""
     streaming: bool = False

@@ -1,4 +1,4 @@
-"""The recipes that have a name: the digits, one's own photographs, and the papers' trainings on ImageNet.
+"""The recipes that have a name: small sets, one's own photographs, and the papers' trainings on ImageNet and CIFAR-100.
 
 Those of the dense tasks are in `dense_recipes`; every table of names is here.
 """
@@ -38,6 +38,28 @@ def digits() -> ClassificationRecipe:
         crop_scale=(0.8, 1.0),
         crop_ratio=(0.9, 1.1),
         horizontal_flip=0.0,
+        crop_pct=1.0,
+    )
+
+
+def fashion_mnist() -> ClassificationRecipe:
+    """Fashion-MNIST's 60,000 pictures of clothes, of 28 x 28 pixels, at 32 px.
+
+    The learning rate is that of the digits. Unlike digits, clothes may be mirrored, and crops may be smaller.
+    """
+    return ClassificationRecipe(
+        name="fashion_mnist",
+        model="ssvit_nano",
+        data="fashion-mnist",
+        image_size=32,
+        epochs=10,
+        batch_size=256,
+        learning_rate=1.6e-2,
+        warmup_epochs=1,
+        schedule="step",
+        drop_path=0.05,
+        crop_scale=(0.7, 1.0),
+        crop_ratio=(0.9, 1.1),
         crop_pct=1.0,
     )
 
@@ -125,11 +147,23 @@ def imagenet(model: str) -> ClassificationRecipe:
     )
 
 
-def imagenet_384(model: str) -> ClassificationRecipe:
-    """Fine-tuning at 384 px, 30 epochs, from the weights of the 224 px run; no published recipe exists.
+def svit_imagenet(model: str) -> ClassificationRecipe:
+    """`imagenet` as the authors of SViT ran it: DeiT's batch, no cooldown, and for the large size a late drop path."""
+    late = (0.6, 40) if model == "svit_large" else None
+    return replace(imagenet(model), batch_size=1024, cooldown_epochs=0, late_drop_path=late)
 
-    Settings are DeiT's and Swin's for a higher resolution: a small learning rate, little weight decay, no
-    repeated augmentation, a full-size evaluation crop.
+
+def vvt_imagenet(model: str) -> ClassificationRecipe:
+    """`imagenet` as the authors of VVT ran it: DeiT's batch, no cooldown, no average; the tiny size does not clip."""
+    clip = None if model == "vvt_tiny" else 1.0
+    return replace(imagenet(model), batch_size=1024, cooldown_epochs=0, ema_decay=None, clip_grad=clip)
+
+
+def ssvit_384(model: str) -> ClassificationRecipe:
+    """Fine-tuning at 384 px, 30 epochs, from the weights of the 224 px run.
+
+    SSViT's paper has no result at this size and no settings. Epochs and batch are DeiT's; the learning rate, the weight
+    decay, and an epoch without repeated augmentation are Swin's (arXiv 2103.14030). Evaluation sees whole images.
     """
     return replace(
         imagenet(model),
@@ -148,16 +182,82 @@ def imagenet_384(model: str) -> ClassificationRecipe:
     )
 
 
-def svit_imagenet(model: str) -> ClassificationRecipe:
-    """`imagenet` as the authors of SViT ran it: DeiT's batch, no cooldown, and for the large size a late drop path."""
-    late = (0.6, 40) if model == "svit_large" else None
-    return replace(imagenet(model), batch_size=1024, cooldown_epochs=0, late_drop_path=late)
+def deit_384(train: Callable[[str], ClassificationRecipe], model: str) -> ClassificationRecipe:
+    """Fine-tuning at 384 px, from the weights of the run at 224 px, as DeiT does it (facebookresearch/deit).
+
+    - 30 epochs of 512 images a step, a learning rate of 5e-6 that stays, and weight decay of 1e-8: so DeiT's README.
+    - No drop path, and BatchNorm's statistics as they are, since the code keeps the model in evaluation mode while it
+      fine-tunes, whatever its options say.
+    - All else is the default of its options, as in the training: five epochs of warm-up, the augmentation, and a centre
+      crop of 87.5 % for evaluation.
+
+    VVT's authors give no settings for their results at 384 px. Their code (OpenNLPLab/Vicinity-Vision-Transformer) is
+    DeiT's, with its way to fine-tune, so DeiT's settings stand in for them. The clipping is that of each size's
+    configuration, which holds for every run of theirs.
+
+    Args:
+        train: the family's recipe for ImageNet.
+        model: its name.
+    """
+    return replace(
+        train(model),
+        name=f"{model}_384",
+        weights=f"runs/{model}_imagenet/model",
+        image_size=384,
+        epochs=30,
+        batch_size=512,
+        learning_rate=5e-6,
+        min_learning_rate=5e-6,
+        weight_decay=1e-8,
+        drop_path=0.0,
+        late_drop_path=None,
+        freeze_batch_norm=True,
+    )
 
 
-def vvt_imagenet(model: str) -> ClassificationRecipe:
-    """`imagenet` as the authors of VVT ran it: DeiT's batch, no cooldown, no average; the tiny size does not clip."""
-    clip = None if model == "vvt_tiny" else 1.0
-    return replace(imagenet(model), batch_size=1024, cooldown_epochs=0, ema_decay=None, clip_grad=clip)
+def svit_384(model: str) -> ClassificationRecipe:
+    """`deit_384` as the authors of SViT ran it: 50 epochs, none of warm-up (finetune.sh of hhb072/STViT).
+
+    The script is for one size and does not say which; here all have it. Its drop path of 0.6 has no effect, since its
+    code, too, fine-tunes in evaluation mode.
+    """
+    return replace(deit_384(svit_imagenet, model), epochs=50, warmup_epochs=0)
+
+
+def cifar100(train: Callable[[str], ClassificationRecipe], model: str) -> ClassificationRecipe:
+    """Fine-tuning on CIFAR-100 at 224 px, from the weights of the run on ImageNet.
+
+    VVT's paper has results on CIFAR-100 and no settings; SViT's and SSViT's have neither. These are the settings with
+    AdamW that DeiT's first author gives for CIFAR-100 (facebookresearch/deit, number 117; facebookresearch/dino,
+    number 144), the same for all three families:
+
+    - 1000 epochs of 768 images a step, weight decay of 0.05, label smoothing, repeated augmentation, RandAugment, mixup
+      and cutmix as on ImageNet, drop path of 0.1.
+    - A learning rate of 5e-6 for 512 images, so 7.5e-6 for a step, after five epochs of warm-up. The cosine ends at
+      DeiT's default of 1e-5, as it does there: the learning rate rises a little.
+    - Nothing is erased (facebookresearch/deit, number 45). The evaluation crop is that of 224 px on ImageNet.
+
+    The average of the weights and the clipping of gradients are those of the family's training. DeiT's paper (arXiv
+    2012.12877) transfers with SGD, which these recipes do not have: a learning rate of 0.01 and weight decay of 1e-4,
+    with as many epochs and images a step.
+
+    Args:
+        train: the family's recipe for ImageNet.
+        model: its name.
+    """
+    return replace(
+        train(model),
+        name=f"{model}_cifar100",
+        weights=f"runs/{model}_imagenet/model",
+        dataset="uoft-cs/cifar100",
+        epochs=1000,
+        cooldown_epochs=0,
+        batch_size=768,
+        learning_rate=5e-6,
+        drop_path=0.1,
+        late_drop_path=None,
+        random_erasing=0.0,
+    )
 
 
 SSVIT = ("ssvit_tiny", "ssvit_small", "ssvit_base", "ssvit_large")
@@ -166,12 +266,18 @@ VVT = ("vvt_tiny", "vvt_small", "vvt_medium", "vvt_large")
 
 RECIPES: dict[str, Callable[[], ClassificationRecipe]] = {
     "digits": digits,
+    "fashion_mnist": fashion_mnist,
     "photos": photos,
     "photos_finetune": photos_finetune,
     **{f"{model}_imagenet": partial(imagenet, model) for model in SSVIT},
     **{f"{model}_imagenet": partial(svit_imagenet, model) for model in SVIT},
     **{f"{model}_imagenet": partial(vvt_imagenet, model) for model in VVT},
-    **{f"{model}_384": partial(imagenet_384, model) for model in SSVIT},
+    **{f"{model}_384": partial(ssvit_384, model) for model in SSVIT},
+    **{f"{model}_384": partial(svit_384, model) for model in SVIT},
+    **{f"{model}_384": partial(deit_384, vvt_imagenet, model) for model in VVT},
+    **{f"{model}_cifar100": partial(cifar100, imagenet, model) for model in SSVIT},
+    **{f"{model}_cifar100": partial(cifar100, svit_imagenet, model) for model in SVIT},
+    **{f"{model}_cifar100": partial(cifar100, vvt_imagenet, model) for model in VVT},
 }
 
 

@@ -66,6 +66,20 @@ def test_labels_without_names_are_counted_where_they_can_be(tmp_path):
         load_data("hub", dataset=repository, streaming=True)
 
 
+def test_a_repository_with_coarse_and_fine_labels_has_the_fine_ones(tmp_path):
+    """As that of CIFAR-100 has them, coarse ones last; a stream is not looked through for it."""
+    repository = make_repository(tmp_path / "birds")
+    for path in (repository / "data").glob("*.parquet"):
+        rows = Dataset.from_parquet(str(path))
+        coarse = [min(label, 1) for label in rows["species"]]
+        rows.add_column("coarse", coarse, feature=ClassLabel(names=["cat", "other"])).to_parquet(path)
+    data = load_data("hub", dataset=str(repository))
+    assert data.label_names == NAMES
+    check_numbers(data, NUM_TRAIN, NUM_VAL)
+    with pytest.raises(ValueError, match=r"2 label columns \(species, coarse\): .* --data hub without --streaming"):
+        load_data("hub", dataset=str(repository), streaming=True)
+
+
 def test_a_stream_of_unknown_length_is_refused(tmp_path):
     repository = str(make_repository(tmp_path / "birds", described=False))
     with pytest.raises(ValueError, match="does not say how many images 'train' has"):

@@ -4,8 +4,10 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
+import torch
 from helpers.hub_server import Hub
 from helpers.small_runs import call_command
 
@@ -45,7 +47,7 @@ def test_the_papers_recipe(size, drop_path):
     assert {key: getattr(recipe, key) for key in written} == written
 
 
-# What every training on ImageNet has, and what the fine-tunings at 384 px change of it.
+# What every training on ImageNet has, and what the fine-tunings at 384 px and on CIFAR-100 change of it.
 IMAGENET = {
     "data": "hub",
     "dataset": "ILSVRC/imagenet-1k",
@@ -79,6 +81,31 @@ AT_384 = {
     "weight_decay": 1e-8,
     "repeats": 1,
 }
+DEIT_AT_384 = {
+    "image_size": 384,
+    "epochs": 30,
+    "cooldown_epochs": 0,
+    "batch_size": 512,
+    "learning_rate": 5e-6,
+    "min_learning_rate": 5e-6,
+    "weight_decay": 1e-8,
+    "drop_path": 0.0,
+    "late_drop_path": None,
+    "freeze_batch_norm": True,
+}
+SVIT_AT_384 = {**DEIT_AT_384, "epochs": 50, "warmup_epochs": 0}
+ON_CIFAR = {
+    "dataset": "uoft-cs/cifar100",
+    "epochs": 1000,
+    "cooldown_epochs": 0,
+    "batch_size": 768,
+    "learning_rate": 5e-6,
+    "min_learning_rate": 1e-5,
+    "weight_decay": 0.05,
+    "drop_path": 0.1,
+    "late_drop_path": None,
+    "random_erasing": 0.0,
+}
 SVIT = {"batch_size": 1024, "cooldown_epochs": 0}
 VVT = {**SVIT, "ema_decay": None, "clip_grad": 1.0}
 TRAININGS = {
@@ -101,15 +128,27 @@ def test_every_field_of_a_named_recipe_is_as_written_or_the_default(model):
     """A drop path is that of the model's own table of sizes; the figures stand here once more, from the papers."""
     fields = {**IMAGENET, **TRAININGS[model]}
     assert get_recipe(f"{model}_imagenet") == ClassificationRecipe(name=f"{model}_imagenet", model=model, **fields)
-    if model.startswith("ssvit"):
-        fields |= {**AT_384, "weights": f"runs/{model}_imagenet/model"}
-        assert get_recipe(f"{model}_384") == ClassificationRecipe(name=f"{model}_384", model=model, **fields)
+    fields["weights"] = f"runs/{model}_imagenet/model"
+    finer = {"ssvit": AT_384, "svit": SVIT_AT_384, "vvt": DEIT_AT_384}[model.partition("_")[0]]
+    for suffix, changes in (("384", finer), ("cifar100", ON_CIFAR)):
+        name = f"{model}_{suffix}"
+        assert get_recipe(name) == ClassificationRecipe(name=name, model=model, **fields | changes)
 
 
 def test_these_are_all_named_recipes():
-    sizes = [f"{model}_imagenet" for model in TRAININGS]
-    finer = [f"{model}_384" for model in TRAININGS if model.startswith("ssvit")]
-    assert list(RECIPES) == ["digits", "photos", "photos_finetune", *sizes, *finer]
+    small = ["digits", "fashion_mnist", "photos", "photos_finetune"]
+    assert list(RECIPES) == small + [f"{model}_{of}" for of in ("imagenet", "384", "cifar100") for model in TRAININGS]
+
+
+def test_fine_tuning_at_384_keeps_its_learning_rate():
+    """DeiT's 5e-6 for its batch of 512, which SViT's script has from the first step on; nothing decays."""
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    for name, rates in (("svit_base_384", [5e-6] * 50), ("vvt_large_384", [*np.linspace(1e-6, 5e-6, 6), *[5e-6] * 24])):
+        recipe = get_recipe(name)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = recipe.peak_learning_rate
+        scheduler = recipe.make_scheduler(optimizer, steps_per_epoch=2502)
+        assert [scheduler._get_lr(epoch)[0] for epoch in range(recipe.epochs)] == pytest.approx(rates)
 
 
 PHOTOS = {
