@@ -170,6 +170,33 @@ def test_loaders_are_the_committed_result():
         assert (int(workers), int(cores)) == (expected, 8 * (expected + 1))
 
 
+def test_growth_is_the_committed_results():
+    """Three tables of one run and one of counts, whose last column follows from the first table."""
+    folder, page = ROOT / "docs" / "benchmarks", read(ROOT / "docs" / "benchmarks.md")
+    growth, crossing = (json.loads(read(folder / f"{name}.json")) for name in ("growth_cpu", "crossing"))
+    assert f"**{growth['machine']['processor']}**" in page
+    times, memory, pairs, crossings = list_tables(find_section(page, "What grows how"))
+    measured = {(row["model"], f"{row['image_size']} px"): row for row in growth["rows"]}
+    for table, show in (
+        (times, lambda row: f"{row['median_ms']:,.0f} ({row['times_peer']:.2f})"),
+        (memory, lambda row: f"{row['mib']:,.0f}"),
+        (pairs, lambda row: f"{row['first_stage_pairs_per_token']:,.0f} / {row['pairs_per_token']:,.0f}"),
+    ):
+        (_, *sides), *lines = table
+        shown = {(name.strip("`"), side): cell for name, *own in lines for side, cell in zip(sides, own, strict=True)}
+        assert shown == {place: show(row) for place, row in measured.items()}
+    for row, cells in zip(crossing["rows"], crossings[1:], strict=True):
+        own, its = (
+            {each["image_size"]: each["median_ms"] for each in growth["rows"] if each["model"] == row[kind]}
+            for kind in ("model", "peer")
+        )
+        slower = [side for side in own if all(own[larger] > its[larger] for larger in own if larger >= side)]
+        counts = [row[name] for name in ("first_stage_pairs_per_token", "pairs_per_token", "gmacs")]
+        found = [*counts, min(slower, default=None)]
+        names = [f"`{row[kind]}`" for kind in ("model", "peer")]
+        assert cells == [*names, *("never" if side is None else f"{side} px" for side in found)]
+
+
 def test_schemes_are_the_committed_results():
     """Each beside float32 of its own run; the row of float32 is that of the first."""
     page = read(ROOT / "docs" / "deployment.md")

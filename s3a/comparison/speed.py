@@ -4,9 +4,10 @@ Models run as the recipe's precision has it, uncompiled: so every size of image 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import psutil
 import torch
@@ -64,27 +65,44 @@ def measure_growth(
     *,
     turns: int,
 ) -> list[Growth]:
-    """A row for each candidate: milliseconds and MiB of one image of side x side pixels, or why there are none.
+    """A row for each candidate: milliseconds and MiB of one image of side x side pixels; see `measure_side`."""
+    prepared = {
+        contender.label: partial(prepare_inference, contender.recipe, label_names, 1, device=device)
+        for contender in contenders
+    }
+    return measure_side(prepared, device, side, smaller, turns=turns)
+
+
+def measure_side(
+    prepared: Mapping[str, Callable[[int], tuple[Call, Held]]],
+    device: torch.device,
+    side: int,
+    smaller: list[Growth],
+    *,
+    turns: int,
+) -> list[Growth]:
+    """A row for each label: milliseconds and MiB of a call for images of side x side pixels, or why there are none.
 
     Args:
+        prepared: makes the call for a side, and says what there is in memory before it; ValueError where there is none.
         smaller: the rows of smaller sides. What they needed says whether this one would still fit.
     """
     calls: dict[str, Call] = {}
     rows: list[Growth] = []
-    for contender in contenders:
-        row: Growth = {"label": contender.label, "image_size": side}
+    for label, prepare in prepared.items():
+        row: Growth = {"label": label, "image_size": side}
         rows.append(row)
-        needed = extrapolate_memory([each for each in smaller if each["label"] == contender.label], side)
+        needed = extrapolate_memory([each for each in smaller if each["label"] == label], side)
         if needed > (free := find_free_memory(device)):
             row["skipped"] = f"about {needed:,.0f} MiB would be needed, {free:,.0f} are free"
             continue
         try:
-            call, held = prepare_inference(contender.recipe, label_names, 1, side, device)
+            call, held = prepare(side)
         except ValueError as error:  # the model does not take this size
             row["skipped"] = str(error)
             continue
         row["mib"] = measure_peak_memory(call, held)
-        calls[contender.label] = call
+        calls[label] = call
     samples = take_turns(calls, turns, warm_up=1)
     for row in rows:
         if row["label"] in samples:

@@ -137,6 +137,71 @@ def test_cost_equals_a_count_by_hand(height: int, width: int) -> None:
     assert round(cost.gmacs * 1e9) == layers + scan_macs(dims, depths, height, width)
 
 
+def channels_times_tokens(dims: tuple[int, ...], depths: tuple[int, ...], height: int, width: int) -> int:
+    """Summed over the blocks."""
+    stages = zip(maps(height, width)[2:], dims, depths, strict=True)
+    return sum(depth * dim * rows * columns for (rows, columns), dim, depth in stages)
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (250, 131), (256, 320)])
+def test_pairs_per_token_of_sparse_scans(height: int, width: int) -> None:
+    """Those that the dense masks let through; in the first stage the mean of both kinds of scan."""
+    dims, depths, *_ = SIZES["ssvit_tiny"]
+    cost = count_cost(meta_model("ssvit_tiny"), height, width)
+    pairs = scan_macs(dims, depths, height, width) / (2 * channels_times_tokens(dims, depths, height, width))
+    assert cost.pairs_per_token == pytest.approx(pairs)
+    first, *_ = maps(height, width)[2:]
+    masks = [golden.dense_mask(*first, *step) for fixed in FIXED for step in golden.scan_table(*first, fixed)]
+    kinds = len(FIXED)
+    assert cost.first_stage_pairs_per_token == pytest.approx(
+        sum(int(mask.sum()) for mask in masks) / kinds / (first[0] * first[1])
+    )
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "pairs"),
+    [
+        (224, 7, (7**2 + 9**2 + 9**2 + 7**2) / 2),  # a map of 56: eight windows or anchors a side, made odd
+        (1024, 7, (7**2 + 37**2 + 37**2 + 7**2) / 2),  # of 256: 36
+        (1024, 11, (11**2 + 23**2 + 23**2 + 11**2) / 2),
+        (448, 4, (5**2 + 29**2 + 29**2 + 5**2) / 2),  # of 112, and the size is made odd too
+    ],
+)
+def test_pairs_per_token_of_the_first_stage_by_hand(side: int, size: int, pairs: float) -> None:
+    """The squares of both passes' kernel sizes, where no group of a dilation is shorter than its kernel."""
+    assert count_cost(meta_model("ssvit_tiny", size=size), side, side).first_stage_pairs_per_token == pairs
+
+
+def test_pairs_per_token_of_windows_are_those_of_a_window() -> None:
+    """Swin compares a query with the 7 x 7 tokens of its window, and does so for padding too."""
+    small, large = (
+        count_cost(meta_model("swin_tiny_patch4_window7_224", img_size=side), side, side) for side in (224, 512)
+    )
+    assert (small.first_stage_pairs_per_token, small.pairs_per_token) == (49, 49)
+    assert large.first_stage_pairs_per_token == pytest.approx(49 * (133 / 128) ** 2)  # 19 windows for 128 tokens
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (250, 131)])
+def test_pairs_per_token_of_super_tokens(height: int, width: int) -> None:
+    """All super tokens attend to each other, and each token is associated with nine, in three products."""
+    cost = count_cost(meta_model("svit_small"), height, width)
+    (rows, columns), *_ = maps(height, width)[2:]
+    cells = -(-rows // 8) * -(-columns // 8)
+    attended, associated = 2 * cells**2, 3 * 9 * cells * 64
+    assert cost.first_stage_pairs_per_token == pytest.approx((attended + associated) / (2 * rows * columns))
+    _, products = svit_macs(height, width)
+    together = channels_times_tokens((64, 128, 320, 512), (3, 5, 9, 3), height, width)
+    assert cost.pairs_per_token == pytest.approx(products / (2 * together))
+
+
+@pytest.mark.parametrize("side", [224, 1024])
+def test_pairs_per_token_of_linear_attention_are_those_of_equal_cost(side: int) -> None:
+    """In the first stage 96 channels are reduced to 48, and keys and queries have four features for each."""
+    cost = count_cost(meta_model("vvt_tiny"), side, side)
+    keys_times_values, their_query, norm = 4 * 48 * 48, 4 * 48 * 48, 4 * 48
+    assert cost.first_stage_pairs_per_token == (keys_times_values + their_query + norm) / (2 * 96)
+
+
 @pytest.mark.parametrize("backend", ["flex", "reference"])
 def test_cost_leaves_the_model_alone(backend: str) -> None:
     model = timm.create_model("ssvit_nano", backend=backend).train()
@@ -154,10 +219,12 @@ def test_cost_of_other_models() -> None:
     cost = count_cost(meta_model("vit_tiny_patch16_224"), 224, 224)
     assert cost.published_gmacs * 2**30 == layers
     assert round(cost.gmacs * 1e9) == layers + 12 * 2 * tokens**2 * dim
+    assert cost.pairs_per_token == cost.first_stage_pairs_per_token == tokens
 
     convolutional = count_cost(meta_model("resnet18"), 224, 224)
     assert convolutional.gmacs == pytest.approx(1.814073344)  # torchvision's count
     assert convolutional.published_gmacs * 2**30 == pytest.approx(convolutional.gmacs * 1e9)
+    assert convolutional.pairs_per_token == convolutional.first_stage_pairs_per_token == 0
 
 
 class Gram(torch.nn.Module):

@@ -20,12 +20,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from timm.data.loader import PrefetchLoader
 
+from s3a.analysis.cost import count_cost
 from s3a.attention.backends import BACKENDS
 from s3a.data import TrainLoader
 from s3a.data.batches import Transform
 from s3a.data.images import Images
 from s3a.data.pixels import PixelNormalizer
 from s3a.geometry import FIXED, Neighborhood, sparse_scan
+from s3a.nn.s3a import S3A
 from s3a.training.tasks.classification import list_operations
 
 SWIN = "swin_tiny_patch4_window7_224"
@@ -367,6 +369,174 @@ def test_input_is_what_devices_make_of_pixels(measure: Measure, count_calls):
 
 
 # --------------------------------------------------------------------------------------------------------
+# Growth
+# --------------------------------------------------------------------------------------------------------
+
+COUNTS = ("first_stage_pairs_per_token", "pairs_per_token", "gmacs")
+
+
+def make_counts(name: str, side: int, **model_args: object) -> dict[str, float]:
+    """What tests/analysis/test_cost.py checks."""
+    with torch.device("meta"):
+        cost = count_cost(timm.create_model(name, **model_args), side, side)
+    return {count: getattr(cost, count) for count in COUNTS}
+
+
+@pytest.mark.usefixtures("clock")
+def test_growth_rows_are_sides_and_models_beside_swin(measure: Measure, drawn, tmp_path):
+    """The smallest side first; S3A with each of its sizes, where the model's own is the plain model."""
+    picture = tmp_path / "growth.png"
+    options = ("--sizes", 3, 5, "--image-sizes", 96, 64, "--plot", picture)
+    rows = measure("growth", "--models", "ssvit_nano", "vvt_tiny", SWIN, *options)["rows"]
+    expected, memory = [], [row.pop("mib") for row in rows]
+    for first, side in ((1, 64), (13, 96)):
+        for place, (label, name, model_args) in enumerate(
+            [
+                ("ssvit_nano", "ssvit_nano", {}),
+                ("ssvit_nano size 5", "ssvit_nano", {"size": 5}),
+                ("vvt_tiny", "vvt_tiny", {}),
+                (SWIN, SWIN, {"img_size": side}),
+            ]
+        ):
+            times = scripted(first + place, 4)
+            peer = scripted(first + 3, 4)["median_ms"]
+            ratio = {"times_peer": pytest.approx(peer / times["median_ms"])} if name.split("_")[1] == "tiny" else {}
+            labels = {"model": label, "image_size": side}
+            expected.append(labels | times | ratio | make_counts(name, side, **model_args))
+    assert rows == expected
+    weights = 4 * sum(parameter.numel() for parameter in timm.create_model("vvt_tiny").parameters()) / 2**20
+    image = 4 * 3 * 64**2 / 2**20
+    assert weights + image < memory[2] < memory[6] < 1.5 * weights
+    assert len(drawn) == 4
+    for axes, figure in zip(drawn, ("median_ms", None, *COUNTS[:2]), strict=True):
+        if figure is not None:
+            assert points(axes, "ssvit_nano size 5") == [(side, rows[row][figure]) for side, row in ((64, 1), (96, 5))]
+        assert [line.get_label() for line in axes.lines] == ["ssvit_nano", "ssvit_nano size 5", "vvt_tiny", "swin_tiny"]
+    with Image.open(picture) as drawing:
+        assert (drawing.format, *drawing.size) == ("PNG", 1425, 1200)
+
+
+def test_growth_says_what_would_not_fit_or_is_not_taken(measure: Measure, monkeypatch, drawn, tmp_path):
+    """And goes on with what does."""
+    monkeypatch.setattr("s3a.comparison.speed.find_free_memory", lambda device: 5.0)
+    options = ("--image-sizes", 16, 64, 128, 192, "--plot", tmp_path / "growth.png")
+    rows = measure("growth", "--models", "ssvit_nano", "--sizes", 3, *options)["rows"]
+    assert ["median_ms" in row for row in rows] == [False, True, True, False]
+    assert rows[0].keys() == rows[3].keys() == {"model", "image_size", "skipped"}
+    assert "each side must be at least 32" in rows[0]["skipped"]
+    assert "MiB would be needed, 5 are free" in rows[3]["skipped"]
+    assert [side for side, _ in points(drawn[1], "ssvit_nano")] == [64, 128]
+
+
+def write_growth(path: Path, times: dict[str, list[float]]) -> Path:
+    """A result of growth at 100, 200, ... pixels; 0 ms is a side that was skipped."""
+    rows = [
+        {"model": label, "image_size": 100 * place, "skipped": "too large"}
+        if ms == 0
+        else {
+            "model": label,
+            "image_size": 100 * place,
+            "median_ms": ms,
+            **({"times_peer": 1.234} if label == "a" else {}),
+            "mib": 1000.4,
+            "first_stage_pairs_per_token": 130.0,
+            "pairs_per_token": 86.7,
+        }
+        for label, own in times.items()
+        for place, ms in enumerate(own, start=1)
+    ]
+    path.write_text(json.dumps({"benchmark": "growth", "command": "", "machine": {}, "rows": rows}))
+    return path
+
+
+def test_growth_is_shown_as_the_page_has_it(command: Command, tmp_path):
+    path = write_growth(tmp_path / "growth.json", {"a": [12.3, 1234.5], "b": [0.6, 0]})
+    status, out, err = command("benchmark", "compare", path)
+    assert (status, err) == (0, "")
+    assert out.endswith(
+        """
+| ms (times faster than Swin) | 100 px | 200 px |
+| --- | ---: | ---: |
+| `a` | 12 (1.23) | 1,234 (1.23) |
+| `b` | 1 | skipped |
+
+| MiB at the peak | 100 px | 200 px |
+| --- | ---: | ---: |
+| `a` | 1,000 | 1,000 |
+| `b` | 1,000 | skipped |
+
+| pairs per token: first stage / all | 100 px | 200 px |
+| --- | ---: | ---: |
+| `a` | 130 / 87 | 130 / 87 |
+| `b` | 130 / 87 | skipped |
+"""
+    )
+
+
+NANOS = ("ssvit_nano", "svit_nano", "vvt_nano", "vvt_tiny")
+
+
+def test_a_crossing_is_where_all_larger_images_cost_more(command: Command, monkeypatch, tmp_path):
+    """By costs that one can see through: those of S3A follow the image and its size, those of a peer are the same."""
+
+    def count(model: torch.nn.Module, side: int, _: int) -> SimpleNamespace:
+        size = next((module.size for module in model.modules() if isinstance(module, S3A)), None)
+        if size is None:
+            return SimpleNamespace(first_stage_pairs_per_token=100, pairs_per_token=128, gmacs=1000)
+        wave = 200 if side == 64 else side  # above the peer's once
+        return SimpleNamespace(first_stage_pairs_per_token=wave, pairs_per_token=side, gmacs=size * side)
+
+    monkeypatch.setattr("s3a.analysis.cost.count_cost", count)
+    times = {
+        "ssvit_nano": [2, 1, 1, 3, 4],
+        "svit_nano": [1, 1, 2, 2, 2],
+        "ssvit_nano size 5": [0, 1, 1, 1, 0],
+        "vvt_tiny": [9, 9, 9, 9, 9],
+    }
+    timed = write_growth(tmp_path / "growth.json", times)
+    output = tmp_path / "crossing.json"
+    options = ("--sizes", 3, 5, "--largest", 256, "--step", 32, "--timed", timed, "--output", output)
+    status, out, err = command("benchmark", "crossing", "--models", *NANOS, *options)
+    assert (status, err) == (0, "")
+    figures = {"first_stage_pairs_per_token": 128, "pairs_per_token": 160}
+    small, large = figures | {"gmacs": None}, figures | {"gmacs": 224}
+    result = json.loads(output.read_text())
+    assert result["benchmark"] == "crossing"
+    assert result["rows"] == [
+        {"model": "ssvit_nano", "peer": "svit_nano", **small, "median_ms": 400},
+        {"model": "ssvit_nano", "peer": "vvt_nano", **small},
+        {"model": "ssvit_nano size 5", "peer": "svit_nano", **large, "median_ms": None},
+        {"model": "ssvit_nano size 5", "peer": "vvt_nano", **large},
+    ]
+    assert [line for line in out.splitlines() if line.startswith("| `")] == [
+        "| `ssvit_nano` | `svit_nano` | 128 px | 160 px | never | 400 px |",
+        "| `ssvit_nano` | `vvt_nano` | 128 px | 160 px | never | - |",
+        "| `ssvit_nano size 5` | `svit_nano` | 128 px | 160 px | 224 px | never |",
+        "| `ssvit_nano size 5` | `vvt_nano` | 128 px | 160 px | 224 px | - |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--models", "ssvit_nano", "vvt_tiny"), ["--models has no such pair", "a peer of its size"]),
+        (("--models", *NANOS, "--largest", 31), ["--largest is 31", "32 pixels at least"]),
+        (("--models", *NANOS, "--largest", 63, "--step", 64), ["--largest is 63 and --step 64"]),
+        (("--models", *NANOS, "--step", 0), ["--step is 0", "positive"]),
+        (("--models", "vvt_nano", "vvt_nano"), ["vvt_nano is given twice"]),
+        (("--models", *NANOS, "--timed", "nothing.json"), ["nothing.json", "does not exist"]),
+        (
+            ("--models", *NANOS, "--timed", TOOLS.parent / "docs" / "benchmarks" / "plan_cpu.json"),
+            ["plan_cpu.json", "no result of growth"],
+        ),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(command: Command, tmp_path, arguments, words):
+    check_refused(command("benchmark", "crossing", *arguments, "--output", tmp_path / "result.json"), *words)
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------------
 # Results
 # --------------------------------------------------------------------------------------------------------
 
@@ -462,6 +632,9 @@ def test_comparing_nothing_is_refused(command: Command, tmp_path):
         (("loader", "--num-images", 0), ["--num-images is 0", "positive"]),
         (("loader", "--num-workers", 2, -1), ["--num-workers is 2 -1", "0 or more"]),
         (("plan", "--plot", "plans.png"), ["--plot is plans.png", "no picture"]),
+        (("growth", "--models", "ssvit_tini"), ["'ssvit_tini'", "did you mean 'ssvit_tiny'?"]),
+        (("growth", "--sizes", 0), ["--sizes is 0", "positive"]),
+        (("growth", "--image-sizes"), ["--image-sizes"]),
         (("compile", "--plot", "first.png"), ["--plot is first.png", "no picture"]),
     ],
 )
@@ -470,7 +643,7 @@ def test_what_cannot_be_measured_is_refused(command: Command, tmp_path, argument
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("benchmark", ["operator", "model", "compile", "plan", "loader"])
+@pytest.mark.parametrize("benchmark", ["operator", "model", "compile", "plan", "loader", "growth"])
 def test_a_missing_gpu_is_said(command: Command, monkeypatch, tmp_path, benchmark):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = command("benchmark", benchmark, "--device", "cuda", "--output", tmp_path / "result.json")
