@@ -143,13 +143,10 @@ class PartScores:
 
     Attributes:
         top1: fractions of 1, by the digest of the weights.
-        images: how many were read.
-        unreadable: the names of the others.
+        unreadable: the names of images that could not be read, and that no score counts.
     """
 
     top1: dict[str, float]
-    images: int
-    images_per_second: float
     unreadable: list[str]
 
 
@@ -197,7 +194,5 @@ def evaluate_part(
     check_unreadable(found.unreadable, int(conditions.max_bad_images * len(conditions.rows)))
     return PartScores(
         top1={candidate.digest: found.scores[f"top1 of {candidate.path}"] for candidate in candidates},
-        images=found.images,
-        images_per_second=found.images_per_second,
         unreadable=list(found.unreadable),
     )

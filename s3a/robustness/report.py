@@ -209,7 +209,7 @@ def draw_report(report: Report, path: Path) -> None:
     for panel in panels[::columns]:
         panel.set_ylabel("top-1 (%)")
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=in_a_row, frameon=False, fontsize=9)
+    figure.legend(*handles, loc="outside lower center", ncols=in_a_row, frameon=False, fontsize=9, handlelength=3)
     conditions = report.results.conditions
     is_spread = any(len(line.paths) > 1 for line in report.lines)
     spread = "; bands are the standard deviation over seeds" if is_spread else ""
@@ -222,22 +222,15 @@ def draw_report(report: Report, path: Path) -> None:
 def draw_panel(axes: Axes, report: Report, name: str, corruptions: Sequence[str]) -> None:
     """A curve for each line, from clean images on, with a band where it has several seeds."""
     severities = [0, *report.results.severities]
+    width = 1.5 if len(report.lines) <= len(SERIES) else 1.0
     for index, line in enumerate(report.lines):
         color, marker = SERIES[index % len(SERIES)]
         style = STYLES[index // len(SERIES) % len(STYLES)]
         parts = [[CLEAN], *(report.list_parts(corruptions, [severity]) for severity in severities[1:])]
         spreads = [line.score(report.results, each) for each in parts]
         means = [100 * each["mean"] for each in spreads]
-        axes.plot(
-            severities,
-            means,
-            label=line.label,
-            color=color,
-            marker=marker,
-            linestyle=style,
-            markersize=5,
-            linewidth=1.5,
-        )
+        size = 6.5 - 3 * index / max(len(report.lines) - 1, 1)  # so that equal curves show below each other
+        axes.plot(severities, means, label=line.label, color=color, marker=marker, markersize=size, ls=style, lw=width)
         deviations = [100 * (each["deviation"] or 0) for each in spreads]
         if any(deviations):
             below, above = (
