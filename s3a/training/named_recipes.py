@@ -216,12 +216,13 @@ def deit_384(train: Callable[[str], ClassificationRecipe], model: str) -> Classi
 
 
 def svit_384(model: str) -> ClassificationRecipe:
-    """`deit_384` as the authors of SViT ran it: 50 epochs, none of warm-up (finetune.sh of hhb072/STViT).
+    """`deit_384` as the authors of SViT ran it: without warm-up, and evaluated on whole images (README of hhb072/STViT).
 
-    The script is for one size and does not say which; here all have it. Its drop path of 0.6 has no effect, since its
-    code, too, fine-tunes in evaluation mode.
+    Its README has a command for each size, of 30 epochs; its `finetune.sh`, for one size, has 50. Their drop paths have
+    no effect, since its code, too, fine-tunes in evaluation mode. Its code resizes images above 224 px to the network's
+    size, and cuts nothing off.
     """
-    return replace(deit_384(svit_imagenet, model), epochs=50, warmup_epochs=0)
+    return replace(deit_384(svit_imagenet, model), warmup_epochs=0, crop_pct=1.0)
 
 
 def cifar100(train: Callable[[str], ClassificationRecipe], model: str) -> ClassificationRecipe:
