@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,30 +25,33 @@ import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import StrMethodFormatter
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 import s3a
-from s3a.analysis.cost import Cost, count_channels, count_cost
 from s3a.attention.backends import Operands
 from s3a.attention.plan import attend_plan, lay_out_scan, plan_scan
-from s3a.comparison.candidates import Candidate, list_candidates
-from s3a.comparison.report import Table, format_markdown
-from s3a.comparison.results import Growth as Measured
-from s3a.comparison.speed import Held, measure_side
+from s3a.comparison.growth import (
+    GROWING,
+    draw_growth,
+    find_crossings,
+    make_crossing_tables,
+    make_growth_tables,
+    measure_model_growth,
+)
+from s3a.comparison.report import format_markdown
 from s3a.data import Batch, TrainLoader, load_data
 from s3a.data.pixels import PixelNormalizer
 from s3a.geometry import FIXED, Neighborhood, Scan, sparse_scan
-from s3a.models.backbone import MIN_IMAGE_SIZE, Backbone
-from s3a.nn.s3a import S3A
+from s3a.models.backbone import Backbone
 from s3a.published import PUBLISHED
 from s3a.support.command_line import run_command
 from s3a.support.errors import make_unknown_error
 from s3a.support.figures import describe_machine_briefly, label_sides
-from s3a.support.palette import BLUE, GREEN, INK, ORANGE, PEER, PINK, SKY_BLUE, SOFT_INK, VERMILLION
+from s3a.support.palette import BLUE, FAMILY_STYLES, INK, PEER, SOFT_INK, VERMILLION
 from s3a.support.timing import Row, make_row, read_results, take_turns, write_result
 from s3a.training.named_recipes import get_recipe
 from s3a.training.tasks.classification import Classification, replace_posterize
@@ -56,16 +59,6 @@ from s3a.training.transfers import send_batches
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Call = Callable[[], object]
-# The models whose growth is compared: those of each family that are of the tiny and the small size.
-GROWING = (
-    "ssvit_tiny",
-    "vvt_tiny",
-    "swin_tiny_patch4_window7_224",
-    "ssvit_small",
-    "svit_small",
-    "vvt_small",
-    "swin_small_patch4_window7_224",
-)
 CAPTION = {"size": 8.5, "color": SOFT_INK, "va": "bottom"}
 
 
@@ -425,13 +418,6 @@ def finish_axes(axes: Axes, title: str, conditions: str, machine: dict[str, Any]
 # Models
 # --------------------------------------------------------------------------------------------------------
 
-FAMILY_STYLES = {
-    "ssvit": (BLUE, "o"),
-    "svit": (VERMILLION, "s"),
-    "vvt": (GREEN, "^"),
-    "swin": (PEER, "D"),
-    "convnext": (ORANGE, "v"),
-}
 # Top-1 on ImageNet-1k at 224 px as the papers have it, in percent.
 PUBLISHED_TOP1 = {
     **{name: published.top1[224] for name, published in PUBLISHED.items()},
@@ -730,222 +716,18 @@ def exhaust(batches: Iterable[object]) -> None:
 # Growth
 # --------------------------------------------------------------------------------------------------------
 
-COUNTS = ("first_stage_pairs_per_token", "pairs_per_token", "gmacs")  # of a Cost, those that are compared
-SIZE_COLORS = (SKY_BLUE, PINK, ORANGE)  # of S3A's other sizes, in the order in which they are met
+
+def measure_image_growth(options: Growth) -> list[Row]:
+    """A row per side and model; see `measure_model_growth`."""
+    device = torch.device(options.device)
+    return measure_model_growth(options.models, options.sizes, options.image_sizes, device=device, turns=options.turns)
 
 
-def list_sized(models: Iterable[str], sizes: Iterable[int]) -> dict[str, Candidate]:
-    """The models by their labels, SSViTs with each of S3A's sizes; ValueError for names unknown or given twice."""
-    found = []
-    for plain in list_candidates(models, (), ()):
-        sized = [Candidate(model=plain.model, size=size).drop_defaults() for size in sizes]
-        found += sized if has_scans(plain) else [plain]
-    return {each.label: each for each in found}
-
-
-def has_scans(candidate: Candidate) -> bool:
-    """Whether there is S3A in the model."""
-    with torch.device("meta"):
-        return any(isinstance(module, S3A) for module in timm.create_model(candidate.model).modules())
-
-
-def build_for_side(candidate: Candidate, side: int) -> nn.Module:
-    """The model for images of side x side pixels."""
-    config = timm.get_pretrained_cfg(candidate.model)
-    is_fixed = config is not None and config.fixed_input_size
-    return timm.create_model(candidate.model, size=candidate.size, img_size=side if is_fixed else None)
-
-
-@cache
-def count_for_side(candidate: Candidate, side: int) -> Cost:
-    """What an image costs; ValueError for a side that the model does not take."""
-    with torch.device("meta"):
-        model = build_for_side(candidate, side)
-    return count_cost(model, side, side)
-
-
-def prepare_image(candidate: Candidate, device: torch.device, side: int) -> tuple[Call, Held]:
-    """A call of one image's inference, and what there is in memory before it; ValueError for a side not taken."""
-    count_for_side(candidate, side)
-    model = build_for_side(candidate, side).to(device).eval()
-    images = torch.randn(1, count_channels(model), side, side, device=device)
-
-    def infer() -> Tensor:
-        with torch.no_grad():
-            return model(images)
-
-    return infer, (model, images)
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Family and size by a model's name: ssvit and tiny of ssvit_tiny."""
-    family, _, rest = name.partition("_")
-    return family, rest.partition("_")[0]
-
-
-def measure_growth(options: Growth) -> list[Row]:
-    """A row per side and model: milliseconds and MiB of an image, the counts, and the ratio to the Swin of its size."""
-    candidates, device = list_sized(options.models, options.sizes), torch.device(options.device)
-    prepared = {label: partial(prepare_image, candidate, device) for label, candidate in candidates.items()}
-    measured: list[Measured] = []
-    for side in sorted(options.image_sizes):
-        measured += measure_side(prepared, device, side, measured, turns=options.turns)
-    times = {(each["label"], each["image_size"]): each["ms"] for each in measured if "ms" in each}
-    rows = []
-    for each in measured:
-        label, side = each["label"], each["image_size"]
-        row: Row = {"model": label, "image_size": side}
-        if "skipped" in each:
-            rows.append(row | {"skipped": each["skipped"]})
-            continue
-        spread = {"median_ms": each["ms"], "fastest_ms": each["fastest_ms"], "slowest_ms": each["slowest_ms"]}
-        size = split_name(candidates[label].model)[1]
-        swin = next((name for name in options.models if name.startswith("swin") and split_name(name)[1] == size), None)
-        ratio = {"times_peer": times[swin, side] / each["ms"]} if (swin, side) in times else {}
-        cost = count_for_side(candidates[label], side)
-        counts = {name: getattr(cost, name) for name in COUNTS}
-        rows.append(row | spread | {"turns": options.turns} | ratio | {"mib": each["mib"]} | counts)
-    return rows
-
-
-def measure_crossings(options: Crossing) -> list[Row]:
-    """A row per SSViT and peer: for each figure the side from which on the SSViT's is larger, None if it is not."""
-    candidates = list_sized(options.models, options.sizes)
-    times = {} if options.timed is None else read_times(options.timed)
-    pairs = []
-    for label, candidate in candidates.items():
-        family, size = split_name(candidate.model)
-        peers = [name for name in options.models if split_name(name)[1] == size and split_name(name)[0] != family]
-        pairs += [(label, peer) for peer in peers] if has_scans(candidate) else []
-    sides = [side for side in range(options.step, options.largest + 1, options.step) if side >= MIN_IMAGE_SIZE]
-    if not pairs or not sides:
-        wrong = f"--largest is {options.largest} and --step {options.step}" if pairs else "--models has no such pair"
-        raise ValueError(
-            f"{wrong}: give an SSViT and a peer of its size, and sides of {MIN_IMAGE_SIZE} pixels at least"
-        )
-    counted = {label: {side: count_for_side(candidates[label], side) for side in sides} for label in {*sum(pairs, ())}}
-    rows = []
-    for label, peer in pairs:
-        row: Row = {"model": label, "peer": peer}
-        for name in COUNTS:
-            own, its = ({side: getattr(cost, name) for side, cost in counted[each].items()} for each in (label, peer))
-            row[name] = find_crossing(own, its)
-        if label in times and peer in times:
-            row["median_ms"] = find_crossing(times[label], times[peer])
-        rows.append(row)
-    return rows
-
-
-def find_crossing(own: dict[int, float], peer: dict[int, float]) -> int | None:
-    """The smallest side from which on a figure is larger than the peer's, None if it is not at the largest side."""
-    crossing = None
-    for side in sorted(own.keys() & peer.keys(), reverse=True):
-        if own[side] <= peer[side]:
-            break
-        crossing = side
-    return crossing
-
-
-def read_times(path: Path) -> dict[str, dict[int, float]]:
-    """The milliseconds of a result of growth, by model and side; ValueError for a result of another benchmark."""
-    (result,) = read_results([path])
-    if result.get("benchmark") != "growth":
-        raise ValueError(f"--timed is {path}, which is no result of growth: give one that `growth` wrote")
-    times: dict[str, dict[int, float]] = {}
-    for row in result["rows"]:
-        if "median_ms" in row:
-            times.setdefault(row["model"], {})[row["image_size"]] = row["median_ms"]
-    return times
-
-
-def make_growth_tables(rows: list[Row]) -> list[Table]:
-    """For the page: time beside Swin's, memory, and pairs per token; a line for each model, a column for each side."""
-    cells: dict[str, Callable[[Row], str]] = {
-        "ms (times faster than Swin)": lambda row: (
-            f"{row['median_ms']:,.0f}" + (f" ({row['times_peer']:.2f})" if "times_peer" in row else "")
-        ),
-        "MiB at the peak": lambda row: f"{row['mib']:,.0f}",
-        "pairs per token: first stage / all": lambda row: (
-            f"{row['first_stage_pairs_per_token']:,.0f} / {row['pairs_per_token']:,.0f}"
-        ),
-    }
-    sides = sorted({row["image_size"] for row in rows})
-    by_model: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        by_model.setdefault(row["model"], {})[row["image_size"]] = row
-    return [
-        [
-            [title, *(f"{side} px" for side in sides)],
-            *(
-                [model, *("skipped" if "skipped" in own[side] else cell(own[side]) for side in sides)]
-                for model, own in by_model.items()
-            ),
-        ]
-        for title, cell in cells.items()
-    ]
-
-
-def make_crossing_tables(rows: list[Row]) -> list[Table]:
-    """For the page: from which side on; "never" up to the largest, "-" where nothing was timed."""
-    titles = ("pairs per token, first stage", "pairs per token", "GMACs", "time")
-    table = [["model", "dearer than", *titles]]
-    for row in rows:
-        found = (row.get(name, "-") for name in (*COUNTS, "median_ms"))
-        shown = ("never" if side is None else f"{side}" + " px" * (side != "-") for side in found)
-        table.append([row["model"], f"`{row['peer']}`", *shown])
-    return [table]
-
-
-def draw_growth(result: dict[str, Any]) -> Figure:
-    """Time, memory and pairs per token against the side of the image."""
-    rows = [row for row in result["rows"] if "skipped" not in row]
-    figure = Figure(figsize=(9.5, 8), layout="constrained")
-    panels = {
-        "median_ms": "milliseconds of one image",
-        "mib": "MiB of tensors at the peak",
-        "first_stage_pairs_per_token": "(query, key) pairs per token, first stage",
-        "pairs_per_token": "(query, key) pairs per token, whole network",
-    }
-    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        draw_growth_panel(axes, rows, name)
-        axes.set_title(title, loc="left", fontsize=10.5, color=INK)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    where = describe_machine_briefly(result["machine"])
-    figure.suptitle(f"What grows how: one image, float32, not compiled; {where}", fontsize=9.5, color=SOFT_INK)
-    return figure
-
-
-def draw_growth_panel(axes: Axes, rows: list[Row], name: str) -> None:
-    """A figure of all models: a colour for each family and size of S3A; tiny models dashed."""
-    sizes: list[str] = []
-    for label in dict.fromkeys(row["model"] for row in rows):
-        model, _, size = label.partition(" size ")
-        if size and size not in sizes:
-            sizes.append(size)
-        family, grade = split_name(model)
-        color, marker = FAMILY_STYLES.get(family, (INK, "o"))
-        color = SIZE_COLORS[sizes.index(size) % len(SIZE_COLORS)] if size else color
-        own = [row for row in rows if row["model"] == label and row[name] > 0]
-        is_tiny = grade == "tiny"
-        axes.plot(
-            [row["image_size"] for row in own],
-            [row[name] for row in own],
-            linestyle="--" if is_tiny else "-",
-            color=color,
-            marker=marker,
-            markersize=7 if is_tiny else 4,  # so that equal curves show below each other
-            markerfacecolor="none" if is_tiny else color,
-            label=label.replace("_patch4_window7_224", ""),
-        )
-    axes.set(xscale="log", yscale="log", xlabel="side of the image (px)")
-    label_sides(axes, sorted({row["image_size"] for row in rows}))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+def count_crossings(options: Crossing) -> list[Row]:
+    """A row per SSViT and peer; see `find_crossings`."""
+    return find_crossings(
+        options.models, options.sizes, largest=options.largest, step=options.step, timed=options.timed
+    )
 
 
 BENCHMARKS: dict[type, tuple[Callable[..., list[Row]], Callable[[dict[str, Any]], Figure] | None]] = {
@@ -954,8 +736,8 @@ BENCHMARKS: dict[type, tuple[Callable[..., list[Row]], Callable[[dict[str, Any]]
     Compile: (measure_compilation, None),
     Plan: (measure_plans, None),
     Loader: (measure_loaders, None),
-    Growth: (measure_growth, draw_growth),
-    Crossing: (measure_crossings, None),
+    Growth: (measure_image_growth, draw_growth),
+    Crossing: (count_crossings, None),
 }
 # What a page shows of the rows, by the benchmark's name.
 TABLES = {"growth": make_growth_tables, "crossing": make_crossing_tables}

@@ -27,3 +27,12 @@ QUERY, ANCHOR, SEEN_BY_ANCHORS, SEEN_BY_QUERY = VERMILLION, BLUE, SKY_BLUE, ORAN
 
 # Marks over a photograph, which must be seen on skies and water too.
 ANCHOR_ON_IMAGE, WINDOW_ON_IMAGE, LINE_ON_IMAGE = VERMILLION, YELLOW, PEER
+
+# Families of models, which have these in all pictures.
+FAMILY_STYLES = {
+    "ssvit": (BLUE, "o"),
+    "svit": (VERMILLION, "s"),
+    "vvt": (GREEN, "^"),
+    "swin": (PEER, "D"),
+    "convnext": (ORANGE, "v"),
+}

@@ -216,7 +216,7 @@ def deit_384(train: Callable[[str], ClassificationRecipe], model: str) -> Classi
 
 
 def svit_384(model: str) -> ClassificationRecipe:
-    """`deit_384` as the authors of SViT ran it: without warm-up, and evaluated on whole images (README of hhb072/STViT).
+    """`deit_384` as SViT's authors ran it: without warm-up, and evaluated on whole images (README of hhb072/STViT).
 
     Its README has a command for each size, of 30 epochs; its `finetune.sh`, for one size, has 50. Their drop paths have
     no effect, since its code, too, fine-tunes in evaluation mode. Its code resizes images above 224 px to the network's
