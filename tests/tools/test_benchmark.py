@@ -22,12 +22,12 @@ from timm.data.loader import PrefetchLoader
 
 from s3a.analysis.cost import count_cost
 from s3a.attention.backends import BACKENDS
+from s3a.comparison.candidates import Candidate
 from s3a.data import TrainLoader
 from s3a.data.batches import Transform
 from s3a.data.images import Images
 from s3a.data.pixels import PixelNormalizer
 from s3a.geometry import FIXED, Neighborhood, sparse_scan
-from s3a.nn.s3a import S3A
 from s3a.training.tasks.classification import list_operations
 
 SWIN = "swin_tiny_patch4_window7_224"
@@ -479,14 +479,14 @@ NANOS = ("ssvit_nano", "svit_nano", "vvt_nano", "vvt_tiny")
 def test_a_crossing_is_where_all_larger_images_cost_more(command: Command, monkeypatch, tmp_path):
     """By costs that one can see through: those of S3A follow the image and its size, those of a peer are the same."""
 
-    def count(model: torch.nn.Module, side: int, _: int) -> SimpleNamespace:
-        size = next((module.size for module in model.modules() if isinstance(module, S3A)), None)
-        if size is None:
+    def count(candidate: Candidate, side: int) -> SimpleNamespace:
+        size = candidate.size or 3
+        if candidate.model != "ssvit_nano":
             return SimpleNamespace(first_stage_pairs_per_token=100, pairs_per_token=128, gmacs=1000)
         wave = 200 if side == 64 else side  # above the peer's once
         return SimpleNamespace(first_stage_pairs_per_token=wave, pairs_per_token=side, gmacs=size * side)
 
-    monkeypatch.setattr("s3a.analysis.cost.count_cost", count)
+    monkeypatch.setattr("s3a.comparison.growth.count_for_side", count)
     times = {
         "ssvit_nano": [2, 1, 1, 3, 4],
         "svit_nano": [1, 1, 2, 2, 2],
