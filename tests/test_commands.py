@@ -239,7 +239,9 @@ READ_BY_PYTHON = re.compile(r"""(?:from_pretrained\(|local-dir:|open\()["']?([^"
 
 def list_reads(options: SimpleNamespace) -> set[str]:
     """The files and folders that a command reads."""
-    given = [getattr(options, name, None) for name in ("weights", "source", "data_dir")]
+    given = [getattr(options, name, None) for name in ("source", "data_dir")]
+    weights = getattr(options, "weights", None)
+    given += [*(weights if isinstance(weights, tuple) else [weights])]
     given += [*getattr(options, "images", ()), *getattr(options, "runs", ())]
     return {str(path) for path in given if path is not None}
 

@@ -49,10 +49,9 @@ def load_library() -> ModuleType:
         import imagecorruptions  # noqa: PLC0415  an extra of the installation
     except ModuleNotFoundError as error:
         raise ValueError(f'corruptions need {LIBRARY} ({error}): pip install -e ".[robustness]"') from error
-    except ImportError as error:  # OpenCV needs libraries that servers and containers often lack
+    except ImportError as error:  # OpenCV needs libGL.so.1 and libgthread-2.0.so.0, which containers often lack
         raise ValueError(
-            f"{LIBRARY} cannot be imported ({error}): where a system library is missing, apt install libgl1 "
-            "libglib2.0-0 libxcb1"
+            f"{LIBRARY} cannot be imported ({error}): for a missing system library, apt install libgl1 libglib2.0-0"
         ) from error
     return imagecorruptions
 

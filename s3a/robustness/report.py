@@ -174,8 +174,8 @@ def list_notes(report: Report) -> list[str]:
         notes.append(f"{count} of them could not be read and {'is' if count == 1 else 'are'} left out.")
     if report.missing:
         notes.append(f"Not measured yet, and in no mean: {', '.join(report.missing)}.")
-    if len(report.lines) > 1 and all(len(line.paths) == 1 for line in report.lines):
-        notes.append("One seed gives no spread: these differences may be chance. Compare several seeds.")
+    if len(report.lines) > 1 and any(len(line.paths) == 1 for line in report.lines):
+        notes.append("One seed gives no spread: differences without one may be chance. Compare several seeds.")
     return notes
 
 

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("training", "dense", "cluster", "deployment", "benchmarks", "comparisons")
+PAGES = ("training", "dense", "cluster", "deployment", "benchmarks", "comparisons", "robustness", "evidence")
 GUIDES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES), ROOT / "CONTRIBUTING.md"]
 RUNNERS = ("python", "accelerate launch", "torchrun", "sbatch", "pip install", "hf")
 INLINE = rf"`((?:[A-Z_]+=\S+\s)*(?:{'|'.join(RUNNERS)})\s[^`]+)`"

@@ -83,7 +83,7 @@ def test_gray_images_are_corrupted_as_rgb():
 
 @pytest.mark.parametrize("name", ["gaussian_noise", "glass_blur", "impulse_noise", "frost"])
 def test_noise_is_the_rows_whoever_reads_it(name):
-    """Other batches, workers and processes, other images beside it, and what was drawn before, change nothing."""
+    """Other batches and processes, other images beside it, and what was drawn before, change nothing."""
     picture = draw_picture(40, 44)
     images = corrupt([picture] * 7, Part(name, 3))
     alone = [np.asarray(images.read_rows([index])[0].encoded) for index in range(7)]
@@ -92,7 +92,6 @@ def test_noise_is_the_rows_whoever_reads_it(name):
     assert [row.index for row in few.read_rows([1, 0])] == [4, 1]
     for options in (
         {"batch_size": 3},
-        {"batch_size": 7, "num_workers": 1},
         {"batch_size": 4, "num_processes": 2, "process_index": 1},
     ):
         for split in (images, few):
@@ -101,6 +100,15 @@ def test_noise_is_the_rows_whoever_reads_it(name):
             for index, pixels in seen:
                 assert torch.equal(pixels, pil_to_tensor(Image.fromarray(alone[index])))
             assert len(seen) == split.num_images or "num_processes" in options
+
+
+def test_workers_change_nothing():
+    images = corrupt([draw_picture(40, 44)] * 3, Part("glass_blur", 2))
+    plain, by_worker = (
+        [batch.images for batch in EvalLoader(images, make_tensor_transform(32, 32), channels=3, **options)]
+        for options in ({"batch_size": 3}, {"batch_size": 3, "num_workers": 1})
+    )
+    assert torch.equal(plain[0], by_worker[0])
 
 
 def test_noise_depends_on_seed_and_corruption():
@@ -173,6 +181,16 @@ def test_a_missing_library_is_one_line(monkeypatch):
     load_library.cache_clear()
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     with pytest.raises(ValueError, match=r'corruptions need imagecorruptions-imaug.*pip install -e "\.\[robustness\]"'):
+        load_library()
+
+
+def test_a_missing_system_library_is_one_line(monkeypatch, tmp_path):
+    load_library.cache_clear()
+    lines = 'raise ImportError("libGL.so.1: cannot open shared object file: No such file or directory")'
+    (tmp_path / "imagecorruptions.py").write_text(lines)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "imagecorruptions")
+    with pytest.raises(ValueError, match=r"cannot be imported \(libGL\.so\.1: .*apt install libgl1 libglib2\.0-0"):
         load_library()
 
 
