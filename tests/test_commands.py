@@ -231,15 +231,16 @@ def test_the_command_is_known(command: Command, clone: Path, monkeypatch: pytest
 # What a command reads, another one writes
 # --------------------------------------------------------------------------------------------------------
 
-USERS = {"pictures", "photographs", "scenery", "objects", "ssvit_t.pth"}  # what users bring
-USERS |= {f"/data/{name}" for name in ("imagenet", "ade20k", "coco", "cifar-100-binary")}
+USERS = {"pictures", "photographs", "scenery", "objects", "ssvit_t.pth", "downloads"}  # what users bring
+IMAGENETS = {f"/data/{name}" for name in ("imagenet", "imagenet-a", "imagenet-c", "robustness")}
+USERS |= IMAGENETS | {f"/data/{name}" for name in ("ade20k", "coco", "cifar-100-binary")}
 WRITTEN_BY_PYTHON = re.compile(r"""(?:save(?:_pretrained)?|push_to_hub)\(["']([^"']+)""")
 READ_BY_PYTHON = re.compile(r"""(?:from_pretrained\(|local-dir:|open\()["']?([^"')]+)""")
 
 
 def list_reads(options: SimpleNamespace) -> set[str]:
     """The files and folders that a command reads."""
-    given = [getattr(options, name, None) for name in ("source", "data_dir")]
+    given = [getattr(options, name, None) for name in ("source", "data_dir", "checkpoints", "imagenet", "robustness")]
     weights = getattr(options, "weights", None)
     given += [*(weights if isinstance(weights, tuple) else [weights])]
     given += [*getattr(options, "images", ()), *getattr(options, "runs", ())]
@@ -298,7 +299,7 @@ SHORT = re.compile(
     r"python (-c '?from|recipes/evaluate|tools/(explain|visualise|predict|plot_runs|benchmark.py (compare|plot)))\b"
     r"|--print-recipe|--help"
 )
-LONG = {"/data/imagenet", "scenes"}  # data with too many images for a test
+LONG = {*IMAGENETS, "scenes"}  # data with too many images for a test
 SHORT_COMMANDS = {str(each): each for each in COMMANDS if SHORT.search(str(each)) and not LONG & {*each.words}}
 
 
