@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 # Read when torch loads. Threads that spin while they wait starve each other where anything else runs (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -21,7 +22,8 @@ from timm.data import ImageNetInfo
 
 from s3a.comparison.report import format_markdown
 from s3a.data import ImageData, Source, load_data
-from s3a.robustness.corruptions import SEVERITIES, expand_corruptions
+from s3a.data.imagenet import SEVERITIES, load_imagenet
+from s3a.robustness.corruptions import expand_corruptions
 from s3a.robustness.evaluation import (
     Candidate,
     Conditions,
@@ -50,8 +52,8 @@ class Options:
 
     weights: tuple[str, ...] = ()
     """Weights folders, or ORG/NAME on the Hub. Paths that differ in a part seed-N alone are seeds of one line."""
-    data: Source | None = None
-    """Where the images come from."""
+    data: Source | Literal["imagenet"] | None = None
+    """Where the images come from; imagenet is ImageNet's validation images alone."""
     data_dir: Path | None = None
     """The folder of an imagefolder (train/CLASS/*, val/CLASS/*), of parquet or webdataset shards, of Fashion-MNIST."""
     dataset: str | None = None
@@ -106,7 +108,10 @@ def main(options: Options) -> None:
         make_lines(options.weights)  # refuses weights that are given twice
         library_version = get_library_version()
         assert options.data is not None  # see __post_init__
-        data = load_data(options.data, options.data_dir, dataset=options.dataset)
+        if options.data == "imagenet":
+            data: ImageData = load_imagenet("imagenet", options.data_dir, dataset=options.dataset)
+        else:
+            data = load_data(options.data, options.data_dir, dataset=options.dataset)
         conditions = Conditions(
             data=data,
             rows=choose_rows(data.val.num_images, options.num_images),

@@ -7,6 +7,7 @@ divided by AlexNet's under the same corruption, since some corruptions are harde
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from s3a.data.imagenet import SEVERITIES
 from s3a.support.errors import make_unknown_error
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -21,7 +22,6 @@ ALL = tuple(name for names in GROUPS.values() for name in names)
 """All 19, in the paper's order."""
 COMMON = tuple(name for name in ALL if name not in GROUPS["extra"])
 """The 15 that the mean corruption error is of."""
-SEVERITIES = (1, 2, 3, 4, 5)
 
 ALEXNET_ERRORS: Mapping[str, float] = {
     "gaussian_noise": 88.6428,

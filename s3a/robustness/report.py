@@ -20,7 +20,8 @@ from s3a.comparison.report import (
 )
 from s3a.comparison.results import Spread
 from s3a.comparison.scores import summarise_seeds
-from s3a.robustness.corruptions import COMMON, GROUPS, SEVERITIES, compute_mce
+from s3a.data.imagenet import SEVERITIES
+from s3a.robustness.corruptions import COMMON, GROUPS, compute_mce
 from s3a.robustness.images import CLEAN, Part
 from s3a.robustness.lines import Line, make_lines, subtract_lines
 from s3a.robustness.results import Results

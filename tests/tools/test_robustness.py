@@ -7,10 +7,13 @@ import signal
 import sys
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from helpers.command_line import check_refused, make_command
 from helpers.corrupted import write_weights
+from helpers.imagenet import WORDNET_IDS, make_classifier, write_classes
 from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 
 from s3a.robustness import evaluation, images
 from s3a.robustness.images import Part
@@ -166,3 +169,25 @@ def test_wrong_options_are_refused(robustness, arguments, tmp_path, monkeypatch)
     images.load_library.cache_clear()
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     check_refused(robustness(*arguments), 'pip install -e ".[robustness]"')
+
+
+@pytest.mark.filterwarnings("ignore:.* images and .* has")
+def test_imagenet_needs_its_validation_images_alone(robustness, tmp_path):
+    """Half of the images lie in the folders of the classes that the weights take them for."""
+    model = make_classifier()
+    model.save_pretrained(tmp_path / "weights")
+    paths = write_classes(tmp_path / "imagenet" / "val", WORDNET_IDS[:6], per_class=1)
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    for path in paths[:3]:
+        with torch.inference_mode():
+            number = int(model(transform(Image.open(path))[None]).argmax())
+        (tmp_path / "imagenet" / "val" / WORDNET_IDS[number]).mkdir(exist_ok=True)
+        path.rename(tmp_path / "imagenet" / "val" / WORDNET_IDS[number] / path.name)
+    data = ("--data", "imagenet", "--data-dir", tmp_path / "imagenet")
+    asked = ("--corruptions", "contrast", "--severities", 1, "--output-dir", tmp_path / "out")
+    status, _, err = robustness("--weights", tmp_path / "weights", *data, *asked)
+    assert status == 0, err
+    found = found_in(tmp_path / "out")
+    (digest,) = found["weights"].values()
+    assert 0.5 <= found["top1"][digest]["clean"]["0"] < 1
+    assert found["conditions"]["knows_imagenet"]
