@@ -20,7 +20,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import torch
 import tyro
 
-from s3a.comparison.candidates import Contender, Equal, list_candidates, make_contenders
+from s3a.comparison.candidates import Contender, Equal, list_candidates, list_equal_scans, make_contenders
 from s3a.comparison.report import (
     draw_comparison,
     format_markdown,
@@ -128,6 +128,8 @@ def main() -> None:
         contenders = make_contenders(
             candidates, recipe, data.label_names, equal=options.equal, reference=options.reference
         )
+        for line in list_equal_scans(contenders):
+            print_progress(line)
         results = open_results(options.output_dir, describe_timing(options, contenders, data), device)
         results.settings = describe_settings(options, recipe, data)
         results.scores = train_all(options, contenders, data, requests)

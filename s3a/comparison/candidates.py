@@ -10,7 +10,7 @@ import timm
 import torch
 
 from s3a.analysis.cost import Cost
-from s3a.geometry import find_scan_pattern
+from s3a.geometry import Scan, find_scan_pattern
 from s3a.nn.s3a import S3A
 from s3a.support.errors import make_unknown_error
 from s3a.training.model import build_model, count_image_cost
@@ -132,6 +132,42 @@ def make_contenders(
         folder = plain.label.replace(" ", "-")
         contenders.append(Contender(candidate=candidate, folder=folder, recipe=own, cost=cost))
     return contenders
+
+
+def list_equal_scans(contenders: Iterable[Contender]) -> list[str]:
+    """A line for each contender that differs from one before it in nothing but the names of its scans.
+
+    On small maps several scans come down to the same passes: at 32 px `ssvit_nano` has maps of 8, 4 and 2 tokens a
+    side, where fixing the window and fixing the anchors are the same.
+    """
+    first: dict[object, str] = {}
+    lines = []
+    for contender in contenders:
+        side = contender.recipe.image_size
+        passes = list_passes(contender.candidate, side)
+        other = first.setdefault((contender.candidate.model, passes), contender.label)
+        if passes and other != contender.label:
+            lines.append(
+                f"{contender.label} runs the same passes as {other} at {side} px: equal seeds give equal weights; "
+                "compare them with a larger --image-size"
+            )
+    return lines
+
+
+def list_passes(candidate: Candidate, image_size: int) -> tuple[Scan, ...]:
+    """The passes of each block with S3A, for an image of that side in pixels; empty for a model without any."""
+    config = timm.get_pretrained_cfg(candidate.model)
+    channels = 3 if config is None else config.input_size[0]
+    found: list[Scan] = []
+    given = {name: value for name in ("scan", "size") if (value := getattr(candidate, name)) is not None}
+    with torch.device("meta"):
+        model = timm.create_model(candidate.model, **given).eval()
+    attentions = [module for module in model.modules() if isinstance(module, S3A)]
+    for attention in attentions:
+        attention.register_forward_hook(lambda module, args, output: found.append(module.scan(*args[0].shape[1:3])))
+    if attentions:
+        model(torch.empty(1, channels, image_size, image_size, device="meta"))
+    return tuple(found)
 
 
 def scale_epochs(recipe: ClassificationRecipe, factor: float) -> ClassificationRecipe:

@@ -22,7 +22,7 @@ from torch import nn
 
 from s3a.analysis.cost import count_cost
 from s3a.comparison import scores, speed
-from s3a.comparison.candidates import Candidate, list_candidates, make_contenders
+from s3a.comparison.candidates import Candidate, list_candidates, list_equal_scans, make_contenders
 from s3a.comparison.report import (
     draw_comparison,
     format_difference,
@@ -51,6 +51,29 @@ def fresh_accelerator():
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return make_image_folder(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_scans_that_come_down_to_the_same_are_said_to(side):
+    """Those whose models give the same logits with the same weights."""
+    scans = ("alternate", "window-first", "local-only", "anchors-first", "dense")
+    candidates = list_candidates(["ssvit_nano", "vvt_nano"], scans, ())[: len(scans)]
+    contenders = make_contenders(candidates, small_recipe(image_size=side), NAMES)
+    images = torch.randn(1, 3, side, side)
+    logits = {}
+    for candidate in candidates:
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            logits[candidate.label] = timm.create_model(candidate.model, scan=candidate.scan).eval()(images)
+    labels = list(logits)
+    equal = {
+        label: next(each for each in labels if torch.allclose(logits[each], logits[label], atol=1e-5))
+        for label in labels
+    }
+    found = {line.partition(" runs ")[0]: line for line in list_equal_scans(contenders)}
+    assert {*found} == {label for label, other in equal.items() if other != label}
+    assert bool(found) == (side == 32)
+    assert all(f"the same passes as {equal[label]} at {side} px" in line for label, line in found.items())
 
 
 @pytest.fixture
