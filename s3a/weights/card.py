@@ -271,7 +271,8 @@ def format_metadata(
         metadata.eval_results = list_results(purpose, values, facts.dataset, facts.name)
     if official and official.scores:
         metadata.datasets, metadata.metrics, metadata.model_name = [IMAGENET], [str(purpose.metric)], title
-        metadata.eval_results = list_results(purpose, official.scores, IMAGENET, "ImageNet-1k and its variants")
+        accuracies = {title: score for title, score in official.scores.items() if "mCE" not in title}
+        metadata.eval_results = list_results(purpose, accuracies, IMAGENET, "ImageNet-1k and its variants")
     return metadata.to_yaml()
 
 

@@ -10,7 +10,16 @@ import torch
 from huggingface_hub import ModelCard
 
 from s3a.analysis.cost import count_cost
-from s3a.weights.card import DETECTOR, SEGMENTER, Purpose, Score, TrainingFacts, build_card, insert_repository
+from s3a.weights.card import (
+    DETECTOR,
+    SEGMENTER,
+    OfficialFacts,
+    Purpose,
+    Score,
+    TrainingFacts,
+    build_card,
+    insert_repository,
+)
 
 FACTS = TrainingFacts(
     name="digits",
@@ -185,6 +194,26 @@ def test_the_code_of_a_folder_loads_the_folder_and_after_a_push_the_repository(t
         assert f'pipeline("image-classification", model="{repo}")' in code
         assert ours in code
     assert str(folder) not in card.read_text(encoding="utf-8")
+
+
+def test_the_card_of_official_weights(model: torch.nn.Module):
+    """What was measured beside what is published; the mean corruption error is no accuracy for the Hub."""
+    scores = {"ImageNet, top-1": 0.8301, "ImageNet-V2, top-1": 0.721, "ImageNet-C, mCE": 0.455}
+    facts = OfficialFacts(
+        checkpoint="best (1).pth",
+        sha256="0123abcd",
+        source="A paper, arXiv 1234.56789",
+        scores=scores,
+        published={"ImageNet, top-1": 0.83},
+    )
+    text = build_card(model, official=facts)
+    table = rows(text)
+    assert table["ImageNet, top-1"] == ["83.01 %", "83.0 %"]
+    assert table["ImageNet-V2, top-1"] == ["72.10 %", ""]
+    assert table["ImageNet-C, mCE"] == ["45.50 %", ""]
+    assert all(said in text for said in ("best (1).pth", "0123abcd", "A paper, arXiv 1234.56789"))
+    found = {result.metric_name: result.metric_value for result in ModelCard(text).data.eval_results}
+    assert found == {name: scores[name] for name in ("ImageNet, top-1", "ImageNet-V2, top-1")}
 
 
 def test_facts_that_do_not_fit():
