@@ -53,7 +53,7 @@ SOURCES: dict[str, SourceRule] = {
     ),
     "cifar-100": SourceRule(
         {"labels": "s3a.data.cifar:load_cifar100"},
-        data_dir="train.bin, test.bin and fine_label_names.txt of cifar-100-binary.tar.gz",
+        data_dir="the files of cifar-100-binary.tar.gz or cifar-100-python.tar.gz",
     ),
     "coco": SourceRule(
         {"objects": "s3a.data.coco:load_coco"},
