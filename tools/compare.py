@@ -35,7 +35,7 @@ from s3a.comparison.speed import measure_growth, measure_speed
 from s3a.data import ImageData, load_data
 from s3a.support.command_line import one_line_errors, parse_options, read_rank
 from s3a.support.errors import Interrupted
-from s3a.training.named_recipes import FINE_TUNING, parse_recipe
+from s3a.training.named_recipes import FINE_TUNING, get_recipe, parse_recipe
 from s3a.training.processes import StopRequests, count_own_cores
 from s3a.training.recipe import ClassificationRecipe, spell_option
 from s3a.training.run_folder import INCIDENTAL, write_whole
@@ -109,8 +109,10 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Comparison, Classificatio
             part = own if name in ours else rest
         part.append(word)
     comparison = parse_options(Comparison, own)
-    if comparison.recipe in FINE_TUNING:
-        raise ValueError(f"--recipe {comparison.recipe} starts from weights of one model: take --recipe photos")
+    if comparison.recipe in FINE_TUNING or get_recipe(comparison.recipe).weights is not None:
+        raise ValueError(
+            f"--recipe {comparison.recipe} starts from weights of one model: take one from scratch, such as photos"
+        )
     return comparison, parse_recipe(comparison.recipe, rest)
 
 
