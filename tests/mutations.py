@@ -1141,7 +1141,7 @@ DATA = [
         ("(records[:, 1] >= NUM_FINE)", "(records[:, 1] > NUM_FINE)",
          "a fine label of CIFAR-100 may be 100", "test_damaged_files_are_named"),
     ),
-    *mutate("s3a/data/imagenet.py", "tests/data/test_imagenet.py",
+    *mutate("s3a/data/imagenet_images.py", "tests/data/test_imagenet.py",
         ('np.argsort(labels, kind="stable").tolist()', "list(range(len(labels)))",
          "folders that are numbers are read in the order of text",
          "test_folders_that_are_numbers_are_in_the_order_of_numbers"),

@@ -22,7 +22,7 @@ from timm.data import ImageNetInfo
 
 from s3a.comparison.report import format_markdown
 from s3a.data import ImageData, Source, load_data
-from s3a.data.imagenet import SEVERITIES, load_imagenet
+from s3a.data.imagenet import SEVERITIES
 from s3a.robustness.corruptions import expand_corruptions
 from s3a.robustness.evaluation import (
     Candidate,
@@ -31,6 +31,7 @@ from s3a.robustness.evaluation import (
     group_by_preprocessing,
     load_candidate,
 )
+from s3a.robustness.imagenet import list_parts
 from s3a.robustness.images import LIBRARY, choose_rows, get_library_version
 from s3a.robustness.lines import make_lines
 from s3a.robustness.report import draw_report, format_report, make_report
@@ -107,11 +108,7 @@ def main(options: Options) -> None:
         corruptions = expand_corruptions(options.corruptions)
         make_lines(options.weights)  # refuses weights that are given twice
         library_version = get_library_version()
-        assert options.data is not None  # see __post_init__
-        if options.data == "imagenet":
-            data: ImageData = load_imagenet("imagenet", options.data_dir, dataset=options.dataset)
-        else:
-            data = load_data(options.data, options.data_dir, dataset=options.dataset)
+        data = load_images(options)
         conditions = Conditions(
             data=data,
             rows=choose_rows(data.val.num_images, options.num_images),
@@ -133,6 +130,15 @@ def main(options: Options) -> None:
         if accelerator.is_main_process:
             results.write(options.output_dir)
             write_report(options.output_dir, results)
+
+
+def load_images(options: Options) -> ImageData:
+    """The source of the options, or ImageNet's validation images."""
+    if options.data == "imagenet":
+        (part,) = list_parts("imagenet", options.data_dir, dataset=options.dataset)
+        return part.load()
+    assert options.data is not None  # see __post_init__
+    return load_data(options.data, options.data_dir, dataset=options.dataset)
 
 
 def describe_conditions(options: Options, conditions: Conditions, library_version: str) -> dict[str, object]:

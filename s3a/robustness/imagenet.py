@@ -1,11 +1,10 @@
 """ImageNet's sets, part by part: each part is evaluated for itself, and the scores of a set are made of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 from s3a.data.imagenet import (
     SETS,
@@ -14,8 +13,6 @@ from s3a.data.imagenet import (
     ImageNetSet,
     find_corruption_folders,
     list_classes,
-    load_corruption,
-    load_imagenet,
 )
 from s3a.robustness.corruptions import ALL, COMMON, compute_corruption_errors, compute_mce
 
@@ -26,10 +23,23 @@ Figures = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """Images that are evaluated in one go, such as those of one corruption and severity."""
+    """Images that are evaluated in one go, such as those of one corruption and severity.
+
+    Attributes:
+        name: of the set, or CORRUPTION/SEVERITY, or clean.
+        loader: the function of `s3a.data.imagenet_images` that loads it.
+        arguments: of that function.
+    """
 
     name: str
-    load: Callable[[], ImageNetData]
+    loader: str
+    arguments: Mapping[str, Any]
+
+    def load(self) -> ImageNetData:
+        """The images; for errors see `load_imagenet`."""
+        from s3a.data import imagenet_images  # noqa: PLC0415  datasets is slow to import
+
+        return cast(ImageNetData, getattr(imagenet_images, self.loader)(**self.arguments))
 
 
 def list_parts(
@@ -49,7 +59,7 @@ def list_parts(
         raise ValueError(
             f"--imagenet is {str(imagenet)!r} and --data is {name}, which is of ImageNet's own images: leave it out"
         )
-    parts = [Part(name, partial(load_imagenet, name, data_dir, dataset=dataset))]
+    parts = [Part(name, "load_imagenet", {"name": name, "data_dir": data_dir, "dataset": dataset})]
     if name == "imagenet-c":
         if data_dir is None or dataset is not None:
             raise ValueError(
@@ -59,7 +69,8 @@ def list_parts(
         parts = list_corruption_parts(data_dir)
     if imagenet is not None:
         classes = None if SETS[name].indices is None else list_classes(name)
-        parts.append(Part(CLEAN, partial(load_imagenet, "imagenet", imagenet, classes=classes)))
+        clean = {"name": "imagenet", "data_dir": imagenet, "classes": classes}
+        parts.append(Part(CLEAN, "load_imagenet", clean))
     return parts
 
 
@@ -72,7 +83,9 @@ def list_corruption_parts(data_dir: Path) -> list[Part]:
             f"data folder {str(data_dir)!r} has no folder {', '.join(missing)} of ImageNet-C: mCE is the mean over all "
             "15 corruptions; unpack noise.tar, blur.tar, weather.tar and digital.tar there"
         )
-    return [Part(f"{name}/{severity}", partial(load_corruption, path)) for (name, severity), path in folders.items()]
+    return [
+        Part(f"{name}/{severity}", "load_corruption", {"folder": path}) for (name, severity), path in folders.items()
+    ]
 
 
 def summarise_parts(name: ImageNetSet, figures: Mapping[str, Figures]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from helpers.imagenet import WORDNET_IDS, write_classes, write_image
 
-from s3a.data.imagenet import SETS, find_corruption_folders, list_classes, load_imagenet, number_names
+from s3a.data.imagenet import SETS, find_corruption_folders, list_classes
+from s3a.data.imagenet_images import load_imagenet, number_names
 
 FEW = "ignore:.* images and .* has"
 pytestmark = pytest.mark.filterwarnings(FEW)

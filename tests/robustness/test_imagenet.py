@@ -15,7 +15,7 @@ from timm.utils import accuracy
 from torch.nn.functional import cross_entropy
 from torchvision.datasets import ImageFolder
 
-from s3a.data.imagenet import load_corruption, load_imagenet
+from s3a.data.imagenet_images import load_corruption, load_imagenet
 from s3a.robustness.corruptions import ALEXNET_ERRORS, GROUPS
 from s3a.training.tasks.imagenet import ImageNetClassification
 from s3a.weights.folder import save_folder
