@@ -29,6 +29,10 @@ ImageNetSet = Literal[
     "imagenet", "imagenet-a", "imagenet-r", "imagenet-v2", "imagenet-sketch", "imagenet-real", "imagenet-c"
 ]
 NUM_CLASSES = 1000
+NUM_REAL = 46_837
+"""Validation images for which ImageNet ReaL has a label."""
+ARCHIVES = ("noise", "blur", "weather", "digital", "extra")
+"""Of ImageNet-C; people unpack each into a folder of its name, or all into one."""
 SEVERITIES = (1, 2, 3, 4, 5)
 WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -125,9 +129,8 @@ def find_class(class_name: str, folder: Path, name: ImageNetSet) -> int:
     classes = list_classes(name)
     if number not in classes:
         raise ValueError(
-            f"class folder {class_name!r} of {folder} is none of the {len(classes):,} classes of {SETS[name].title}: "
-            "it must be a WordNet ID such as n01498041 or ImageNet's number of the class; take it out, or give another "
-            "folder"
+            f"class folder {class_name!r} of {folder} is none of the {len(classes):,} classes of {SETS[name].title}, "
+            "which are called by their WordNet IDs or ImageNet's numbers: take it out, or give the folder of this set"
         )
     return number
 
@@ -170,6 +173,27 @@ def is_class_name(name: str) -> bool:
     return WORDNET_ID.fullmatch(name) is not None or (name.isdecimal() and name.isascii())
 
 
+def check_set_folder(name: ImageNetSet, data_dir: Path) -> dict[str, int]:
+    """ImageNet's number of each class folder of a set, by its name; no image is looked at.
+
+    Raises:
+        FileNotFoundError: where there are none.
+        ValueError: for a folder of no class of the set, and for two folders of one class.
+    """
+    folder = find_set_folder(name, data_dir)
+    numbers: dict[str, int] = {}
+    for class_name in sorted(path.name for path in folder.iterdir() if path.is_dir()):
+        number = find_class(class_name, folder, name)
+        other = next((each for each, its_number in numbers.items() if its_number == number), None)
+        if other is not None:
+            raise ValueError(
+                f"class folders {other!r} and {class_name!r} of {folder} are of one class, as where two sets are "
+                "unpacked into one folder: unpack each into a folder of its own"
+            )
+        numbers[class_name] = number
+    return numbers
+
+
 def find_corruption_folders(data_dir: Path, corruptions: Iterable[str]) -> dict[tuple[str, int], Path]:
     """The folders of ImageNet-C, by corruption and severity: CORRUPTION/SEVERITY, or GROUP/CORRUPTION/SEVERITY.
 
@@ -186,11 +210,9 @@ def find_corruption_folders(data_dir: Path, corruptions: Iterable[str]) -> dict[
             "as fog/3/n01440764"
         )
     found: dict[tuple[str, int], Path] = {}
+    places = [folder for root in roots for folder in (root, *(root / archive for archive in ARCHIVES))]
     for corruption in corruptions:
-        candidates = [root / corruption for root in roots] + [
-            path for root in roots for path in sorted(root.glob(f"*/{corruption}"))
-        ]
-        folder = next((path for path in candidates if path.is_dir()), None)
+        folder = next((place / corruption for place in places if (place / corruption).is_dir()), None)
         if folder is None:
             continue
         for severity in SEVERITIES:

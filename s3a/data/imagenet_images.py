@@ -21,8 +21,9 @@ from s3a.data.imagenet import (
     ImageNetData,
     ImageNetSet,
     SetRule,
-    find_class,
+    check_set_folder,
     find_set_folder,
+    is_class_name,
     is_name_of,
     list_classes,
     list_wordnet_ids,
@@ -54,7 +55,7 @@ def load_imagenet(
         ValueError: for images that cannot be assigned to ImageNet's classes.
     """
     if (data_dir is None) == (dataset is None):
-        given = "both are" if data_dir is not None else "none is"
+        given = "both are" if data_dir is not None else "neither is"
         raise ValueError(
             f"--data {name} needs --data-dir DIR, with its class folders, or --dataset ORG/NAME of the Hub: {given} "
             "given"
@@ -80,8 +81,8 @@ def load_class_folders(folder: Path, name: ImageNetSet) -> ImageNetData:
     """The images in a folder of class folders, in the order of ImageNet's classes."""
     split = list_images(folder)
     classes = list_classes(name)
-    numbers = [find_class(class_name, folder, name) for class_name in split.class_names]
-    labels = [numbers[label] for label in split.labels]
+    numbers = check_set_folder(name, folder)
+    labels = [numbers[split.class_names[label]] for label in split.labels]
     order = np.argsort(labels, kind="stable").tolist()
     if not order:
         raise FileNotFoundError(f"{str(folder)!r} has no images in its class folders: unpack {SETS[name].title} there")
@@ -92,8 +93,11 @@ def load_class_folders(folder: Path, name: ImageNetSet) -> ImageNetData:
 
 def load_validation_files(data_dir: Path) -> ImageNetData:
     """ImageNet's validation images, in class folders, or loose in one folder as their archive has them."""
-    for folder in (data_dir, *(data_dir / each for each in SETS["imagenet-real"].folders)):
-        paths = sorted(path for path in folder.iterdir() if is_image_file(path.name)) if folder.is_dir() else []
+    places = [data_dir, *(data_dir / each for each in SETS["imagenet-real"].folders)]
+    for folder in (place for place in places if place.is_dir()):
+        if any(is_class_name(path.name) for path in folder.iterdir() if path.is_dir()):
+            return load_class_folders(folder, "imagenet-real")
+        paths = sorted(path for path in folder.iterdir() if is_image_file(path.name))
         if paths:
             sizes = [path.stat().st_size for path in paths]
             data = make_data([str(path) for path in paths], sizes, [0] * len(paths), list_classes("imagenet"))
@@ -112,7 +116,13 @@ def make_data(paths: list[str], sizes: list[int], labels: list[int], classes: Se
 def load_corruption(folder: Path) -> ImageNetData:
     """The images of one corruption and severity of ImageNet-C, which were cropped to 224 px when it was made."""
     data = load_class_folders(find_set_folder("imagenet-c", folder), "imagenet-c")
-    check_num_images(data, SETS["imagenet-c"], folder)
+    rule = SETS["imagenet-c"]
+    if data.val.num_images != rule.num_images:  # the same words for each part, which are shown once
+        warnings.warn(
+            f"{rule.title} has {rule.num_images:,} images for each corruption and severity, and not all are here: the "
+            "scores are of these alone, and not those that are published",
+            stacklevel=2,
+        )
     return replace(data, is_cropped=True)
 
 
@@ -188,6 +198,8 @@ def number_names(names: Sequence[str], classes: Sequence[int], where: str) -> li
         other = next((number for number in classes if not is_name_of(names[number], number)), None)
         if other is None:
             return list(classes)
+    if all(name.isdecimal() and int(name) in classes for name in names):
+        return [int(name) for name in names]
     numbers = []
     for name in names:
         fitting = [number for number in classes if is_name_of(name, number)]

@@ -11,6 +11,7 @@ from s3a.data.imagenet import (
     SEVERITIES,
     ImageNetData,
     ImageNetSet,
+    check_set_folder,
     find_corruption_folders,
     list_classes,
 )
@@ -51,9 +52,11 @@ def list_parts(
         data_dir, dataset: see `load_imagenet`.
         imagenet: the folder with ImageNet's validation images.
 
+    Folders are checked before anything is measured: whether they are there, and what their classes are.
+
     Raises:
-        FileNotFoundError: where ImageNet-C lacks a corruption or a severity.
-        ValueError: for options that the set does not take.
+        FileNotFoundError: for folders that are missing, such as those of a corruption or severity of ImageNet-C.
+        ValueError: for options that the set does not take, and folders of other classes.
     """
     if imagenet is not None and name in ("imagenet", "imagenet-real"):
         raise ValueError(
@@ -67,7 +70,10 @@ def list_parts(
                 "CORRUPTION/SEVERITY/CLASS"
             )
         parts = list_corruption_parts(data_dir)
+    elif data_dir is not None and name != "imagenet-real":  # whose files may lie loose
+        check_set_folder(name, data_dir)
     if imagenet is not None:
+        check_set_folder("imagenet", imagenet)
         classes = None if SETS[name].indices is None else list_classes(name)
         clean = {"name": "imagenet", "data_dir": imagenet, "classes": classes}
         parts.append(Part(CLEAN, "load_imagenet", clean))
@@ -83,6 +89,8 @@ def list_corruption_parts(data_dir: Path) -> list[Part]:
             f"data folder {str(data_dir)!r} has no folder {', '.join(missing)} of ImageNet-C: mCE is the mean over all "
             "15 corruptions; unpack noise.tar, blur.tar, weather.tar and digital.tar there"
         )
+    for folder in folders.values():
+        check_set_folder("imagenet-c", folder)
     return [
         Part(f"{name}/{severity}", "load_corruption", {"folder": path}) for (name, severity), path in folders.items()
     ]
