@@ -23,7 +23,7 @@ from accelerate import PartialState
 
 from s3a.comparison.report import format_markdown, format_text
 from s3a.data.imagenet import ImageNetSet
-from s3a.robustness.imagenet import list_parts
+from s3a.robustness.imagenet import Part, list_parts
 from s3a.robustness.reproduction import (
     RESULTS_NAME,
     Measured,
@@ -38,7 +38,7 @@ from s3a.robustness.reproduction import (
     open_reproduction,
 )
 from s3a.support.command_line import read_rank, run_command
-from s3a.support.errors import Interrupted
+from s3a.support.timing import describe_machine
 from s3a.training.evaluation import evaluate_weights
 from s3a.training.processes import StopRequests
 from s3a.training.recipe import Precision
@@ -96,20 +96,23 @@ def main(options: Options) -> None:
         print_progress(f"left out: {line}")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     results = open_reproduction(options.output_dir, options.precision)
+    results.machine = describe_machine(PartialState().device)
+    parts = {name: list_parts(name, folder) for name, folder in sets.items()}  # which checks the folders
     with StopRequests() as requests:
         for weights in found:
             convert_weights(options, weights)
-        rows = measure_set(options, results, requests, found, "imagenet", sets.pop("imagenet"))
+        rows = measure_set(options, results, requests, found, "imagenet", parts.pop("imagenet"))
         chosen, notes = choose_sizes(rows)
         rows = [row for row in rows if row.weights in chosen]
-        for name, folder in sets.items():
-            rows += measure_set(options, results, requests, chosen, name, folder)
+        for name, of_set in parts.items():
+            rows += measure_set(options, results, requests, chosen, name, of_set)
     rows.sort(key=lambda row: chosen.index(row.weights))
     if read_rank() == 0:
         write_report(options, rows, notes)
         for weights in chosen:
             write_card(options, weights, rows)
             if options.push_to_hub is not None:
+                check_complete(weights, rows)
                 folder = get_folder(options, weights)
                 print(f"published {push_folder(folder, f'{options.push_to_hub}/{weights.name}')}", flush=True)
 
@@ -138,15 +141,14 @@ def measure_set(
     requests: StopRequests,
     found: Sequence[OfficialWeights],
     name: ImageNetSet,
-    folder: Path,
+    parts: Sequence[Part],
 ) -> list[Measured]:
     """The scores of all weights on a set; its parts are read once, and what is measured is written at once."""
-    for part in list_parts(name, folder):
-        waiting = [weights for weights in found if part.name not in results.get_figures(weights, name)]
-        data = part.load() if waiting else None
-        for weights in waiting:
-            if requests.reason:
-                raise Interrupted(f"stopped by {requests.reason}: the same command goes on")
+    for part in parts:
+        data = part.load()
+        for weights in found:
+            if results.get_figures(weights, name).get(part.name, {}).get("fingerprint") == data.fingerprint:
+                continue
             print_progress(f"{weights.name} on {part.name}")
             evaluation = evaluate_weights(
                 load_pretrained(get_folder(options, weights)),
@@ -156,7 +158,8 @@ def measure_set(
                 num_workers=options.num_workers,
                 stop=lambda: requests.reason,
             )
-            results.get_figures(weights, name)[part.name] = evaluation.to_json()
+            figures = evaluation.to_json() | {"fingerprint": data.fingerprint}
+            results.get_figures(weights, name)[part.name] = figures
             if read_rank() == 0:
                 results.write(options.output_dir)
     return [compare_with_published(weights, name, results.get_figures(weights, name)) for weights in found]
@@ -176,6 +179,15 @@ def write_card(options: Options, weights: OfficialWeights, rows: Sequence[Measur
     folder = get_folder(options, weights)
     card = build_card(load_pretrained(folder), official=describe_official(weights, rows), place=folder)
     write_whole(folder / CARD_NAME, card)
+
+
+def check_complete(weights: OfficialWeights, rows: Sequence[Measured]) -> None:
+    """Raises ValueError where weights were not measured on all of ImageNet's validation images."""
+    if not any(row.weights == weights and row.name == "imagenet" and row.is_complete for row in rows):
+        raise ValueError(
+            f"--push-to-hub: {weights.name} was not measured on all 50,000 images of ImageNet, and its card would not "
+            "say what it scores; give them all with --imagenet"
+        )
 
 
 def print_progress(message: str) -> None:

@@ -41,8 +41,9 @@ def make_lines(paths: Sequence[str]) -> list[Line]:
         ValueError: where weights are named twice.
     """
     lines: dict[tuple[str, ...], list[str]] = {}
+    places = [Path(path) for path in paths]
     for path in paths:
-        if paths.count(path) > 1:
+        if places.count(Path(path)) > 1:
             raise ValueError(f"--weights {path} is given twice: give it once")
         parts = Path(path).parts or (path,)
         kept = tuple(part for part in parts if not SEED.fullmatch(part)) or parts

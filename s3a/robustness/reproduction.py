@@ -5,14 +5,15 @@ import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import timm
 from huggingface_hub.utils.sha import sha_fileobj
 
 from s3a.comparison.report import Table
-from s3a.data.imagenet import NUM_CLASSES, SETS, ImageNetSet
+from s3a.data.imagenet import ARCHIVES, NUM_CLASSES, NUM_REAL, SETS, ImageNetSet
 from s3a.published import PUBLISHED
-from s3a.robustness.corruptions import COMMON, GROUPS
+from s3a.robustness.corruptions import COMMON
 from s3a.robustness.imagenet import Figures, summarise_parts
 from s3a.training.run_folder import write_whole
 from s3a.weights.card import OfficialFacts
@@ -24,7 +25,7 @@ ROUNDING = 0.05
 """Percent that a published figure may be off by, with one digit behind the point."""
 SHARE_CHANGED = 0.02
 """Share of the images that another decoder, resizing or arithmetic may decide otherwise, as often for better as for
-worse. An assumption; see docs/robustness.md."""
+worse. An assumption; see docs/evidence.md."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def identify(path: Path, taken: Container[str]) -> list[OfficialWeights]:
     checkpoint = read_checkpoint(path)
     fitting = list_fitting(checkpoint.state)
     if not fitting:
-        raise ValueError(f"{path} has other keys or shapes than SSViT, SViT and VVT")
+        raise ValueError(f"{path} has other keys or shapes than the official checkpoints of SSViT, SViT and VVT")
     model = fitting[0]
     classes = build_on_meta(model, checkpoint.state, find_key_table(model)).num_classes
     if classes != NUM_CLASSES:
@@ -134,6 +135,8 @@ def find_sets(robustness: Path) -> dict[ImageNetSet, Path]:
     Raises:
         FileNotFoundError: where there is none.
     """
+    if not robustness.is_dir():
+        raise FileNotFoundError(f"--robustness {robustness} does not exist: give the folder with the sets")
     folders = {path.name.lower().replace("_", "-"): path for path in robustness.glob("*") if path.is_dir()}
     found: dict[ImageNetSet, Path] = {}
     for name, rule in SETS.items():
@@ -142,7 +145,7 @@ def find_sets(robustness: Path) -> dict[ImageNetSet, Path]:
         fitting = [folders[each.lower()] for each in (*rule.folders, name) if each.lower() in folders]
         if fitting:
             found[name] = fitting[0]
-    if {*COMMON, *GROUPS} & {*folders} and "imagenet-c" not in found:
+    if {*COMMON, *ARCHIVES} & {*folders} and "imagenet-c" not in found:
         found["imagenet-c"] = robustness
     if not found:
         names = ", ".join(rule.folders[0] for name, rule in SETS.items() if name not in ("imagenet", "imagenet-real"))
@@ -161,11 +164,14 @@ class Reproduction:
 
     Attributes:
         precision: of the evaluation.
-        figures: of each part of each set, for each checkpoint: key of the weights -> set -> part.
+        figures: of each part of each set, for each checkpoint: key of the weights -> set -> part. Beside the scores
+            they have the fingerprint of the images: where these change they are measured anew.
+        machine: that measured last, with the versions of packages.
     """
 
     precision: str
     figures: dict[str, dict[str, dict[str, Figures]]] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
 
     def get_figures(self, weights: OfficialWeights, name: str) -> dict[str, Figures]:
         """Those of the parts of a set that have been measured."""
@@ -257,12 +263,12 @@ def compare_with_published(weights: OfficialWeights, name: ImageNetSet, figures:
         published = model.top1.get(weights.image_size)
     elif model is not None and weights.image_size == min(model.top1):
         published = model.robustness.get(name)
-    parts = 75 if name == "imagenet-c" else 1
+    sizes = {"imagenet-c": 75 * SETS["imagenet-c"].num_images, "imagenet-real": NUM_REAL}
     return Measured(
         weights=weights,
         name=name,
         images=summary["images"],
-        is_complete=summary["images"] == parts * SETS[name].num_images,
+        is_complete=summary["images"] == sizes.get(name, SETS[name].num_images),
         score=100 * summary["mce" if name == "imagenet-c" else "top1"],
         published=published,
     )
@@ -279,22 +285,23 @@ def choose_sizes(rows: Iterable[Measured]) -> tuple[list[OfficialWeights], list[
         by_file.setdefault(row.weights.sha256, []).append(row)
     chosen, notes = [], []
     for own in by_file.values():
-        best = min(own, key=lambda row: abs(row.difference or 0))
+        best = min(own, key=lambda row: math.inf if row.difference is None else abs(row.difference))
         chosen.append(best.weights)
         if len(own) > 1:
             tried = ", ".join(f"{row.weights.image_size} px {row.score:.2f} % ({row.published} %)" for row in own)
+            partly = "" if best.is_complete else f", on {best.images:,} images alone"
             notes.append(
                 f"{best.weights.path} does not say its image size: {best.weights.image_size} px is nearest to what is "
-                f"published ({tried})"
+                f"published ({tried}{partly})"
             )
     return chosen, notes
 
 
 def make_table(rows: Sequence[Measured]) -> Table:
     """A line for each checkpoint and set."""
-    table = [["checkpoint", "model", "px", "set", "measured (%)", "published (%)", "difference", "evaluation noise"]]
+    table = [["checkpoint", "model", "px", "set", "measured (%)", "published (%)", "difference", "verdict"]]
     for row in rows:
-        difference = "-" if row.difference is None else f"{row.difference:+.2f}"
+        difference = "-" if row.difference is None or not row.is_complete else f"{row.difference:+.2f}"
         table.append(
             [
                 row.weights.path.name,
@@ -311,8 +318,8 @@ def make_table(rows: Sequence[Measured]) -> Table:
 
 
 def describe_official(weights: OfficialWeights, rows: Iterable[Measured]) -> OfficialFacts:
-    """Where weights come from and what they scored, for their card."""
-    own = [row for row in rows if row.weights == weights]
+    """Where weights come from and what they scored on whole sets, for their card."""
+    own = [row for row in rows if row.weights == weights and row.is_complete]
     return OfficialFacts(
         checkpoint=weights.path.name,
         sha256=weights.sha256,

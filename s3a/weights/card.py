@@ -166,7 +166,8 @@ def build_card(
     title = name_model(model) + (f" trained on {facts.name}" if facts else ", official weights" if official else "")
     licence = find_licence(model)
     purpose = facts.purpose if facts else find_purpose(model)
-    intro = f"{purpose.description} of timm's registry, trained or saved by s3a (Sparse Scan Self-Attention)."
+    origin = "converted" if official else "trained or saved"
+    intro = f"{purpose.description} of timm's registry, {origin} by s3a (Sparse Scan Self-Attention)."
     metadata = format_metadata(model, purpose, facts, title, licence, official)
     parts = [f"---\n{metadata}\n---", f"# {title}", intro]
     parts += describe_model(model, purpose, data_config, licence, cost)
@@ -271,9 +272,19 @@ def format_metadata(
         metadata.eval_results = list_results(purpose, values, facts.dataset, facts.name)
     if official and official.scores:
         metadata.datasets, metadata.metrics, metadata.model_name = [IMAGENET], [str(purpose.metric)], title
-        accuracies = {title: score for title, score in official.scores.items() if "mCE" not in title}
-        metadata.eval_results = list_results(purpose, accuracies, IMAGENET, "ImageNet-1k and its variants")
+        metadata.eval_results = [
+            result
+            for title, score in official.scores.items()
+            if "mCE" not in title  # which is no accuracy
+            for result in list_results(purpose, {title: score}, *name_dataset(title))
+        ]
     return metadata.to_yaml()
+
+
+def name_dataset(title: str) -> tuple[str, str]:
+    """The dataset of a score such as "ImageNet-A, top-1": its id on the Hub, or what it is called, and its name."""
+    name = title.partition(",")[0]
+    return IMAGENET if name == "ImageNet" else name.lower().replace(" ", "-"), name
 
 
 def list_results(purpose: Purpose, values: Mapping[str, float], dataset: str, name: str) -> list[EvalResult]:
@@ -343,7 +354,7 @@ def describe_source(official: OfficialFacts) -> str:
     paper = f" of *{official.source}*" if official.source else ""
     return (
         f"Trained and published by the authors{paper}. Converted by s3a, without a change of any number, from their "
-        f"file `{official.checkpoint}` (SHA-256 `{official.sha256}`)."
+        f"file `{official.checkpoint}` (SHA-256 `{official.sha256}`). The licence above is that of their code."
     )
 
 

@@ -12,7 +12,7 @@ from helpers.imagenet import WORDNET_IDS, write_classes, write_image
 from s3a.data.imagenet import SETS, find_corruption_folders, list_classes
 from s3a.data.imagenet_images import load_imagenet, number_names
 
-FEW = "ignore:.* images and .* has"
+FEW = "ignore:.*the scores are of these alone"
 pytestmark = pytest.mark.filterwarnings(FEW)
 
 
@@ -102,6 +102,7 @@ def write_empty_class(folder):
         ("imagenet-a", write_nothing, "has no class folders, nor a folder imagenet-a of them"),
         ("imagenet-a", lambda folder: write_classes(folder, ["n01498041", "cats"]), "'cats' of .* none of the 200"),
         ("imagenet-a", lambda folder: write_classes(folder, ["n01440764"]), "'n01440764' of .* is none of the 200"),
+        ("imagenet", lambda folder: write_classes(folder, ["0", "n01440764"]), "'0' and 'n01440764' of .* one class"),
         ("imagenet-v2", lambda folder: write_classes(folder, ["7", "1000"]), "'1000' of .* is none of the 1,000"),
         (
             "imagenet",
@@ -129,6 +130,14 @@ def test_corruptions_are_found_where_their_archives_are_unpacked(tmp_path, aroun
         write_image(tmp_path / around / "fog" / str(severity) / "n01440764" / "a.JPEG", severity)
     found = find_corruption_folders(tmp_path, ["snow", "fog"])
     assert found == {("fog", severity): tmp_path / around / "fog" / str(severity) for severity in range(1, 6)}
+
+
+def test_corruptions_of_other_sets_are_left_alone(tmp_path):
+    for around in ("Tiny-ImageNet-C", "imagenet-c"):
+        for severity in range(1, 6):
+            write_image(tmp_path / around / "fog" / str(severity) / "n01440764" / "a.JPEG", severity)
+    found = find_corruption_folders(tmp_path, ["fog"])
+    assert {path.parent.parent.name for path in found.values()} == {"imagenet-c"}
 
 
 def test_a_corruption_without_a_severity_is_refused(tmp_path):
@@ -166,6 +175,7 @@ A_NAMES = ["stingray", "goldfinch, Carduelis carduelis"]  # ImageNet's numbers 6
         ([1, 0, 1], ClassLabel(names=["n01498041", "n01531178"])),
         ([1, 0, 1], ClassLabel(names=["n01498041 stingray", "n01531178 goldfinch"])),
         ([11, 6, 11], Value("int64")),
+        ([0, 1, 0], ClassLabel(names=["11", "6"])),
         (["n01531178", "n01498041", "n01531178"], Value("string")),
     ],
 )

@@ -15,12 +15,13 @@ from timm.utils import accuracy
 from torch.nn.functional import cross_entropy
 from torchvision.datasets import ImageFolder
 
+import s3a.training.evaluation
 from s3a.data.imagenet_images import load_corruption, load_imagenet
 from s3a.robustness.corruptions import ALEXNET_ERRORS, GROUPS
 from s3a.training.tasks.imagenet import ImageNetClassification
 from s3a.weights.folder import save_folder
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* images and .* has")
+pytestmark = pytest.mark.filterwarnings("ignore:.*the scores are of these alone")
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +209,22 @@ def test_an_incomplete_set_of_corruptions_is_refused(weights, tmp_path, capsys):
         write_image(tmp_path / "fog" / str(severity) / WORDNET_IDS[0] / "a.JPEG", 0)
     line = fail_command(capsys, "evaluate.py", "--weights", weights, "--data", "imagenet-c", "--data-dir", tmp_path)
     assert "no folder gaussian_noise, shot_noise" in line and "fog" not in line.partition("of ImageNet-C")[0][-60:]
+
+
+def test_the_clean_images_are_looked_for_before_the_set_is_measured(weights, tmp_path, capsys, monkeypatch):
+    write_classes(tmp_path / "a", ["n01498041"])
+    monkeypatch.setattr(s3a.training.evaluation, "evaluate_weights", None)  # nothing may be measured
+    arguments = (
+        "--weights",
+        weights,
+        "--data",
+        "imagenet-a",
+        "--data-dir",
+        tmp_path / "a",
+        "--imagenet",
+        tmp_path / "b",
+    )
+    assert "b' does not exist" in fail_command(capsys, "evaluate.py", *arguments)
 
 
 @pytest.mark.parametrize(

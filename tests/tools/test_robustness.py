@@ -171,7 +171,7 @@ def test_wrong_options_are_refused(robustness, arguments, tmp_path, monkeypatch)
     check_refused(robustness(*arguments), 'pip install -e ".[robustness]"')
 
 
-@pytest.mark.filterwarnings("ignore:.* images and .* has")
+@pytest.mark.filterwarnings("ignore:.*the scores are of these alone")
 def test_imagenet_needs_its_validation_images_alone(robustness, tmp_path):
     """Half of the images lie in the folders of the classes that the weights take them for."""
     model = make_classifier()
