@@ -348,7 +348,7 @@ NOT_RUN = {  # all other commands are
     r"pip install|venv|pre-commit|pytest|ruff|mypy|\.ci/run": "the environment is made, and these are its checks",
     r"hf auth login": "asks for a token",
     r"tests/mutations\.py": "tests the tests for a quarter of an hour",
-    r"_imagenet(?!.*--print-recipe)|_384|/data/imagenet": "needs ImageNet",
+    r"_imagenet(?!.*--print-recipe)|_384|/data/(imagenet|robustness)": "needs ImageNet or its robustness sets",
     r"_cifar100": "needs CIFAR-100; tests/data/test_cifar.py trains on a few images of noise",
     r"_ade20k|_coco(?!.*--print-recipe)": "needs ADE20K, COCO or one's own label maps",
     r"recipes/(segment|detect)\.py *(#|&&|$)": "trains for minutes, tests/training/test_dense_runs.py for seconds",

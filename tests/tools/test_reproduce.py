@@ -97,6 +97,7 @@ def read_table(out):
     return {(line[1], line[3]): line for line in cells}
 
 
+@pytest.mark.slow
 def test_every_checkpoint_is_measured_beside_its_paper(command, checkpoints, imagenet, tmp_path, monkeypatch):
     monkeypatch.setitem(SETS, "imagenet", dataclasses.replace(SETS["imagenet"], num_images=3))
     status, out, err = run(command, checkpoints, imagenet, tmp_path, "--robustness", tmp_path / "robustness")
