@@ -43,24 +43,26 @@ def digits() -> ClassificationRecipe:
 
 
 def fashion_mnist() -> ClassificationRecipe:
-    """Fashion-MNIST's 60,000 pictures of clothes, of 28 x 28 pixels, at 32 px.
+    """Fashion-MNIST's 60,000 pictures of clothes, of 28 x 28 pixels, at 32 px: above 91 % top-1 in 8 epochs.
 
-    The learning rate is that of the digits. Unlike digits, clothes may be mirrored, and crops may be smaller.
+    The learning rate is that of the digits. Unlike digits, clothes may be mirrored. Batches are of 128 images: with 256
+    two epochs more are needed (LOG.md). On one thread, which gives the same bytes for any number of cores.
     """
     return ClassificationRecipe(
         name="fashion_mnist",
         model="ssvit_nano",
         data="fashion-mnist",
         image_size=32,
-        epochs=10,
-        batch_size=256,
+        epochs=8,
+        batch_size=128,
         learning_rate=1.6e-2,
-        warmup_epochs=1,
+        warmup_epochs=0.5,
         schedule="step",
-        drop_path=0.05,
-        crop_scale=(0.7, 1.0),
+        drop_path=0.0,
+        crop_scale=(0.8, 1.0),
         crop_ratio=(0.9, 1.1),
         crop_pct=1.0,
+        cpu_threads=1,
     )
 
 
