@@ -9,6 +9,7 @@ learnt from ImageNet the clean scores on the same classes, where --imagenet is g
 import json
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -18,17 +19,28 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below shows no traceback
 
+from accelerate import PartialState
 from torch import nn
 
 from s3a.data import DataOptions, Source
-from s3a.data.imagenet import ImageNetSet
-from s3a.robustness.imagenet import list_parts, summarise_parts
+from s3a.data.imagenet import ImageNetData, ImageNetSet
+from s3a.robustness.imagenet import (
+    Figures,
+    ImageNetResults,
+    list_subsets,
+    measure_subsets,
+    open_imagenet_results,
+    summarise_subsets,
+)
 from s3a.support.command_line import run_command
+from s3a.support.timing import describe_machine
 from s3a.training.evaluation import choose_task, evaluate_weights
+from s3a.training.processes import StopRequests
 from s3a.training.recipe import Precision, spell_option
 from s3a.training.tasks.imagenet import ImageNetClassification
 from s3a.training.tasks.task import ClassTask
-from s3a.weights.pretrained import load_pretrained
+from s3a.weights.folder import hash_weights
+from s3a.weights.pretrained import download_weights, load_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +53,9 @@ class Options(DataOptions):
     imagenet: Path | None = None
     """Of ImageNet-A, -R, -V2, -Sketch and -C: the folder of ImageNet's validation images (CLASS/*, or val/CLASS/*), for
     the clean scores on the same classes beside the set's."""
+    output_dir: Path | None = None
+    """Of ImageNet's sets: keep each score in results.json of this folder; the same command goes on where it was
+    stopped, which saves hours of ImageNet-C. Several weights can share a folder."""
     weights: str
     """A weights folder, or ORG/NAME on the Hub."""
     revision: str | None = None
@@ -68,6 +83,11 @@ class Options(DataOptions):
                 f"--imagenet is {str(self.imagenet)!r}: it is for imagenet-a, -r, -v2, -sketch and -c, not --data "
                 f"{self.data}"
             )
+        if self.output_dir is not None and self.data not in get_args(ImageNetSet):
+            raise ValueError(
+                f"--output-dir is {str(self.output_dir)!r}: it keeps scores of ImageNet's sets, not of --data "
+                f"{self.data}; redirect what is printed into a file"
+            )
         if not 0 <= self.max_bad_images <= 1:
             raise ValueError(f"--max-bad-images is {self.max_bad_images}: it must be between 0 and 1")
         if (self.batch_size is not None and self.batch_size < 1) or self.num_workers < 0:
@@ -94,13 +114,28 @@ def evaluate_imagenet(options: Options, model: nn.Module) -> dict[str, object]:
     for option in ("streaming", "ignore_zero", "multi_scale", "flip"):
         if getattr(options, option):
             raise ValueError(f"{spell_option(option)} is given, and --data {options.data} takes none: leave it out")
-    parts = list_parts(options.data, options.data_dir, dataset=options.dataset, imagenet=options.imagenet)
-    figures = {part.name: evaluate(options, model, ImageNetClassification(part.load())) for part in parts}
-    return summarise_parts(options.data, figures)
+    subsets = list_subsets(options.data, options.data_dir, dataset=options.dataset, imagenet=options.imagenet)
+    local = Path(options.weights)
+    key = hash_weights(local if local.is_dir() else download_weights(options.weights, options.revision))
+    if options.output_dir is None:
+        results = ImageNetResults(options.precision)
+    else:
+        results = open_imagenet_results(options.output_dir, options.precision)
+    results.machine = describe_machine(PartialState().device)
+    with StopRequests() as requests:
+
+        def evaluate_on(data: ImageNetData) -> Figures:
+            return evaluate(options, model, ImageNetClassification(data), stop=lambda: requests.reason)
+
+        measure_subsets(results, options.data, subsets, {key: evaluate_on}, options.output_dir)
+    figures = results.get_figures(key, options.data)
+    return summarise_subsets(options.data, {subset.name: figures[subset.name] for subset in subsets})
 
 
-def evaluate(options: Options, model: nn.Module, task: ClassTask) -> dict[str, object]:
-    """The scores on the validation images of a task, as JSON has them."""
+def evaluate(
+    options: Options, model: nn.Module, task: ClassTask, stop: Callable[[], str | None] = lambda: None
+) -> dict[str, object]:
+    """The scores on the validation images of a task, as JSON has them; Interrupted where `stop` gives a reason."""
     task.check_weights(model, other_label_names=options.other_label_names)
     evaluation = evaluate_weights(
         model,
@@ -109,6 +144,7 @@ def evaluate(options: Options, model: nn.Module, task: ClassTask) -> dict[str, o
         precision=options.precision,
         num_workers=options.num_workers,
         max_bad_images=options.max_bad_images,
+        stop=stop,
     )
     return evaluation.to_json()
 

@@ -33,7 +33,7 @@ from s3a.comparison.results import RESULTS_NAME, Results, Score, open_results, r
 from s3a.comparison.scores import add_differences, make_score, train_run
 from s3a.comparison.speed import measure_growth, measure_speed
 from s3a.data import ImageData, load_data
-from s3a.support.command_line import one_line_errors, parse_options, read_rank
+from s3a.support.command_line import one_line_errors, parse_options, print_progress, read_rank
 from s3a.support.errors import Interrupted
 from s3a.training.named_recipes import FINE_TUNING, get_recipe, parse_recipe
 from s3a.training.processes import StopRequests, count_own_cores
@@ -221,12 +221,6 @@ def write_report(options: Comparison, results: Results) -> None:
     draw_comparison(results, options.output_dir / "comparison.png")
     names = [*([] if options.report_only else [RESULTS_NAME]), "results.md", "comparison.png"]
     print("\nwrote " + ", ".join(str(options.output_dir / name) for name in names))
-
-
-def print_progress(message: str) -> None:
-    """Prints on stderr how far it is, once for all processes."""
-    if read_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

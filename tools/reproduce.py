@@ -8,9 +8,10 @@ Every file is known by its keys and shapes, whatever it is called. The same comm
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,22 +23,25 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 from accelerate import PartialState
 
 from s3a.comparison.report import format_markdown, format_text
-from s3a.data.imagenet import ImageNetSet
-from s3a.robustness.imagenet import Part, list_parts
-from s3a.robustness.reproduction import (
+from s3a.data.imagenet import ImageNetData
+from s3a.robustness.imagenet import (
     RESULTS_NAME,
+    Figures,
+    list_subsets,
+    measure_subsets,
+    open_imagenet_results,
+)
+from s3a.robustness.reproduction import (
     Measured,
     OfficialWeights,
-    Reproduction,
     choose_sizes,
     compare_with_published,
     describe_official,
     find_checkpoints,
     find_sets,
     make_table,
-    open_reproduction,
 )
-from s3a.support.command_line import read_rank, run_command
+from s3a.support.command_line import print_progress, read_rank, run_command
 from s3a.support.timing import describe_machine
 from s3a.training.evaluation import evaluate_weights
 from s3a.training.processes import StopRequests
@@ -94,20 +98,24 @@ def main(options: Options) -> None:
     sets |= find_sets(options.robustness) if options.robustness else {}
     for line in skipped:
         print_progress(f"left out: {line}")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    results = open_reproduction(options.output_dir, options.precision)
+    results = open_imagenet_results(options.output_dir, options.precision)
     results.machine = describe_machine(PartialState().device)
-    parts = {name: list_parts(name, folder) for name, folder in sets.items()}  # which checks the folders
+    subsets = {name: list_subsets(name, folder) for name, folder in sets.items()}  # which checks the folders
+    rows, chosen, notes = [], found, []
     with StopRequests() as requests:
-        for weights in found:
-            convert_weights(options, weights)
-        rows = measure_set(options, results, requests, found, "imagenet", parts.pop("imagenet"))
-        chosen, notes = choose_sizes(rows)
-        rows = [row for row in rows if row.weights in chosen]
-        for name, of_set in parts.items():
-            rows += measure_set(options, results, requests, chosen, name, of_set)
+        for name, of_set in subsets.items():  # ImageNet comes first, and decides which size a checkpoint is for
+            evaluators = {weights.key: make_evaluator(options, weights, requests) for weights in chosen}
+            measure_subsets(results, name, of_set, evaluators, options.output_dir)
+            measured = [compare_with_published(each, name, results.get_figures(each.key, name)) for each in chosen]
+            if name == "imagenet":
+                chosen, notes = choose_sizes(measured)
+            rows += [row for row in measured if row.weights in chosen]
+    for weights in chosen:
+        convert_weights(options, weights)  # where its folder was lost since it was measured
     rows.sort(key=lambda row: chosen.index(row.weights))
     if read_rank() == 0:
+        for weights in {*found} - {*chosen}:
+            shutil.rmtree(get_folder(options, weights), ignore_errors=True)
         write_report(options, rows, notes)
         for weights in chosen:
             write_card(options, weights, rows)
@@ -135,34 +143,25 @@ def convert_weights(options: Options, weights: OfficialWeights) -> None:
         save_folder(model, folder, data_config=data_config, config={"official_sha256": weights.sha256})
 
 
-def measure_set(
-    options: Options,
-    results: Reproduction,
-    requests: StopRequests,
-    found: Sequence[OfficialWeights],
-    name: ImageNetSet,
-    parts: Sequence[Part],
-) -> list[Measured]:
-    """The scores of all weights on a set; its parts are read once, and what is measured is written at once."""
-    for part in parts:
-        data = part.load()
-        for weights in found:
-            if results.get_figures(weights, name).get(part.name, {}).get("fingerprint") == data.fingerprint:
-                continue
-            print_progress(f"{weights.name} on {part.name}")
-            evaluation = evaluate_weights(
-                load_pretrained(get_folder(options, weights)),
-                ImageNetClassification(data),
-                batch_size=options.batch_size,
-                precision=options.precision,
-                num_workers=options.num_workers,
-                stop=lambda: requests.reason,
-            )
-            figures = evaluation.to_json() | {"fingerprint": data.fingerprint}
-            results.get_figures(weights, name)[part.name] = figures
-            if read_rank() == 0:
-                results.write(options.output_dir)
-    return [compare_with_published(weights, name, results.get_figures(weights, name)) for weights in found]
+def make_evaluator(
+    options: Options, weights: OfficialWeights, requests: StopRequests
+) -> Callable[[ImageNetData], Figures]:
+    """What evaluates converted weights."""
+
+    def evaluate(data: ImageNetData) -> Figures:
+        convert_weights(options, weights)
+        print_progress(f"evaluating {weights.name}")
+        evaluation = evaluate_weights(
+            load_pretrained(get_folder(options, weights)),
+            ImageNetClassification(data),
+            batch_size=options.batch_size,
+            precision=options.precision,
+            num_workers=options.num_workers,
+            stop=lambda: requests.reason,
+        )
+        return evaluation.to_json()
+
+    return evaluate
 
 
 def write_report(options: Options, rows: Sequence[Measured], notes: Sequence[str]) -> None:
@@ -188,12 +187,6 @@ def check_complete(weights: OfficialWeights, rows: Sequence[Measured]) -> None:
             f"--push-to-hub: {weights.name} was not measured on all 50,000 images of ImageNet, and its card would not "
             "say what it scores; give them all with --imagenet"
         )
-
-
-def print_progress(message: str) -> None:
-    """Prints on stderr how far it is, once for all processes."""
-    if read_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ weights, corruptions or severities it measures what is missing.
 
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,12 +30,12 @@ from s3a.robustness.evaluation import (
     group_by_preprocessing,
     load_candidate,
 )
-from s3a.robustness.imagenet import list_parts
+from s3a.robustness.imagenet import list_subsets
 from s3a.robustness.images import LIBRARY, choose_rows, get_library_version
 from s3a.robustness.lines import make_lines
 from s3a.robustness.report import draw_report, format_report, make_report
 from s3a.robustness.results import RESULTS_NAME, Results, open_results, read_results
-from s3a.support.command_line import read_rank, run_command
+from s3a.support.command_line import print_progress, run_command
 from s3a.support.errors import Interrupted
 from s3a.support.timing import describe_machine
 from s3a.training.processes import StopRequests, set_cpu_threads
@@ -135,8 +134,8 @@ def main(options: Options) -> None:
 def load_images(options: Options) -> ImageData:
     """The source of the options, or ImageNet's validation images."""
     if options.data == "imagenet":
-        (part,) = list_parts("imagenet", options.data_dir, dataset=options.dataset)
-        return part.load()
+        (subset,) = list_subsets("imagenet", options.data_dir, dataset=options.dataset)
+        return subset.load()
     assert options.data is not None  # see __post_init__
     return load_data(options.data, options.data_dir, dataset=options.dataset)
 
@@ -205,12 +204,6 @@ def write_report(folder: Path, results: Results) -> None:
     write_whole(folder / "results.md", format_report(report, format_markdown) + "\n")
     draw_report(report, folder / "robustness.png")
     print("\nwrote " + ", ".join(str(folder / name) for name in (RESULTS_NAME, "results.md", "robustness.png")))
-
-
-def print_progress(message: str) -> None:
-    """Prints on stderr how far it is, once for all processes."""
-    if read_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Top-1 on corrupted images, of several weights at a time: an image is corrupted once for all that see it alike."""
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from s3a.robustness.images import SMALLEST, CorruptedImages, Part, make_tensor_t
 from s3a.training.evaluation import check_unreadable, choose_task, evaluate, make_eval_loader
 from s3a.training.tasks.classification import Classification, count_correct
 from s3a.training.tasks.task import Measurement
-from s3a.weights.folder import CONFIG_NAME, WEIGHTS_NAME, load_folder
+from s3a.weights.folder import hash_weights, load_folder
 from s3a.weights.pretrained import download_weights, load_pretrained
 
 
@@ -70,9 +69,7 @@ def load_candidate(path: str, data: ImageData, *, other_label_names: bool = Fals
             )
     except ValueError as error:
         raise ValueError(f"--weights {path}: {error}") from error
-    content = (hashlib.sha256((folder / name).read_bytes()).digest() for name in (CONFIG_NAME, WEIGHTS_NAME))
-    digest = hashlib.sha256(b"".join(content)).hexdigest()
-    return Candidate(path=path, digest=digest, model=model, data_config=data_config)
+    return Candidate(path=path, digest=hash_weights(folder), model=model, data_config=data_config)
 
 
 def group_by_preprocessing(candidates: Sequence[Candidate]) -> list[list[Candidate]]:

@@ -48,11 +48,11 @@ class Report:
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """The corruptions shown, by name of what they are averaged over: all of them, and each group."""
+        """The corruptions shown, by name of what they are averaged over: all, and each group of some."""
         shown = {name: [each for each in names if each in self.corruptions] for name, names in GROUPS.items()}
         count = len(self.corruptions)
         mean = f"{count} corruptions" if count > 1 else self.corruptions[0]
-        return {mean: self.corruptions, **{name: names for name, names in shown.items() if names and count > 1}}
+        return {mean: self.corruptions, **{name: names for name, names in shown.items() if 0 < len(names) < count}}
 
     def list_parts(self, corruptions: Sequence[str], severities: Sequence[int] = ()) -> list[Part]:
         """The parts of corruptions at severities; none is all severities."""

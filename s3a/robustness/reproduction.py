@@ -1,11 +1,9 @@
 """Official checkpoints measured beside what their papers print: which are there, what they scored, and the table."""
 
-import json
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 from huggingface_hub.utils.sha import sha_fileobj
@@ -14,12 +12,10 @@ from s3a.comparison.report import Table
 from s3a.data.imagenet import ARCHIVES, NUM_CLASSES, NUM_REAL, SETS, ImageNetSet
 from s3a.published import PUBLISHED
 from s3a.robustness.corruptions import COMMON
-from s3a.robustness.imagenet import Figures, summarise_parts
-from s3a.training.run_folder import write_whole
+from s3a.robustness.imagenet import Figures, summarise_subsets
 from s3a.weights.card import OfficialFacts
 from s3a.weights.official import Checkpoint, build_on_meta, find_key_table, list_fitting, read_checkpoint
 
-RESULTS_NAME = "results.json"
 ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 ROUNDING = 0.05
 """Percent that a published figure may be off by, with one digit behind the point."""
@@ -158,52 +154,6 @@ def find_sets(robustness: Path) -> dict[ImageNetSet, Path]:
 # --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Reproduction:
-    """All that was measured so far, as a file that a later call goes on with.
-
-    Attributes:
-        precision: of the evaluation.
-        figures: of each part of each set, for each checkpoint: key of the weights -> set -> part. Beside the scores
-            they have the fingerprint of the images: where these change they are measured anew.
-        machine: that measured last, with the versions of packages.
-    """
-
-    precision: str
-    figures: dict[str, dict[str, dict[str, Figures]]] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=dict)
-
-    def get_figures(self, weights: OfficialWeights, name: str) -> dict[str, Figures]:
-        """Those of the parts of a set that have been measured."""
-        return self.figures.setdefault(weights.key, {}).setdefault(name, {})
-
-    def write(self, folder: Path) -> None:
-        """Writes the file, which a reader finds whole at any time."""
-        write_whole(folder / RESULTS_NAME, json.dumps(asdict(self), indent=2) + "\n")
-
-
-def open_reproduction(folder: Path, precision: str) -> Reproduction:
-    """What a folder holds to go on with, or an empty result.
-
-    Raises:
-        ValueError: where the file is no result, or of another precision.
-    """
-    path = folder / RESULTS_NAME
-    if not path.is_file():
-        return Reproduction(precision)
-    try:
-        found = Reproduction(**json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no result of tools/reproduce.py ({error}): delete it, or give another --output-dir"
-        ) from error
-    if found.precision != precision:
-        raise ValueError(
-            f"{path} was measured with --precision {found.precision} and not {precision}: give another --output-dir"
-        )
-    return found
-
-
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """A score of a checkpoint beside the one that is published, both in percent.
@@ -255,8 +205,8 @@ def compute_allowance(num_images: int) -> float:
 
 
 def compare_with_published(weights: OfficialWeights, name: ImageNetSet, figures: Mapping[str, Figures]) -> Measured:
-    """A score of all parts of a set, beside the published one."""
-    summary = summarise_parts(name, figures)
+    """A score of all subsets of a set, beside the published one."""
+    summary = summarise_subsets(name, figures)
     model = PUBLISHED.get(weights.model)
     published = None
     if model is not None and name == "imagenet":

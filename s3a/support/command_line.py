@@ -228,3 +228,9 @@ def print_error(error: Exception) -> None:
 def read_rank() -> int:
     """The number of this process (RANK) among those that a launcher started together; 0 for a single one."""
     return int(os.environ.get("RANK", "0"))
+
+
+def print_progress(message: str) -> None:
+    """Prints on stderr how far it is, once for all processes."""
+    if read_rank() == 0:
+        print(message, file=sys.stderr, flush=True)

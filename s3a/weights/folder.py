@@ -3,6 +3,7 @@
 Loading is strict: a surplus key, a missing key or another shape is an error that names it.
 """
 
+import hashlib
 import inspect
 import json
 import logging
@@ -161,6 +162,12 @@ def check_files(folder: Path, source: str) -> None:
         f"{problem}: it must hold {CONFIG_NAME} and {WEIGHTS_NAME}; write it with save_pretrained or "
         "tools/convert_official.py"
     )
+
+
+def hash_weights(folder: Path) -> str:
+    """A digest of the files with tensors and configuration, by which kept scores know their weights."""
+    content = (hashlib.sha256((folder / name).read_bytes()).digest() for name in (CONFIG_NAME, WEIGHTS_NAME))
+    return hashlib.sha256(b"".join(content)).hexdigest()
 
 
 def list_weights_folders(folder: Path) -> list[str]:

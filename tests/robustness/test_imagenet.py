@@ -227,9 +227,47 @@ def test_the_clean_images_are_looked_for_before_the_set_is_measured(weights, tmp
     assert "b' does not exist" in fail_command(capsys, "evaluate.py", *arguments)
 
 
+def test_a_stopped_evaluation_goes_on(weights, tmp_path, capsys, monkeypatch):
+    """What an output folder keeps of the same weights and images is not measured again."""
+    write_classes(tmp_path / "a", ["n01498041"])
+    write_classes(tmp_path / "val", ["n01498041", "n02007558"])
+    options = ("--imagenet", tmp_path, "--output-dir", tmp_path / "out")
+    measured = []
+    original = s3a.training.evaluation.evaluate_weights
+
+    def stop_at_second(model, task, **options):
+        measured.append(task.data.val.num_images)
+        if len(measured) == 2:
+            options["stop"] = lambda: "a test"
+        return original(model, task, **options)
+
+    monkeypatch.setattr(s3a.training.evaluation, "evaluate_weights", stop_at_second)
+    arguments = ("--weights", weights, "--data", "imagenet-a", "--data-dir", tmp_path / "a", *options)
+    with pytest.raises(SystemExit) as stopped:
+        call_command("evaluate.py", *arguments)
+    printed = capsys.readouterr()
+    assert (stopped.value.code, printed.out, measured) == (75, "", [2, 4])
+    assert "stopped by a test" in printed.err and "clean (2 of 2)" in printed.err
+    kept = evaluate(capsys, weights, "imagenet-a", tmp_path / "a", *options)
+    assert measured == [2, 4, 4]
+    fresh = evaluate(capsys, weights, "imagenet-a", tmp_path / "a", *options[:2])
+    assert {**kept, "images_per_second": 0} == {**fresh, "images_per_second": 0}
+    assert {*fresh} == {"top1", "top5", "loss", "images", "images_per_second", "classes"} | {
+        f"clean_{key}" for key in ("top1", "top5", "images")
+    }
+    save_folder(make_classifier("vvt_nano"), tmp_path / "other")
+    other = evaluate(capsys, tmp_path / "other", "imagenet-a", tmp_path / "a", *options)
+    assert measured[5:] == [2, 4] and other["loss"] != kept["loss"]
+    assert evaluate(capsys, weights, "imagenet-a", tmp_path / "a", *options) == kept
+    assert len(measured) == 7
+    line = fail_command(capsys, "evaluate.py", *arguments, "--precision", "bf16")
+    assert "was measured with --precision no and not bf16" in line
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (("--data", "digits", "--output-dir", "out"), "--output-dir is 'out': it keeps scores of ImageNet's sets"),
         (("--data", "imagenet-a"), "--data imagenet-a needs --data-dir DIR"),
         (("--data", "imagenet-c", "--dataset", "a/b"), "--data imagenet-c needs --data-dir DIR and takes no --dataset"),
         (("--data", "imagenet-real", "--data-dir", "val", "--imagenet", "val"), "which is of ImageNet's own images"),

@@ -159,6 +159,18 @@ def test_a_stopped_call_goes_on(command, nanos, tmp_path, monkeypatch):
     assert measured[1] == measured[2] != measured[0]
 
 
+def test_weights_of_the_other_size_are_not_kept(command, nanos, tmp_path, monkeypatch):
+    """A checkpoint that does not say its image size leaves the folder of the size that was chosen."""
+    published = dataclasses.replace(PUBLISHED["vvt_tiny"], top1={64: 0.0, 96: 100.0})
+    monkeypatch.setitem(PUBLISHED, "vvt_nano", published)
+    (nanos / "b.pth").unlink()
+    write_classes(tmp_path / "val", WORDNET_IDS[:2])
+    for _ in range(2):
+        status, out, _ = run(command, nanos, tmp_path, tmp_path)
+        assert status == 0 and "a.pth does not say its image size: 64 px is nearest" in out
+        assert [folder.name for folder in (tmp_path / "out" / "weights").iterdir()] == ["vvt_nano"]
+
+
 def test_other_images_are_measured_anew(command, nanos, tmp_path):
     """Where more of ImageNet has been unpacked since, nothing is kept of what was measured on less."""
     for count in (1, 3):
