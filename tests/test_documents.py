@@ -219,7 +219,7 @@ def test_schemes_are_the_committed_results():
 def test_comparisons_are_the_committed_results(folder: str):
     """The columns that the page shows of results.md, whose tables are of the same rows."""
     page = read(ROOT / "docs" / "comparisons.md")
-    (section,) = (text for text in page.split("\n## ") if f"docs/comparisons/{folder}\n" in text)
+    (section,) = (text for text in re.split("\n##+ ", page) if f"docs/comparisons/{folder}\n" in text)
     measured: dict[tuple[str, str], str] = {}
     for header, *rows in list_tables(read(ROOT / "docs" / "comparisons" / folder / "results.md")):
         measured |= {(row[0], name): cell for row in rows for name, cell in zip(header, row, strict=True)}
@@ -227,6 +227,13 @@ def test_comparisons_are_the_committed_results(folder: str):
     shown = {(row[0], name): cell for row in rows for name, cell in zip(header, row, strict=True) if name != "model"}
     assert shown
     assert shown == {place: measured.get(place) for place in shown}
+
+
+def test_results_on_corrupted_clothes_are_the_committed_ones():
+    """The first two tables of results.md: top-1, and its difference from the first line."""
+    committed = list_tables(read(ROOT / "docs" / "robustness" / "results.md"))
+    shown = list_tables(find_section(read(ROOT / "docs" / "robustness.md"), "Results on corrupted clothes"))
+    assert shown == committed[:2]
 
 
 def test_results_on_scenes_are_the_committed_ones():
