@@ -249,7 +249,7 @@ def list_reads(options: SimpleNamespace) -> set[str]:
 
 def list_writes(options: SimpleNamespace) -> set[str]:
     """The files and folders that a command writes."""
-    written = {str(options.output)} if hasattr(options, "output") else set()
+    written = {str(getattr(options, name)) for name in ("output", "runs_dir") if hasattr(options, name)}
     if hasattr(options, "folder"):
         written |= {str(options.folder), *(f"{options.folder}/{kind}" for kind in ("model", *get_args(Weights)))}
     return written
