@@ -115,13 +115,13 @@ def evaluate_imagenet(options: Options, model: nn.Module) -> dict[str, object]:
         if getattr(options, option):
             raise ValueError(f"{spell_option(option)} is given, and --data {options.data} takes none: leave it out")
     subsets = list_subsets(options.data, options.data_dir, dataset=options.dataset, imagenet=options.imagenet)
-    local = Path(options.weights)
-    key = hash_weights(local if local.is_dir() else download_weights(options.weights, options.revision))
     if options.output_dir is None:
-        results = ImageNetResults(options.precision)
+        results, key = ImageNetResults(options.precision), options.weights
     else:
         results = open_imagenet_results(options.output_dir, options.precision)
-    results.machine = describe_machine(PartialState().device)
+        results.machine = describe_machine(PartialState().device)
+        local = Path(options.weights)
+        key = hash_weights(local if local.is_dir() else download_weights(options.weights, options.revision))
     with StopRequests() as requests:
 
         def evaluate_on(data: ImageNetData) -> Figures:

@@ -249,7 +249,8 @@ def list_reads(options: SimpleNamespace) -> set[str]:
 
 def list_writes(options: SimpleNamespace) -> set[str]:
     """The files and folders that a command writes."""
-    written = {str(getattr(options, name)) for name in ("output", "runs_dir") if hasattr(options, name)}
+    given = (getattr(options, name, None) for name in ("output", "runs_dir"))
+    written = {str(path) for path in given if path is not None}
     if hasattr(options, "folder"):
         written |= {str(options.folder), *(f"{options.folder}/{kind}" for kind in ("model", *get_args(Weights)))}
     return written

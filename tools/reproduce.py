@@ -114,8 +114,9 @@ def main(options: Options) -> None:
         convert_weights(options, weights)  # where its folder was lost since it was measured
     rows.sort(key=lambda row: chosen.index(row.weights))
     if read_rank() == 0:
-        for weights in {*found} - {*chosen}:
-            shutil.rmtree(get_folder(options, weights), ignore_errors=True)
+        for folder in (get_folder(options, weights) for weights in found if weights not in chosen):
+            if folder.is_dir():
+                shutil.rmtree(folder)
         write_report(options, rows, notes)
         for weights in chosen:
             write_card(options, weights, rows)
