@@ -358,6 +358,7 @@ NOT_RUN = {  # all other commands are
     r"sbatch|squeue|scancel|scontrol|slurm-": "needs Slurm, on which tests/recipes/test_slurm.py runs the job file",
     r"--nnodes": "waits for a second launcher; tests/recipes/test_train.py starts both",
     r"tools/benchmark\.py (?!compare)|tools/compare\.py|ssvit_small": "measures or compiles for minutes to days",
+    r"runs/compared-": "reads the runs of tools/compare.py",
     r"--quantize|--format aoti": "compiles for minutes, as tests/quantization and tests/test_export.py do too",
     r"train\.py photos(?!.*--epochs 1)": "as many epochs as one's own photographs need",
 }
