@@ -82,9 +82,11 @@ def test_label_maps(tmp_path: Path):
     check_alone(model, path, "onnx", (1,), (64, 96))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("format", ["pt2", "aoti", "onnx"])
-@pytest.mark.parametrize("name", ["semantic_fpn", "upernet"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("semantic_fpn", marks=pytest.mark.slow), pytest.param("upernet", marks=pytest.mark.exhaustive)],
+)
 def test_every_label_map_in_every_format(tmp_path: Path, name: str, format: str):
     options = SMALL if name == "semantic_fpn" else {"head_dim": 16, "auxiliary_dim": 8}
     model, path = make_dense(name, **options), tmp_path / f"model{FORMATS[format].suffix}"

@@ -113,9 +113,11 @@ def compare_runs(folder: Path, other: Path) -> None:
     assert read_metrics(folder) == read_metrics(other)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("command", TABLES)
-def test_ten_random_kills_change_no_byte(tmp_path, data, command):
+def test_random_kills_change_no_byte(tmp_path, data, command, kills):
     killed, whole = (
         make_small_options(command, tmp_path / name, data, epochs="16", num_workers="0") for name in ("killed", "whole")
     )
@@ -123,7 +125,7 @@ def test_ten_random_kills_change_no_byte(tmp_path, data, command):
     ended = run_command([*line, *whole])
     assert ended.returncode == 0, ended.stderr
     draw, begun = random.Random(0), []
-    for _ in range(10):
+    for _ in range(kills):
         process = subprocess.Popen([*line, *killed], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         known = ("beginning", "resuming", f"{tmp_path / 'killed'} is finished")
         begun.append(next(said for said in process.stderr if said.startswith(known)))

@@ -93,14 +93,17 @@ def kill_at_random(command: list[str], kills: int, seed: int) -> None:
         process.wait()
 
 
-@pytest.mark.slow
-def test_ten_random_kills_change_no_byte(tmp_path):
+MOMENTS = [pytest.param(3, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.exhaustive)]
+
+
+@pytest.mark.parametrize("kills", MOMENTS)
+def test_random_kills_change_no_byte(tmp_path, kills):
     changes = {"epochs": "6", "checkpoint_every": "3", "num_workers": "1"}
     make_image_folder(tmp_path / "images", num_train=60)
     extra = ["--data", "imagefolder", "--data-dir", str(tmp_path / "images"), "--batch-size", "16"]
     killed, whole = (make_options(tmp_path / name, **changes) + extra for name in ("killed", "whole"))
     command = [sys.executable, "recipes/train.py"]
-    kill_at_random([*command, *killed], kills=10, seed=0)
+    kill_at_random([*command, *killed], kills, seed=0)
     assert train(*killed).returncode == 0
     assert train(*whole).returncode == 0
     assert read_weights(tmp_path / "killed") == read_weights(tmp_path / "whole")
@@ -118,9 +121,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize(("count", "num_workers"), [(1, "3"), (2, "2")])
-def test_random_kills_of_a_stream_change_no_byte(tmp_path, count, num_workers):
+def test_random_kills_of_a_stream_change_no_byte(tmp_path, count, num_workers, kills):
     """Of all its processes at the same moment, in shards of unequal sizes that some readers go through twice.
 
     Of the validation images one process has none.
@@ -137,7 +142,7 @@ def test_random_kills_of_a_stream_change_no_byte(tmp_path, count, num_workers):
     mark = f"RUN_LOG={tmp_path}"
     environment = {**os.environ, "RUN_LOG": str(tmp_path), "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     draw, begun = random.Random(count), []
-    for _ in range(5):
+    for _ in range(kills):
         process = subprocess.Popen([*command, *killed], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         begun.append(next(line for line in process.stderr if line.startswith(("beginning", "resuming"))))
         time.sleep(draw.uniform(0, 1.5))
@@ -268,16 +273,15 @@ def disturb(way: str, options: list[str], number: signal.Signals, in_training: b
     return said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0])
-def test_signals_at_random_moments_change_no_byte_and_leave_no_process(tmp_path, seed):
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_signals_at_random_moments_change_no_byte_and_leave_no_process(tmp_path, moments):
     """To the whole process group, as terminals, launchers and schedulers send them; the workers are in it."""
     make_image_folder(tmp_path / "images", num_train=60)
     changes = {"epochs": "12", "checkpoint_every": "3", "num_workers": "2"}
     extra = ["--data", "imagefolder", "--data-dir", str(tmp_path / "images"), "--batch-size", "16"]
     options = {way: make_options(tmp_path / way, **changes) + extra for way in STARTS}
-    draw = random.Random(seed)
-    for moment in range(10):
+    draw = random.Random(0)
+    for moment in range(moments):
         way = list(STARTS)[moment % len(STARTS)]
         number = draw.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
         in_training = draw.random() < 0.6
