@@ -2,11 +2,15 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 from helpers.fork_server import run_python, run_together
 
@@ -27,6 +31,9 @@ OPTIONS = {
     "--cpu-threads": "1",
 }
 STEPS = 1437 // 128  # of an epoch
+BEGINNINGS = ("beginning", "resuming")
+# How often a run is killed or stopped at random.
+MOMENTS = [pytest.param(3, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.exhaustive)]
 
 # Gets a signal when a function of the library, named by its place, is called for the so-manieth time.
 DRIVER = """
@@ -77,6 +84,23 @@ def kill_at(place: str, times: int, *args: str) -> None:
     """Runs recipes/train.py until it is killed when the function at this place is called for the so-manieth time."""
     ended = get_signal(place, times, signal.SIGKILL, *args)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+def kill_at_random(command: list[str], folder: Path, kills: int, seconds: float) -> None:
+    """Starts a training again and again, and kills it up to so many seconds after it has said how it begins.
+
+    The first time it may have no checkpoint yet; later it has one, so that at least one start goes on from there.
+    """
+    draw, said = random.Random(0), []
+    for _ in range(kills):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        said.append(next(line for line in process.stderr if "nothing left" in line or line.startswith(BEGINNINGS)))
+        while len(said) > 1 and process.poll() is None and not list((folder / "checkpoints").glob("*")):
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, seconds))
+        process.kill()
+        process.wait()
+    assert any(line.startswith("resuming") for line in said), said
 
 
 def read_weights(folder: Path) -> dict[str, bytes]:

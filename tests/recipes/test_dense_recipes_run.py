@@ -1,7 +1,6 @@
 """recipes/segment.py and recipes/detect.py as real processes, and every recipe of theirs that has a name."""
 
 import os
-import random
 import re
 import shutil
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.dense_runs import get_dense_signal, make_driver, write_ade20k, write_many_classes
-from helpers.real_runs import ROOT, read_metrics, read_weights, run_command, run_ranks
+from helpers.real_runs import MOMENTS, ROOT, kill_at_random, read_metrics, read_weights, run_command, run_ranks
 from safetensors.torch import load_file
 
 from s3a.training.named_recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES
@@ -113,9 +112,7 @@ def compare_runs(folder: Path, other: Path) -> None:
     assert read_metrics(folder) == read_metrics(other)
 
 
-@pytest.mark.parametrize(
-    "kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("kills", MOMENTS)
 @pytest.mark.parametrize("command", TABLES)
 def test_random_kills_change_no_byte(tmp_path, data, command, kills):
     killed, whole = (
@@ -124,15 +121,7 @@ def test_random_kills_change_no_byte(tmp_path, data, command, kills):
     line = [sys.executable, f"recipes/{command}.py"]
     ended = run_command([*line, *whole])
     assert ended.returncode == 0, ended.stderr
-    draw, begun = random.Random(0), []
-    for _ in range(kills):
-        process = subprocess.Popen([*line, *killed], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        known = ("beginning", "resuming", f"{tmp_path / 'killed'} is finished")
-        begun.append(next(said for said in process.stderr if said.startswith(known)))
-        time.sleep(draw.uniform(0, 2.5))
-        process.kill()
-        process.wait()
-    assert any("resuming" in said for said in begun), begun
+    kill_at_random([*line, *killed], tmp_path / "killed", kills, seconds=2.5)
     ended = run_command([*line, *killed])
     assert ended.returncode == 0, ended.stderr
     compare_runs(tmp_path / "killed", tmp_path / "whole")

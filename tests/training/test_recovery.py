@@ -16,10 +16,13 @@ import pytest
 from helpers.image_folder import make_image_folder
 from helpers.numbered_images import write_parquet
 from helpers.real_runs import (
+    BEGINNINGS,
+    MOMENTS,
     ROOT,
     STEPS,
     get_signal,
     kill_at,
+    kill_at_random,
     make_launcher,
     make_options,
     read_metrics,
@@ -80,22 +83,6 @@ def test_signals_checkpoint_the_step_and_say_resume_me(undisturbed, tmp_path):
     assert read_weights(tmp_path / "run") == read_weights(undisturbed)
 
 
-def kill_at_random(command: list[str], kills: int, seed: int) -> None:
-    """Starts the command again and again and kills it some time after it has begun to train."""
-    draw = random.Random(seed)
-    for _ in range(kills):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for line in process.stderr:
-            if line.startswith(("beginning", "resuming")) or "nothing left" in line:
-                break
-        time.sleep(draw.uniform(0, 3))
-        process.kill()
-        process.wait()
-
-
-MOMENTS = [pytest.param(3, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.exhaustive)]
-
-
 @pytest.mark.parametrize("kills", MOMENTS)
 def test_random_kills_change_no_byte(tmp_path, kills):
     changes = {"epochs": "6", "checkpoint_every": "3", "num_workers": "1"}
@@ -103,7 +90,7 @@ def test_random_kills_change_no_byte(tmp_path, kills):
     extra = ["--data", "imagefolder", "--data-dir", str(tmp_path / "images"), "--batch-size", "16"]
     killed, whole = (make_options(tmp_path / name, **changes) + extra for name in ("killed", "whole"))
     command = [sys.executable, "recipes/train.py"]
-    kill_at_random([*command, *killed], kills, seed=0)
+    kill_at_random([*command, *killed], tmp_path / "killed", kills, seconds=3)
     assert train(*killed).returncode == 0
     assert train(*whole).returncode == 0
     assert read_weights(tmp_path / "killed") == read_weights(tmp_path / "whole")
@@ -121,9 +108,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(
-    "kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("kills", MOMENTS)
 @pytest.mark.parametrize(("count", "num_workers"), [(1, "3"), (2, "2")])
 def test_random_kills_of_a_stream_change_no_byte(tmp_path, count, num_workers, kills):
     """Of all its processes at the same moment, in shards of unequal sizes that some readers go through twice.
@@ -144,7 +129,7 @@ def test_random_kills_of_a_stream_change_no_byte(tmp_path, count, num_workers, k
     draw, begun = random.Random(count), []
     for _ in range(kills):
         process = subprocess.Popen([*command, *killed], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        begun.append(next(line for line in process.stderr if line.startswith(("beginning", "resuming"))))
+        begun.append(next(line for line in process.stderr if line.startswith(BEGINNINGS)))
         time.sleep(draw.uniform(0, 1.5))
         assert process.poll() is None, "it was through, and none is left to be killed"
         for each in list_processes(mark):
@@ -280,11 +265,11 @@ def test_signals_at_random_moments_change_no_byte_and_leave_no_process(tmp_path,
     changes = {"epochs": "12", "checkpoint_every": "3", "num_workers": "2"}
     extra = ["--data", "imagefolder", "--data-dir", str(tmp_path / "images"), "--batch-size", "16"]
     options = {way: make_options(tmp_path / way, **changes) + extra for way in STARTS}
-    draw = random.Random(0)
+    draw, endings = random.Random(0), []
     for moment in range(moments):
         way = list(STARTS)[moment % len(STARTS)]
         number = draw.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-        in_training = draw.random() < 0.6
+        in_training = moment % 2 == 0
         delay = draw.uniform(0, 3)
         print(
             f"moment {moment}: {number.name} to {way}, {delay:.2f} s after it {'trains' if in_training else 'starts'}"
@@ -297,8 +282,10 @@ def test_signals_at_random_moments_change_no_byte_and_leave_no_process(tmp_path,
             arguments = make_options(folder, **changes) + extra
             ended = run_command([*make_launcher(count), "recipes/train.py", *arguments], ACCELERATE_USE_CPU="true")
             assert ended.returncode == 0, ended.stderr
+            endings.append(ended.stderr)
         assert read_weights(tmp_path / way) == read_weights(whole)
         assert read_metrics(tmp_path / way) == read_metrics(whole)
+    assert any("resuming" in said for said in endings)
 
 
 @pytest.fixture
